@@ -1,0 +1,1 @@
+"""Small-network experiments on MNIST: five ways to regularise, one loop, and what the differences are worth."""
