@@ -1,0 +1,100 @@
+"""One epoch of training, one evaluation, and the two penalties."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s6lib.data import Split, normalise
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or NaN; `step` counts from 1 within the epoch."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not finite at step {step}")
+        self.step = step
+
+
+class Training(NamedTuple):
+    """Means over the images of an epoch: cross-entropy, accuracy (0 to 1), and the penalty added to the loss."""
+
+    loss: float
+    accuracy: float
+    penalty: float
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy, accuracy (0 to 1), and the class of each image, uint8 (N,), on the CPU."""
+
+    loss: float
+    accuracy: float
+    predictions: Tensor
+
+
+def l1_penalty(model: nn.Module) -> Tensor:
+    """The sum of |w| over all trainable parameters, a differentiable scalar."""
+    return _trainable(model).abs().sum()
+
+
+def l2_penalty(model: nn.Module) -> Tensor:
+    """The sum of w^2 over all trainable parameters, a differentiable scalar."""
+    return _trainable(model).square().sum()
+
+
+def _trainable(model: nn.Module) -> Tensor:
+    return torch.cat([weights.flatten() for weights in model.parameters() if weights.requires_grad])
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    l1: float = 0.0,
+    l2: float = 0.0,
+) -> Training:
+    """Train once over `batches`, pairs of images (B, 1, 28, 28) and labels (B,), with the two penalties.
+
+    The metrics are those of the training pass itself, dropout and augmentation on. They stay on the device until the
+    epoch ends, since reading them at each step would make a GPU wait; so NonFiniteLoss too is raised at the end.
+    """
+    model.train()
+    sizes, losses, penalties, hits = [], [], [], []
+    for images, labels in batches:
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        penalty = torch.zeros_like(loss)
+        if l1:
+            penalty = penalty + l1 * l1_penalty(model)
+        if l2:
+            penalty = penalty + l2 * l2_penalty(model)
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        optimizer.step()
+        sizes.append(len(labels))
+        losses.append(loss.detach())
+        penalties.append(penalty.detach())
+        hits.append((logits.argmax(1) == labels).sum())
+    finite = torch.stack([loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]).isfinite()
+    if not finite.all():
+        raise NonFiniteLoss(step=int(finite.logical_not().nonzero()[0]) + 1)
+    weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    loss, penalty = (float(torch.stack(steps).cpu().double() @ weights) for steps in (losses, penalties))
+    return Training(loss, int(torch.stack(hits).sum()) / sum(sizes), penalty)
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """The logits, float32 (N, 10), of grey-level images (N, 28, 28), without augmentation, in evaluation mode."""
+    model.eval()
+    return torch.cat([model(normalise(part)) for part in images.split(batch_size)])
+
+
+def evaluate(model: nn.Module, split: Split) -> Evaluation:
+    """Loss and accuracy of the model on all of `split`, and its predictions."""
+    logits = predict_logits(model, split.images)
+    predictions = logits.argmax(1)
+    accuracy = int((predictions == split.labels).sum()) / len(split.labels)
+    return Evaluation(float(F.cross_entropy(logits, split.labels)), accuracy, predictions.to("cpu", torch.uint8))
