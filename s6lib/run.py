@@ -1,0 +1,244 @@
+"""One run: a condition trained with a seed, its checkpoints, and the folder that it leaves."""
+
+import ctypes
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from s6lib.conditions import Condition, Recipe, build_model
+from s6lib.data import DATA, Split, batches, load_mnist
+from s6lib.train import NonFiniteLoss, evaluate, train_epoch
+
+History = list[dict[str, float]]
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
+
+
+class RunError(Exception):
+    """A run that cannot go on; the message names condition, seed, and the cause."""
+
+
+class Run(NamedTuple):
+    """What training leaves.
+
+    history: a row an epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
+    weights: the state_dict, on the CPU.
+    predictions: uint8 (10000,), the class of each test image.
+    machine: device, processor and library versions.
+    """
+
+    history: History
+    weights: dict[str, Tensor]
+    predictions: np.ndarray
+    machine: dict[str, str]
+
+
+def train_run(
+    recipe: Recipe,
+    condition: Condition,
+    seed: int,
+    folder: Path | None = None,
+    device: str = "cpu",
+    data: str | Path = DATA,
+) -> Run:
+    """Train one condition with one seed; with a `folder`, go on from its checkpoint and renew it at each epoch's end.
+
+    All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
+    not. Raises RunError when the loss is not finite.
+    """
+    with _reproducible():
+        train, test = load_mnist(data, device)
+        train = Split(train.images[: recipe.train_images], train.labels[: recipe.train_images])
+        _seed(seed, 0)
+        model = build_model(recipe, condition).to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, fused=True)
+        history = [] if folder is None else _resume(folder, model, optimizer)
+        for epoch in range(len(history) + 1, recipe.epochs + 1):
+            try:
+                history.append(_epoch(recipe, condition, seed, epoch, model, optimizer, train, test))
+            except NonFiniteLoss as error:
+                raise RunError(
+                    f"{condition.label} ({condition.slug}), seed {seed}: the loss is not finite at epoch {epoch}, step "
+                    f"{error.step}; lower the learning rate or the penalties"
+                ) from error
+            if folder is not None:
+                _save_checkpoint(folder, recipe, condition, model, optimizer, history)
+        predictions = evaluate(model, test).predictions.numpy()
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    return Run(history, weights, predictions, _machine(device))
+
+
+def _epoch(
+    recipe: Recipe,
+    condition: Condition,
+    seed: int,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Split,
+    test: Split,
+) -> dict[str, float]:
+    lr = optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(epoch)
+    generator = _seed(seed, epoch)
+    begun = time.perf_counter()
+    training = train_epoch(
+        model,
+        batches(train, recipe.batch_size, recipe.rotation, recipe.jitter, generator),
+        optimizer,
+        condition.l1,
+        condition.l2,
+    )
+    seconds = time.perf_counter() - begun
+    validation = evaluate(model, test)
+    if not np.isfinite(validation.loss):  # the last step's update was too large
+        raise NonFiniteLoss(step=-(-len(train.labels) // recipe.batch_size))
+    row = (epoch, lr, *training, validation.loss, validation.accuracy, seconds)
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def _seed(seed: int, epoch: int) -> torch.Generator:
+    """Seed torch (initial weights, dropout) and return a generator for the batches, from the pair alone.
+
+    Two words of one SeedSequence, so that the two streams, and those of other pairs, have nothing in common.
+    """
+    for_torch, for_batches = np.random.SeedSequence((seed, epoch)).generate_state(2).tolist()
+    torch.manual_seed(for_torch)
+    return torch.Generator().manual_seed(for_batches)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """One thread, deterministic full-precision kernels, no denormals; the caller's generators are left alone.
+
+    A network this small gains nothing from a second thread, while the sums of several threads depend on their number.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
+    _keep_freed_memory()
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    try:
+        with torch.random.fork_rng(), exact:
+            yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step: to fetch it anew page by page is a tenth of the time."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**30)
+
+
+def _machine(device: str) -> dict[str, str]:
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"device": device, "processor": processor, **versions, "numpy": np.__version__}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --- its folder ------------------------------------------------------------------------------------------------------
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """What a complete (run.json) or begun (checkpoint.pt) run in `folder` says of itself; None if there is neither.
+
+    The recipe and the condition are among it, as dictionaries.
+    """
+    if (folder / "run.json").exists():
+        return json.loads((folder / "run.json").read_text())
+    if (folder / "checkpoint.pt").exists():
+        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` holds a finished run: run.json is written last."""
+    return (folder / "run.json").exists()
+
+
+def save_run(folder: Path, recipe: Recipe, condition: Condition, seed: int, run: Run) -> None:
+    """Write a finished run to `folder`, run.json last, and remove its checkpoint."""
+    about = {"recipe": asdict(recipe), "condition": asdict(condition), "seed": seed, **run.machine}
+    about["seconds"] = round(sum(row["seconds"] for row in run.history), 1)
+    _write_whole(folder / "predictions.npy", lambda file: np.save(file, run.predictions))
+    _write_whole(folder / "weights.pt", lambda file: torch.save(run.weights, file))
+    _write_history(folder, run.history)
+    _write_whole(folder / "run.json", lambda file: file.write(json.dumps(about, indent=2).encode() + b"\n"))
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+    """Bring model and optimizer to where the checkpoint in `folder` is, if there is one, and return its history."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.part"):  # of a process killed while it wrote
+        leftover.unlink(missing_ok=True)
+    history: History = []
+    if (folder / "checkpoint.pt").exists():
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        history = checkpoint["history"]
+    _write_history(folder, history)
+    return history
+
+
+def _save_checkpoint(
+    folder: Path,
+    recipe: Recipe,
+    condition: Condition,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    about = {"recipe": asdict(recipe), "condition": asdict(condition)}
+    _write_whole(folder / "checkpoint.pt", lambda file: torch.save({**about, **state}, file))
+    _write_history(folder, history)
+
+
+def _write_history(folder: Path, history: History) -> None:
+    table = pd.DataFrame(history, columns=COLUMNS)
+    _write_whole(folder / "history.csv", lambda file: table.to_csv(file, index=False))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file whole or not at all: beside its place, then to the disk, then renamed into it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is safe once the folder is on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
