@@ -1,0 +1,220 @@
+"""The one loop over conditions and seeds, and a reader for the folder that it fills."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from joblib import Parallel, cpu_count, delayed
+from torch import nn
+
+from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, build_model
+from s6lib.data import DATA, load_mnist
+from s6lib.progress import progress
+from s6lib.run import Run, RunError, is_complete, recorded, save_run, train_run
+
+
+class StudyError(Exception):
+    """A request that cannot be met; the message says what was wrong and what to do."""
+
+
+class RunsFailed(Exception):
+    """Some runs of a study failed, each named in the message; the others are complete."""
+
+
+def run_study(
+    recipe: Recipe = PLAIN,
+    conditions: Sequence[Condition] = CONDITIONS,
+    seeds: Sequence[int] = (1,),
+    out: str | Path = "runs",
+    *,
+    jobs: int | None = None,
+    device: str = "auto",
+    data: str | Path = DATA,
+    show_progress: bool = True,
+) -> "Study":
+    """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open the result.
+
+    Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
+    `jobs` processes (by default one a core) train side by side, each with one thread; on a GPU the runs take turns.
+
+    Raises StudyError, before anything is trained, if the device is missing, another study is at work in `out`, or
+    `out` holds runs of this recipe name trained otherwise. Raises RunsFailed after all runs that could finish have.
+    """
+    device = _resolve_device(device)
+    folders = {
+        (condition, seed): run_folder(out, recipe, condition, seed) for seed in seeds for condition in conditions
+    }
+    with _only_study_in(Path(out)):
+        _refuse_other_training(out, recipe, conditions)
+        waiting = {run: folder for run, folder in folders.items() if not is_complete(folder)}
+        load_mnist(data)  # downloaded and unpacked once, before many processes ask for it
+        failures = []
+        histories = {f"{c.label}, seed {seed}": folder / "history.csv" for (c, seed), folder in waiting.items()}
+        with progress(histories, recipe.epochs) if show_progress else nullcontext():
+            parallel = Parallel(n_jobs=jobs or _default_jobs(device), batch_size=1, return_as="generator_unordered")
+            for condition, seed, run in parallel(
+                delayed(_try_run)(recipe, condition, seed, folder, device, data, os.getpid())
+                for (condition, seed), folder in waiting.items()
+            ):
+                if isinstance(run, Run):
+                    save_run(folders[condition, seed], recipe, condition, seed, run)
+                else:
+                    failures.append(run)
+    if failures:
+        raise RunsFailed("\n".join(failures))
+    return Study(out, recipe.name)
+
+
+def run_folder(out: str | Path, recipe: Recipe, condition: Condition, seed: int) -> Path:
+    """Where a run is kept."""
+    return Path(out) / recipe.name / condition.slug / f"seed-{seed}"
+
+
+def _try_run(
+    recipe: Recipe, condition: Condition, seed: int, folder: Path, device: str, data: str | Path, driver: int
+) -> tuple[Condition, int, Run | str]:
+    """A run, or the reason why it failed: an exception would end the other runs too."""
+    try:
+        with _follows(driver) if os.getpid() != driver else nullcontext():
+            return condition, seed, train_run(recipe, condition, seed, folder, device, data)
+    except Exception as error:
+        named = f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
+        return condition, seed, str(error) if isinstance(error, RunError) else named
+
+
+@contextmanager
+def _follows(driver: int) -> Iterator[None]:
+    """In a worker process: leave Ctrl-C to the driver, and end when the driver is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1):
+            if os.getppid() != driver:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _resolve_device(device: str) -> str:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available.get(device):
+        usable = ", ".join(name for name in available if available[name])
+        raise StudyError(f"device {device!r} is not available here; use auto or one of: {usable}")
+    return device
+
+
+def _default_jobs(device: str) -> int:
+    return cpu_count() if device == "cpu" else 1
+
+
+@contextmanager
+def _only_study_in(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
+
+
+def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence[Condition]) -> None:
+    """Raise StudyError if a run under `out` was trained by other settings than those now asked for."""
+    asked = {condition.slug: asdict(condition) for condition in conditions}
+    for folder in sorted((Path(out) / recipe.name).glob("*/seed-*")):
+        if (about := recorded(folder)) is None:
+            continue
+        slug = about["condition"]["slug"]
+        wanted = {**asdict(recipe), **asked.get(slug, about["condition"])}
+        found = {**about["recipe"], **about["condition"]}
+        different = [
+            f"{name} = {found.get(name)!r}, not {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
+        ]
+        if different:
+            raise StudyError(f"{folder} was trained with {'; '.join(different)}; ask for that, or for another folder")
+
+
+class Study:
+    """The complete runs of one recipe in a folder, opened for reading.
+
+    Args:
+        folder: what `run_study` was given as `out`.
+        recipe: name of the recipe.
+
+    Raises StudyError if there is no complete run.
+    """
+
+    def __init__(self, folder: str | Path = "runs", recipe: str = PLAIN.name) -> None:
+        complete = [path.parent for path in (Path(folder) / recipe).glob("*/seed-*/run.json")]
+        if not complete:
+            raise StudyError(f"no complete {recipe} run in {folder}; train some: python -m s6lib run --recipe {recipe}")
+        runs = [(Condition(**about["condition"]), about, path) for path in complete if (about := recorded(path))]
+        order = list(ALL_CONDITIONS)
+        runs.sort(key=lambda run: (order.index(run[0].slug) if run[0].slug in order else len(order), run[1]["seed"]))
+        self.conditions = {condition.slug: condition for condition, _, _ in runs}
+        self.recipe = Recipe(**runs[0][1]["recipe"])
+        self.folders = {(condition.slug, about["seed"]): path for condition, about, path in runs}
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """A row an epoch of every run: condition, seed, and the columns of history.csv (accuracies from 0 to 1)."""
+        parts = []
+        for (condition, seed), folder in self.folders.items():
+            table = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+            table.insert(0, "condition", condition)
+            table.insert(1, "seed", seed)
+            parts.append(table)
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a run: last-epoch accuracy, the best epoch beside it, training accuracy and seconds.
+
+        The last epoch is the result. The best one was chosen on the test images, and so flatters.
+        """
+        runs = self.history.groupby(["condition", "seed"], sort=False)
+        last = runs.last()
+        best = self.history.loc[runs["val_accuracy"].idxmax()].set_index(["condition", "seed"])
+        table = pd.DataFrame(
+            {
+                "label": [self.conditions[slug].label for slug, _ in last.index],
+                "accuracy": last["val_accuracy"],
+                "loss": last["val_loss"],
+                "best_accuracy": best["val_accuracy"],
+                "best_epoch": best["epoch"],
+                "train_accuracy": last["train_accuracy"],
+                "seconds": runs["seconds"].sum(),
+            }
+        )
+        return table.reset_index()
+
+    def model(self, condition: str, seed: int = 1) -> nn.Module:
+        """The saved model of a run, on the CPU, in evaluation mode."""
+        folder = self._folder(condition, seed)
+        model = build_model(self.recipe, self.conditions[condition])
+        model.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+        return model.eval()
+
+    def predictions(self, condition: str, seed: int = 1) -> np.ndarray:
+        """The saved class of each test image, uint8 (10000,)."""
+        return np.load(self._folder(condition, seed) / "predictions.npy")
+
+    def _folder(self, condition: str, seed: int) -> Path:
+        if (condition, seed) not in self.folders:
+            known = ", ".join(f"{slug} {k}" for slug, k in self.folders)
+            raise StudyError(f"no complete run of condition {condition!r}, seed {seed}; there are: {known}")
+        return self.folders[condition, seed]
