@@ -57,11 +57,15 @@ def train_epoch(
 ) -> Training:
     """Train once over `batches`, pairs of images (B, 1, 28, 28) and labels (B,), with the two penalties.
 
-    The metrics are those of the training pass itself, dropout and augmentation on. They stay on the device until the
-    epoch ends, since reading them at each step would make a GPU wait; so NonFiniteLoss too is raised at the end.
+    The metrics are those of the training pass itself, dropout and augmentation on. They are summed on the device and
+    read once, since reading them at each step would make a GPU wait; so NonFiniteLoss too comes when the epoch ends.
     """
     model.train()
-    sizes, losses, penalties, hits = [], [], [], []
+    device = next(model.parameters()).device
+    # One tensor, added to in place: a small one kept from each step would scatter over the memory that steps reuse.
+    sums = torch.zeros(3, device=device)
+    finite_steps = torch.zeros((), dtype=torch.int64, device=device)
+    count = steps = 0
     for images, labels in batches:
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
@@ -73,20 +77,19 @@ def train_epoch(
         optimizer.zero_grad()
         (loss + penalty).backward()
         optimizer.step()
-        sizes.append(len(labels))
-        losses.append(loss.detach())
-        penalties.append(penalty.detach())
-        hits.append((logits.argmax(1) == labels).sum())
-    finite = torch.stack([loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]).isfinite()
-    if not finite.all():
-        raise NonFiniteLoss(step=int(finite.logical_not().nonzero()[0]) + 1)
-    weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-    loss, penalty = (float(torch.stack(steps).cpu().double() @ weights) for steps in (losses, penalties))
-    return Training(loss, int(torch.stack(hits).sum()) / sum(sizes), penalty)
+        with torch.no_grad():
+            hits = (logits.argmax(1) == labels).float().sum()
+            sums += torch.stack([loss * len(labels), hits, penalty * len(labels)])
+            finite_steps += sums.isfinite().all()  # a sum once infinite or NaN stays so
+        count += len(labels)
+        steps += 1
+    if finite_steps < steps:
+        raise NonFiniteLoss(step=int(finite_steps) + 1)
+    return Training(*(sums.cpu().double() / count).tolist())
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
+def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
     """The logits, float32 (N, 10), of grey-level images (N, 28, 28), without augmentation, in evaluation mode."""
     model.eval()
     return torch.cat([model(normalise(part)) for part in images.split(batch_size)])
