@@ -1,12 +1,35 @@
 """What a study compares (conditions) and how it trains (recipes)."""
 
+import math
+import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
+
+
+def _require(met: bool, name: str, expected: str, value: Any) -> None:
+    if not met:
+        raise ValueError(f"{name} must be {expected}, not {value!r}")
+
+
+def _require_slug(name: str, value: str) -> None:
+    # It becomes a folder's name, so nothing in it may lead elsewhere.
+    _require(bool(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", value)), name, "lower-case words joined by hyphens", value)
+
+
+def _require_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
+    expected = f"a whole number from {least}" + (f" to {most}" if most < math.inf else "")
+    _require(type(value) is int and least <= value <= most, name, expected, value)
+
+
+def _require_number(name: str, value: float, least: float, most: float = math.inf) -> None:
+    expected = f"a number from {least}" + (f" to {most}" if most < math.inf else "")
+    _require(type(value) in (int, float) and math.isfinite(value) and least <= value <= most, name, expected, value)
 
 
 @dataclass(frozen=True)
@@ -26,6 +49,13 @@ class Condition:
     l1: float = 0.0
     l2: float = 0.0
     num_splits: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_slug("slug", self.slug)
+        _require_number("l1", self.l1, 0)
+        _require_number("l2", self.l2, 0)
+        if self.num_splits is not None:
+            _require_whole("num_splits", self.num_splits, 1)
 
 
 CONDITIONS = (
@@ -69,6 +99,20 @@ class Recipe:
     momentum: float = 0.9
     rotation: float = 0.0
     jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_slug("name", self.name)
+        _require(self.network in ("PlainNet", "BottleneckNet"), "network", "PlainNet or BottleneckNet", self.network)
+        _require_number("dropout", self.dropout, 0, 1)
+        _require_whole("epochs", self.epochs, 1)
+        _require_whole("train_images", self.train_images, 1, 60_000)
+        _require_whole("batch_size", self.batch_size, 1)
+        _require_number("learning_rate", self.learning_rate, 0)
+        _require_number("decay", self.decay, 0)
+        _require_whole("decay_epochs", self.decay_epochs, 1)
+        _require_number("momentum", self.momentum, 0, 1)
+        _require_number("rotation", self.rotation, 0, 180)
+        _require_number("jitter", self.jitter, 0, 1)
 
     def learning_rate_at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 1."""

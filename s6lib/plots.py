@@ -92,7 +92,7 @@ def plot_misclassified(study: Study, test: Split, condition: str = "gbn", seed: 
         for axes in grid:
             axes.axis("off")
         for axes, row in zip(grid, wrong.head(count).itertuples(), strict=False):
-            axes.imshow(test.images[row.image], cmap="gray_r")
+            axes.imshow(test.images[row.image].numpy(), cmap="gray_r")
             axes.set_title(f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})", fontsize=10)
         shown = min(count, len(wrong))
         figure.suptitle(

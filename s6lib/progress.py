@@ -1,16 +1,25 @@
 """How far a study is, read from its run folders: live bars in a terminal or a notebook, plain lines in a pipe."""
 
 import csv
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-Change = tuple[str, int, float]  # a run's label, its last epoch (0 when it has just begun), its validation accuracy
+
+class Change(NamedTuple):
+    """A run has come from one epoch to another; epoch 0 means begun, and the accuracy is then 0."""
+
+    label: str
+    before: int
+    epoch: int
+    accuracy: float
 
 
 @contextmanager
@@ -20,11 +29,11 @@ def progress(histories: dict[str, Path], epochs: int) -> Iterator[None]:
     Nothing is asked of the workers: what it shows is the files that they write when an epoch ends.
     """
     finished = threading.Event()
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules
-    before = sum(max(0, _last_epoch(path)[0]) for path in histories.values())
+    seen = {label: _last_epoch(path) for label, path in histories.items()}
+    done = sum(max(0, epoch) for epoch, _ in seen.values())
     watcher = threading.Thread(
-        target=_show_bars if live else _show_lines,
-        args=(_updates(histories, epochs, finished), before, epochs, len(histories)),
+        target=_show_bars if sys.stderr.isatty() or _in_notebook() else _show_lines,
+        args=(_changes(histories, seen, epochs, finished), done, epochs, len(histories)),
         daemon=True,
     )
     watcher.start()
@@ -35,56 +44,60 @@ def progress(histories: dict[str, Path], epochs: int) -> Iterator[None]:
         watcher.join()
 
 
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
 def _last_epoch(history: Path) -> tuple[int, float]:
-    """Number and validation accuracy of the last epoch in a history; epoch -1 for a run not begun."""
+    """Number and validation accuracy of the last epoch in a history; number -1 for a run not begun."""
     if not history.exists():
         return -1, 0.0
     rows = list(csv.DictReader(history.read_text().splitlines()))
     return (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
 
 
-def _updates(histories: dict[str, Path], epochs: int, finished: threading.Event) -> Iterator[list[Change]]:
+def _changes(
+    histories: dict[str, Path], seen: dict[str, tuple[int, float]], epochs: int, finished: threading.Event
+) -> Iterator[list[Change]]:
     """Twice a second, and once more when all is finished, what has changed since."""
-    seen = {label: _last_epoch(path) for label, path in histories.items()}
     while True:
         last = finished.wait(0.5)
         changes = []
         for label, path in histories.items():
-            if seen[label][0] < epochs and (now := _last_epoch(path)) != seen[label]:
+            before, _ = seen[label]
+            if before < epochs and (now := _last_epoch(path)) != seen[label]:
                 seen[label] = now
-                changes.append((label, *now))
+                changes.append(Change(label, max(0, before), *now))
         yield changes
         if last:
             return
 
 
-def _show_bars(updates: Iterator[list[Change]], before: int, epochs: int, runs: int) -> None:
+def _show_bars(updates: Iterator[list[Change]], done: int, epochs: int, runs: int) -> None:
     bars: dict[str, tqdm] = {}
-    with tqdm(total=runs * epochs, initial=before, desc="all runs", unit="epoch") as overall:
+    with tqdm(total=runs * epochs, initial=done, desc="all runs", unit="epoch") as overall:
         for changes in updates:
-            for label, epoch, accuracy in changes:
+            for label, before, epoch, accuracy in changes:
                 if label not in bars:
-                    bars[label] = tqdm(total=epochs, initial=max(0, epoch - 1), desc=label, unit="epoch", leave=False)
-                bar = bars[label]
-                steps = epoch - bar.n
-                bar.set_postfix_str(f"validation accuracy {accuracy:.2%}" if epoch else "first epoch", refresh=False)
-                bar.update(steps)
-                overall.update(steps)
+                    bars[label] = tqdm(total=epochs, initial=before, desc=label, unit="epoch", leave=False)
+                bars[label].set_postfix_str(f"validation accuracy {accuracy:.2%}" if epoch else "", refresh=False)
+                bars[label].update(epoch - before)
+                overall.update(epoch - before)
                 if epoch == epochs:
-                    bar.close()
+                    bars[label].close()
             overall.refresh()  # the time left goes on between epochs
         for bar in bars.values():
             bar.close()
 
 
-def _show_lines(updates: Iterator[list[Change]], before: int, epochs: int, runs: int) -> None:
-    begun, total = time.monotonic(), runs * epochs
-    done = before
-    for changes in updates:
-        for label, epoch, accuracy in changes:
-            if not epoch:
-                continue
-            done += 1
-            left = tqdm.format_interval((time.monotonic() - begun) / (done - before) * (total - done))
-            line = f"{label}: epoch {epoch}/{epochs}, validation accuracy {accuracy:.2%}"
-            print(f"{line}; {done}/{total} epochs, {left} left", file=sys.stderr, flush=True)
+def _show_lines(updates: Iterator[list[Change]], done: int, epochs: int, runs: int) -> None:
+    begun, done_before = time.monotonic(), done
+    for label, before, epoch, accuracy in itertools.chain.from_iterable(updates):
+        if not epoch:
+            continue
+        done += epoch - before
+        seconds = (time.monotonic() - begun) / (done - done_before) * (runs * epochs - done)
+        line = f"{label}: epoch {epoch}/{epochs}, validation accuracy {accuracy:.2%}"
+        left = f"{done}/{runs * epochs} epochs, {tqdm.format_interval(seconds)} left"
+        print(f"{line}; {left}", file=sys.stderr, flush=True)

@@ -175,7 +175,7 @@ class Study:
         """A row an epoch of every run: condition, seed, and the columns of history.csv (accuracies from 0 to 1)."""
         parts = []
         for (condition, seed), folder in self.folders.items():
-            table = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+            table = pd.read_csv(folder / "history.csv")
             table.insert(0, "condition", condition)
             table.insert(1, "seed", seed)
             parts.append(table)

@@ -1,0 +1,25 @@
+import os
+from dataclasses import replace
+
+import pytest
+
+from s6lib.conditions import CONDITIONS, PLAIN
+from s6lib.data import load_mnist
+from s6lib.study import run_study
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Two epochs on ten batches: seconds, and long enough for every part of a run.
+TINY = replace(PLAIN, epochs=2, train_images=640)
+L1_BN, _, _, GBN, _ = CONDITIONS
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    return load_mnist()
+
+
+@pytest.fixture(scope="session")
+def tiny_study(tmp_path_factory):
+    """A real study, made once: not to be changed."""
+    return run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path_factory.mktemp("tiny"), jobs=1, show_progress=False)

@@ -1,0 +1,169 @@
+import gzip
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as torchvision_functional
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.datasets import MNIST
+
+from s6lib.data import (
+    CLASS_NAMES,
+    DATA,
+    Split,
+    adjust_brightness,
+    adjust_contrast,
+    batches,
+    load_mnist,
+    normalise,
+    rotate,
+)
+
+ARCHIVES = [name for name, _ in MNIST.resources]
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """A data folder with the four archives, not yet unpacked."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ARCHIVES:
+        shutil.copy(DATA / "MNIST" / "raw" / name, raw)
+    return raw
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", ["file:///nowhere/"])
+
+
+def test_mnist_has_the_official_counts(mnist):
+    train, test = mnist
+    assert train.images.shape == (60_000, 28, 28)
+    assert test.images.shape == (10_000, 28, 28)
+    assert train.images.dtype == torch.uint8
+    assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert CLASS_NAMES[::9] == ("zero", "nine")
+
+
+def test_archives_unpack_offline(archives, no_network, mnist):
+    train, test = load_mnist(archives.parents[1])
+    assert torch.equal(test.images, mnist[1].images)
+    assert torch.equal(train.labels, mnist[0].labels)
+
+
+def test_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist):
+    load_mnist(archives.parents[1])
+    unpacked = archives / "t10k-images-idx3-ubyte"
+    damaged = bytearray(unpacked.read_bytes())
+    damaged[5000] ^= 255
+    unpacked.write_bytes(damaged)
+    assert torch.equal(load_mnist(archives.parents[1])[1].images, mnist[1].images)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize("damage", ["missing", "flipped", "truncated"])
+def test_damaged_archive_is_named_with_the_remedy(archives, no_network, name, damage):
+    content = bytearray((archives / name).read_bytes())
+    content[len(content) // 2] ^= 255
+    (archives / name).unlink()
+    if damage != "missing":
+        (archives / name).write_bytes(content if damage == "flipped" else content[:100])
+    with pytest.raises(RuntimeError, match=rf"{name}\. Restore it with `git checkout"):
+        load_mnist(archives.parents[1])
+
+
+class _Mirror(SimpleHTTPRequestHandler):
+    def __init__(self, *args):
+        super().__init__(*args, directory=DATA / "MNIST" / "raw")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Mirror) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        yield
+        server.shutdown()
+
+
+def test_missing_and_damaged_archives_are_downloaded(archives, mirror, mnist):
+    (archives / ARCHIVES[1]).unlink()
+    (archives / ARCHIVES[3]).write_bytes(gzip.compress(b"not MNIST"))
+    train, test = load_mnist(archives.parents[1])
+    assert torch.equal(train.labels, mnist[0].labels)
+    assert torch.equal(test.labels, mnist[1].labels)
+
+
+def test_normalise_gives_mean_zero_and_deviation_one(mnist):
+    images = normalise(mnist[0].images)
+    assert images.shape == (60_000, 1, 28, 28)
+    assert abs(float(images.mean())) < 1e-3
+    assert abs(float(images.std()) - 1) < 1e-3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 59_990), st.lists(st.floats(-180, 180, width=32), min_size=1, max_size=5))
+def test_rotate_is_torchvisions_image_by_image(mnist, first, angles):
+    images = mnist[0].images[first : first + len(angles)]
+    angles = torch.tensor(angles)
+    rotated = rotate(images, angles)
+    for image, angle, ours in zip(images, angles.tolist(), rotated, strict=True):
+        if angle % 90:  # torchvision turns right angles by another rule
+            assert torch.equal(ours, torchvision_functional.rotate(image[None], angle, fill=[1])[0].float())
+
+
+def test_rotate_brings_in_the_fill(mnist):
+    corner = rotate(mnist[0].images[:1], torch.tensor([15.0]))[0, 0, 0]
+    assert corner == 1
+    assert rotate(mnist[0].images[:1], torch.tensor([15.0]), fill=7)[0, 0, 0] == 7
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 59_990), st.lists(st.floats(0, 3, width=32), min_size=1, max_size=5))
+def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
+    images = mnist[0].images[first : first + len(factors)]
+    brighter, stretched = (change(images, torch.tensor(factors)) for change in (adjust_brightness, adjust_contrast))
+    for i, factor in enumerate(factors):
+        one = images[i][None]
+        assert torch.equal(brighter[i], torchvision_functional.adjust_brightness(one, factor)[0].float())
+        difference = stretched[i] - torchvision_functional.adjust_contrast(one, factor)[0].float()
+        # An image's mean may round otherwise when taken in a batch: a grey level then falls on the other side.
+        assert difference.abs().max() <= 1
+        assert difference.count_nonzero() <= 4
+
+
+def test_batches_hold_every_image_once_with_its_label(mnist):
+    split = Split(mnist[0].images[:150], torch.arange(150))
+    parts = list(batches(split, 64, rotation=0.0, jitter=0.0, generator=torch.Generator().manual_seed(1)))
+    assert [len(labels) for _, labels in parts] == [64, 64, 22]
+    images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    assert labels.sort().values.tolist() == list(range(150))
+    assert labels.tolist() != list(range(150))
+    assert torch.equal(images, normalise(split.images[labels]))
+
+
+def test_batches_come_from_the_generator_alone(mnist):
+    def drawn(seed):
+        split = Split(mnist[0].images[:100], mnist[0].labels[:100])
+        return torch.cat([images for images, _ in batches(split, 64, 15.0, 0.1, torch.Generator().manual_seed(seed))])
+
+    torch.manual_seed(1)
+    first = drawn(3)
+    torch.manual_seed(2)
+    assert torch.equal(first, drawn(3))
+    assert not torch.equal(first, drawn(4))
+
+
+def test_each_image_of_a_batch_has_its_own_augmentation(mnist):
+    same = Split(mnist[0].images[:1].expand(64, -1, -1), torch.zeros(64, dtype=torch.int64))
+    for rotation, jitter in ((15.0, 0.0), (0.0, 0.1)):
+        ((images, _),) = batches(same, 64, rotation, jitter, torch.Generator().manual_seed(1))
+        assert len(images.flatten(1).unique(dim=0)) > 40  # small angles may agree to the pixel

@@ -1,0 +1,128 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+from torchsummary import summary
+
+from s6lib.conditions import CONDITIONS, PLAIN, RECIPES, build_model
+from s6lib.models import BottleneckNet, Dropout, PlainNet
+
+PLAIN_LAYERS = """
+Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -
+Conv 10x12x12 900 - ReLU - BN 20 - Dropout - Conv 12x10x10 1,080 - ReLU - BN 24 - Dropout - Conv 16x8x8 1,728 -
+ReLU - BN 32 - Dropout - Conv 16x6x6 2,304 - ReLU - BN 32 - Dropout - Conv 16x4x4 2,304 - ReLU - BN 32 -
+AvgPool 16x1x1 - Conv 10x1x1 160"""
+BOTTLENECK_LAYERS = """
+Conv 10x26x26 90 - ReLU - BN 20 - Conv 16x24x24 1,440 - ReLU - BN 32 - Conv 10x24x24 160 - BN 20 - ReLU -
+MaxPool 10x12x12 - Conv 10x10x10 900 - ReLU - BN 20 - Conv 32x10x10 320 - BN 64 - ReLU - Conv 10x10x10 320 - ReLU -
+BN 20 - Conv 10x8x8 900 - ReLU - BN 20 - Conv 32x8x8 320 - BN 64 - ReLU - Conv 10x8x8 320 - ReLU - BN 20 -
+Conv 14x6x6 1,260 - ReLU - BN 28 - Conv 16x4x4 2,016 - ReLU - BN 32 - AvgPool 16x1x1 - Conv 10x1x1 160"""
+LONG = {"Conv": "Conv2d", "BN": "BatchNorm2d", "MaxPool": "MaxPool2d", "AvgPool": "AvgPool2d"}
+
+
+def expected_layers(text):
+    """(type, output shape, parameters) a layer, from the design's shorthand: shapes and zeros are left out there."""
+    shape = ""
+    for word in " ".join(text.split()).split(" - "):
+        kind, *numbers = word.split()
+        parameters = "0"
+        for number in numbers:
+            if "x" in number:
+                shape = ", ".join(number.split("x"))
+            else:
+                parameters = number
+        yield LONG.get(kind, kind), shape, parameters
+
+
+@pytest.mark.parametrize(
+    ("network", "text", "totals"),
+    [
+        (PlainNet, PLAIN_LAYERS, ["9,646", "0.63", "0.04", "0.67"]),
+        (BottleneckNet, BOTTLENECK_LAYERS, ["8,546", "0.72", "0.03", "0.76"]),
+    ],
+)
+def test_torchsummary_prints_the_layer_table(network, text, totals, capsys):
+    summary(network(), (1, 28, 28), device="cpu")
+    printed = capsys.readouterr().out
+    rows = re.findall(r"(\w+)-\d+ +\[-1, ([\d, ]+)\] +([\d,]+)", printed)
+    assert rows == list(expected_layers(text))
+    sizes = [
+        re.search(rf"{name}: ([\d.,]+)", printed)[1]
+        for name in ("Total params", "pass size \\(MB\\)", "Params size \\(MB\\)", "Total Size \\(MB\\)")
+    ]
+    assert sizes == totals
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: condition.slug)
+def test_every_condition_gives_logits(recipe, condition):
+    model = build_model(recipe, condition)
+    assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
+    assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
+
+
+def test_summary_names_the_ghost_layers(capsys):
+    summary(build_model(PLAIN, CONDITIONS[3]), (1, 28, 28), device="cpu")
+    assert capsys.readouterr().out.count("GhostBatchNorm-") == 7
+
+
+class TestDropout:
+    def masks(self, p, shape, count):
+        torch.manual_seed(5)
+        layer = Dropout(p)
+        ones = torch.ones(shape).to(memory_format=torch.channels_last)
+        return torch.stack([layer(ones) for _ in range(count)])
+
+    @pytest.mark.parametrize("p", [0.04, 0.3, 0.9])
+    def test_rate_and_mean(self, p):
+        masks = self.masks(p, (64, 10, 28, 28), 20)
+        deviation = (p * (1 - p) / masks.numel()) ** 0.5
+        assert abs(float((masks == 0).double().mean()) - p) < 5 * deviation
+        assert abs(float(masks.double().mean()) - 1) < 5 * deviation / (1 - p)
+        assert set(masks.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p)))}
+
+    def test_every_element_is_dropped_at_the_rate(self):
+        dropped = (self.masks(0.3, (4, 3, 5, 5), 4000) == 0).double()
+        deviation = (0.3 * 0.7 / 4000) ** 0.5
+        assert float((dropped.mean(0) - 0.3).abs().max()) < 5 * deviation
+
+    def test_elements_and_steps_are_independent(self):
+        dropped = (self.masks(0.3, (4, 3, 5, 5), 4000) == 0).double().flatten(1)
+        dropped -= dropped.mean()
+        covariances = dropped.T @ dropped / len(dropped)  # between the elements of a mask
+        covariances.fill_diagonal_(0)
+        assert float(covariances.abs().max()) < 5.5 * 0.21 / 4000**0.5
+        between_steps = (dropped[:-1] * dropped[1:]).mean()
+        assert abs(float(between_steps)) < 5 * 0.21 / dropped[1:].numel() ** 0.5
+
+    def test_gaps_between_drops_are_geometric(self):
+        positions = (self.masks(0.04, (64, 10, 28, 28), 1).flatten() == 0).nonzero().flatten()
+        # channels_last memory order is another order of the same independent elements
+        gaps = positions.diff()
+        observed = torch.stack([(gaps == gap).double().mean() for gap in (1, 2, 3)])
+        expected = 0.04 * 0.96 ** torch.arange(3, dtype=torch.float64)
+        assert torch.allclose(observed, expected, atol=5 * (0.04 / len(gaps)) ** 0.5)
+
+    def test_gradient_is_the_mask(self):
+        torch.manual_seed(1)
+        images = torch.randn(8, 3, 6, 6, requires_grad=True)
+        output = Dropout(0.5)(images)
+        output.sum().backward()
+        assert torch.equal(images.detach() * images.grad, output)
+
+    @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+    def test_evaluation_and_extremes_are_torchs(self, p):
+        images = torch.randn(4, 3, 5, 5)
+        assert torch.equal(Dropout(p).eval()(images), images)
+        if p != 0.5:
+            assert torch.equal(Dropout(p)(images), nn.Dropout(p)(images))
+        assert repr(Dropout(p)).startswith("Dropout(p=")
+
+    def test_keeps_the_memory_format_and_takes_any_strides(self):
+        images = torch.randn(4, 3, 5, 5)
+        last = images.to(memory_format=torch.channels_last)
+        assert Dropout(0.5)(last).is_contiguous(memory_format=torch.channels_last)
+        expanded = torch.ones(1).expand(1000)
+        assert set(Dropout(0.5)(expanded).tolist()) == {0.0, 2.0}
+        assert Dropout(0.5)(torch.ones(0)).shape == (0,)

@@ -1,0 +1,36 @@
+import matplotlib.image
+import pytest
+
+from s6lib.plots import COLORS, plot_accuracy, plot_loss, plot_misclassified, save
+
+
+@pytest.mark.parametrize(("plot", "column"), [(plot_accuracy, "val_accuracy"), (plot_loss, "val_loss")])
+def test_curves_show_every_condition_with_its_colour_and_dash(tiny_study, plot, column):
+    figure = plot(tiny_study)
+    whole, close = figure.axes
+    assert [text.get_text().splitlines()[0] for text in figure.legends[0].get_texts()] == ["L1 + BN", "GBN"]
+    for line, slug, dash in zip(whole.get_lines(), ("l1-bn", "gbn"), ("-", "--"), strict=True):
+        assert line.get_color() == COLORS[slug]
+        assert line.get_linestyle() == dash
+        means = tiny_study.history[tiny_study.history["condition"] == slug].groupby("epoch")[column].mean()
+        assert line.get_ydata().tolist() == pytest.approx(means.tolist())
+    assert len(close.get_lines()) == 2
+    last = tiny_study.history.query("epoch == 2 and condition == 'gbn'")[column].mean()
+    shown = figure.legends[0].get_texts()[1].get_text().splitlines()[1]
+    assert shown == (f"{last:.2%}" if column == "val_accuracy" else f"{last:.4f}")
+
+
+def test_misclassified_names_both_classes_of_25_digits(tiny_study, mnist):
+    figure = plot_misclassified(tiny_study, mnist[1])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert len(titles) == 25
+    assert all(", taken for\n" in title and title.endswith("%)") for title in titles)
+    assert "25 of its" in figure.get_suptitle()
+
+
+def test_saved_figures_are_sharp_and_the_same_each_time(tiny_study, tmp_path):
+    for name in ("a", "b"):
+        save(plot_accuracy(tiny_study), tmp_path / "new" / f"{name}.png")
+    a, b = (tmp_path / "new" / f"{name}.png" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    assert matplotlib.image.imread(a).shape[:2] == (1000, 2000)

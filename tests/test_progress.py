@@ -1,0 +1,58 @@
+import re
+from pathlib import Path
+
+import pytest
+
+import s6lib.progress
+from s6lib.progress import progress
+from s6lib.run import COLUMNS
+
+
+def write(path: Path, *accuracies: float) -> None:
+    rows = [f"{epoch},0,0,0,0,0,{accuracy},0" for epoch, accuracy in enumerate(accuracies, 1)]
+    path.write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
+
+
+@pytest.fixture
+def histories(tmp_path):
+    """Three runs of four epochs: one stopped after its first epoch, two not begun."""
+    paths = {f"GBN, seed {seed}": tmp_path / f"{seed}.csv" for seed in (1, 2, 3)}
+    write(paths["GBN, seed 1"], 0.98)
+    return paths
+
+
+def test_lines_in_a_pipe(histories, capsys):
+    with progress(histories, epochs=4):
+        write(histories["GBN, seed 1"], 0.98, 0.985, 0.99, 0.9944)
+        write(histories["GBN, seed 2"])
+    with progress(histories, epochs=4):
+        write(histories["GBN, seed 2"], 0.97)
+    printed = capsys.readouterr().err
+    assert re.fullmatch(
+        r"GBN, seed 1: epoch 4/4, validation accuracy 99.44%; 4/12 epochs, \d\d:\d\d left\n"
+        r"GBN, seed 2: epoch 1/4, validation accuracy 97.00%; 5/12 epochs, \d\d:\d\d left\n",
+        printed,
+    )
+
+
+def test_bars_in_a_terminal(histories, capsys, monkeypatch):
+    monkeypatch.setattr(s6lib.progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with progress(histories, epochs=4):
+        write(histories["GBN, seed 1"], 0.98, 0.985, 0.99, 0.9944)
+        write(histories["GBN, seed 3"])
+    printed = capsys.readouterr().err
+    assert "all runs" in printed
+    assert "4/12" in printed
+    assert "GBN, seed 3" in printed
+    assert "GBN, seed 2" not in printed
+
+
+def test_nothing_to_do_prints_no_line(capsys):
+    with progress({}, epochs=4):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_it_ends_with_an_error_in_the_block(histories):
+    with pytest.raises(KeyboardInterrupt), progress(histories, epochs=4):
+        raise KeyboardInterrupt

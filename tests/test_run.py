@@ -1,0 +1,156 @@
+import json
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import GBN, L1_BN, TINY
+
+import s6lib.run
+from s6lib.run import COLUMNS, RunError, is_complete, recorded, save_run, train_run
+
+
+class Stopped(BaseException):
+    """Stands for a process that ends where it is."""
+
+
+def assert_same_run(a, b):
+    for row, other in zip(a.history, b.history, strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+    assert a.weights.keys() == b.weights.keys()
+    assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+    assert np.array_equal(a.predictions, b.predictions)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return train_run(TINY, GBN, 1)
+
+
+def test_run_holds_what_the_design_says(undisturbed):
+    assert [tuple(row) for row in undisturbed.history] == [COLUMNS] * 2
+    assert [row["epoch"] for row in undisturbed.history] == [1, 2]
+    assert undisturbed.predictions.dtype == np.uint8
+    assert undisturbed.predictions.shape == (10_000,)
+    assert undisturbed.machine["device"] == "cpu"
+
+
+def test_predictions_and_accuracy_agree(undisturbed, mnist):
+    hits = int((undisturbed.predictions == mnist[1].labels.numpy()).sum())
+    assert undisturbed.history[-1]["val_accuracy"] == hits / 10_000
+
+
+def test_randomness_comes_from_the_seed_alone(undisturbed):
+    torch.manual_seed(99)
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
+    assert_same_run(train_run(TINY, GBN, 1), undisturbed)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == 2
+    assert train_run(TINY, GBN, 2).history != undisturbed.history
+
+
+def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
+    drawn = []
+    original = s6lib.run.batches
+
+    def spy(*args):
+        for images, labels in original(*args):
+            drawn.append((images, labels))
+            yield images, labels
+
+    monkeypatch.setattr(s6lib.run, "batches", spy)
+    once = replace(TINY, epochs=1)
+    runs = [train_run(once, condition, 1) for condition in (L1_BN, GBN)]
+    for (images, labels), (others, other_labels) in zip(drawn[:10], drawn[10:], strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, other_labels)
+    assert runs[0].history != runs[1].history
+
+
+@pytest.mark.parametrize("writes", range(1, 8))
+def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_path, monkeypatch, writes):
+    """The process ends in the middle of the n-th file that it writes; then the same run is asked for again."""
+    original, count = os.fsync, 0
+
+    def fsync(descriptor):
+        nonlocal count
+        count += 1
+        if count == writes:
+            raise Stopped
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(Stopped):
+        train_run(TINY, GBN, 1, tmp_path)
+    monkeypatch.undo()
+    assert_same_run(train_run(TINY, GBN, 1, tmp_path), undisturbed)
+
+
+def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
+    def stop_at_epoch_2(model, batches, optimizer, *penalties):
+        if optimizer.state:
+            raise Stopped
+        return original(model, batches, optimizer, *penalties)
+
+    original = s6lib.run.train_epoch
+    monkeypatch.setattr(s6lib.run, "train_epoch", stop_at_epoch_2)
+    with pytest.raises(Stopped):
+        train_run(TINY, GBN, 1, tmp_path)
+    (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half a file")
+
+    epochs = []
+    monkeypatch.setattr(s6lib.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
+    assert_same_run(train_run(TINY, GBN, 1, tmp_path), undisturbed)
+    assert len(epochs) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
+    train_run(TINY, GBN, 1, tmp_path)
+    assert recorded(tmp_path)["recipe"]["epochs"] == 2
+    assert not is_complete(tmp_path)
+    save_run(tmp_path, TINY, GBN, 1, undisturbed)
+    assert is_complete(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "history.csv", "weights.pt", "predictions.npy"}
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["condition"]["slug"] == "gbn"
+    assert about["seed"] == 1
+    assert about["torch"] == torch.__version__
+    assert about == recorded(tmp_path)
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(weights[name], undisturbed.weights[name]) for name in weights)
+
+
+def test_an_empty_folder_records_nothing(tmp_path):
+    assert recorded(tmp_path) is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path):
+    explodes = replace(TINY, learning_rate=0.01, decay=1e30, decay_epochs=1)
+    with pytest.raises(RunError, match=r"GBN \(gbn\), seed 1: the loss is not finite at epoch 2, step \d+; lower"):
+        train_run(explodes, GBN, 1, tmp_path)
+    assert (tmp_path / "history.csv").read_text().splitlines()[1].startswith("1,0.01,")
+    assert recorded(tmp_path)["history"][0]["epoch"] == 1
+
+
+def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
+    original = s6lib.run.evaluate
+    monkeypatch.setattr(s6lib.run, "evaluate", lambda *args: original(*args)._replace(loss=float("nan")))
+    with pytest.raises(RunError, match="epoch 1, step 10"):
+        train_run(TINY, GBN, 1)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Harmful()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        train_run(TINY, GBN, 1, tmp_path)
+    assert not (tmp_path / "harm").exists()

@@ -1,0 +1,183 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GBN, L1_BN, TINY
+from filelock import FileLock
+
+from s6lib.conditions import Condition
+from s6lib.run import is_complete
+from s6lib.study import RunsFailed, Study, StudyError, run_folder, run_study
+
+
+def assert_same_study(a, b):
+    assert a.folders.keys() == b.folders.keys()
+    pd.testing.assert_frame_equal(
+        a.history.drop(columns="seconds"), b.history.drop(columns="seconds"), check_exact=True
+    )
+    for run in a.folders:
+        assert np.array_equal(a.predictions(*run), b.predictions(*run))
+        assert (a.folders[run] / "weights.pt").read_bytes() == (b.folders[run] / "weights.pt").read_bytes()
+
+
+def test_runs_side_by_side_equal_runs_in_turn(tiny_study, tmp_path):
+    conditions, seeds = (GBN, L1_BN), (2, 1)  # in another order too
+    assert_same_study(run_study(TINY, conditions, seeds, tmp_path, jobs=2, show_progress=False), tiny_study)
+
+
+def test_a_finished_run_is_not_repeated(tiny_study, capsys):
+    out = tiny_study.folders["gbn", 1].parents[2]
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
+    again = run_study(TINY, (L1_BN, GBN, GBN), (1, 2, 1), out, show_progress=True)
+    assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
+    assert_same_study(again, tiny_study)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "conditions", "difference"),
+    [
+        (replace(TINY, epochs=3), (GBN,), "epochs = 2, not 3"),
+        (replace(TINY, train_images=65), (L1_BN,), "train_images = 640, not 65"),
+        (replace(TINY, rotation=7.0, dropout=0.1), (GBN,), "dropout = 0.04, not 0.1; rotation = 15.0, not 7.0"),
+        (replace(TINY, epochs=3), (Condition("new", "New"),), "epochs = 2, not 3"),
+        (TINY, (replace(GBN, num_splits=8),), "num_splits = 4, not 8"),
+    ],
+)
+def test_a_folder_trained_otherwise_is_refused(tiny_study, recipe, conditions, difference):
+    out = tiny_study.folders["gbn", 1].parents[2]
+    with pytest.raises(StudyError, match=f"was trained with {difference}"):
+        run_study(recipe, conditions, (7,), out)
+    assert not run_folder(out, recipe, conditions[0], 7).exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(StudyError, match="another study is at work in"):
+        run_study(TINY, (GBN,), (1,), tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "gpu", "tpu"])
+def test_a_missing_device_is_refused(tmp_path, device):
+    with pytest.raises(StudyError, match=f"device '{device}' is not available here; use auto or one of: .*cpu"):
+        run_study(TINY, (GBN,), (1,), tmp_path, device=device)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failed_run_lets_the_others_finish(tmp_path, jobs):
+    once = replace(TINY, epochs=1)
+    bad = Condition("bad", "Bad", l1=1e38)
+    with pytest.raises(RunsFailed, match=r"^Bad \(bad\), seed 1: the loss is not finite at epoch 1, step 1;"):
+        run_study(once, (bad, GBN), (1,), tmp_path, jobs=jobs, show_progress=False)
+    assert not is_complete(run_folder(tmp_path, once, bad, 1))
+    assert list(Study(tmp_path).folders) == [("gbn", 1)]
+
+
+def test_an_unforeseen_error_in_a_run_is_named(tmp_path):
+    folder = run_folder(tmp_path, TINY, GBN, 1)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file where the folder should be")
+    with pytest.raises(RunsFailed, match=r"GBN \(gbn\), seed 1: FileExistsError"):
+        run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+
+def start(out, *more):
+    command = [sys.executable, "-m", "s6lib", "run", "--conditions", "l1-bn", "gbn", "--seeds", "1", "2"]
+    command += ["--epochs", "2", "--train-images", "640", "--out", str(out), "--jobs", "2", "--device", "cpu", *more]
+    # The pipe closes when driver and workers have all ended.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_kills_at_random_moments_lose_nothing(tiny_study, tmp_path):
+    moments = random.Random(20)
+    for kill in range(5):
+        process = start(tmp_path)
+        try:
+            process.wait(moments.uniform(2, 9))
+        except subprocess.TimeoutExpired:
+            if kill % 2:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()  # the driver alone: its workers must notice
+        process.communicate(timeout=60)
+    process = start(tmp_path)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert_same_study(Study(tmp_path), tiny_study)
+    leftovers = [path for path in tmp_path.rglob("*") if path.name.endswith(".part") or path.name == "checkpoint.pt"]
+    assert not leftovers
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, "--seeds", "1", "2", "3", "4")
+    line = ""
+    while "epoch 1/2" not in line:
+        line = process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: driver and workers
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in printed
+    assert "Traceback" not in printed
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_history_is_tidy(tiny_study):
+    history = tiny_study.history
+    assert list(history.columns[:4]) == ["condition", "seed", "epoch", "lr"]
+    assert len(history) == 2 * 2 * 2
+    assert history.groupby(["condition", "seed"], sort=False).ngroups == 4
+    assert list(history["condition"].unique()) == ["l1-bn", "gbn"]
+    assert history["penalty"].gt(0).eq(history["condition"] == "l1-bn").all()
+
+
+def test_summary_is_of_the_last_epoch(tiny_study):
+    summary = tiny_study.summary()
+    assert list(summary["label"]) == ["L1 + BN", "L1 + BN", "GBN", "GBN"]
+    for row in summary.itertuples():
+        history = tiny_study.history.query("condition == @row.condition and seed == @row.seed")
+        assert row.accuracy == history["val_accuracy"].iloc[-1]
+        assert row.best_accuracy == history["val_accuracy"].max()
+        assert history.loc[history["epoch"] == row.best_epoch, "val_accuracy"].item() == row.best_accuracy
+        assert row.seconds == pytest.approx(history["seconds"].sum())
+
+
+def test_model_is_the_saved_one(tiny_study, mnist):
+    from s6lib.train import evaluate
+
+    for run in tiny_study.folders:
+        model = tiny_study.model(*run)
+        assert not model.training
+        evaluation = evaluate(model, mnist[1])
+        assert evaluation.predictions.tolist() == tiny_study.predictions(*run).tolist()
+
+
+def test_study_of_nothing_and_a_run_that_is_not_there(tiny_study, tmp_path):
+    with pytest.raises(StudyError, match=r"no complete plain run in .*python -m s6lib run --recipe plain"):
+        Study(tmp_path)
+    for name in (tiny_study.model, tiny_study.predictions):
+        with pytest.raises(StudyError, match="no complete run of condition 'gbn', seed 3; there are: l1-bn 1, l1-bn 2"):
+            name("gbn", 3)
+
+
+def test_a_run_not_complete_is_left_out(tmp_path):
+    once = replace(TINY, epochs=1, train_images=64)
+    run_study(once, (GBN,), (1, 2), tmp_path, jobs=1, show_progress=False)
+    (run_folder(tmp_path, once, GBN, 2) / "run.json").unlink()
+    assert list(Study(tmp_path).folders) == [("gbn", 1)]
+    about = json.loads((run_folder(tmp_path, once, GBN, 1) / "run.json").read_text())
+    assert Study(tmp_path).recipe == once
+    assert about["recipe"]["train_images"] == 64
+    assert torch.get_num_threads() >= 1
