@@ -1,0 +1,98 @@
+"""How fast the study trains, as ratios within one run of this script: `python benchmarks/training_speed.py`.
+
+Each round measures, one after the other on an idle machine: the usual recipe (a DataLoader with per-image PIL
+transforms, torch's own layers, default threads), the study on all cores (or the GPU), and a run with BatchNorm and one
+with GhostBatchNorm alone. It prints medians over the rounds, and the ratios with their lowest and highest.
+"""
+
+import resource
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from joblib import Parallel, cpu_count, delayed
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
+
+from s6lib.conditions import ALL_CONDITIONS, CONTROL, PLAIN
+from s6lib.data import DATA, FILL, MEAN, STD
+from s6lib.models import Dropout, PlainNet
+from s6lib.run import train_run
+
+ROUNDS = 7
+IMAGES = 12_800
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+JOBS = cpu_count() if DEVICE == "cpu" else 1
+SHORT = replace(PLAIN, epochs=1, train_images=IMAGES)
+
+
+def usual_recipe(loader_processes: int) -> float:
+    """Images a second of training as most notebooks do it."""
+    augment = [transforms.RandomRotation(PLAIN.rotation, fill=(FILL,))]
+    augment += [transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))]
+    images = Subset(datasets.MNIST(DATA, transform=transforms.Compose(augment)), range(IMAGES))
+    loader = DataLoader(images, PLAIN.batch_size, shuffle=True, num_workers=loader_processes)
+    model = PlainNet(dropout=PLAIN.dropout)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Dropout):
+                setattr(parent, name, nn.Dropout(PLAIN.dropout))
+    model.to(DEVICE).train()
+    optimizer = torch.optim.SGD(model.parameters(), PLAIN.learning_rate, PLAIN.momentum)
+    begun = time.perf_counter()
+    for inputs, labels in loader:
+        inputs, labels = inputs.to(DEVICE), labels.to(DEVICE)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+    return IMAGES / (time.perf_counter() - begun)
+
+
+def one_run(slug: str) -> tuple[float, float]:
+    """Images a second of a run of the study, and the peak memory of its process in GB."""
+    with TemporaryDirectory() as folder:
+        (row,) = train_run(SHORT, ALL_CONDITIONS[slug], 1, Path(folder), DEVICE).history
+    return IMAGES / row["seconds"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def whole_study() -> tuple[float, float]:
+    """Images a second of as many runs side by side as the study would have, and the largest peak memory in GB."""
+    runs = Parallel(n_jobs=JOBS)(delayed(one_run)(CONTROL.slug) for _ in range(JOBS))
+    return sum(speed for speed, _ in runs), max(memory for _, memory in runs)
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def main() -> None:
+    whole_study()  # starts the workers
+    rounds = []
+    for number in range(1, ROUNDS + 1):
+        usual, loading = usual_recipe(0), usual_recipe(2)
+        study, memory = whole_study()
+        [(bn, _)], [(gbn, _)] = (Parallel(n_jobs=JOBS)([delayed(one_run)(slug)]) for slug in ("bn", "gbn"))
+        rounds.append((usual, loading, study, bn, gbn, memory))
+        print(f"round {number} of {ROUNDS}: " + ", ".join(f"{value:.0f}" for value in rounds[-1][:-1]), flush=True)
+    usual, loading, study, bn, gbn, memory = zip(*rounds, strict=True)
+    print(
+        f"\n{DEVICE}, {JOBS} at a time, torch {torch.__version__}; medians over {ROUNDS} rounds (lowest to highest)\n"
+    )
+    print("| training PlainNet | images a second | ratio |\n|---|---|---|")
+    print(f"| usual recipe, DataLoader in the process | {statistics.median(usual):,.0f} | 1 |")
+    for name, speeds in (("usual recipe, DataLoader with 2 processes", loading), ("the study, all cores", study)):
+        ratios = [speed / base for speed, base in zip(speeds, usual, strict=True)]
+        print(f"| {name} | {statistics.median(speeds):,.0f} | {spread(ratios)} |")
+    print(f"\nTime of a GBN step over that of a BN step: {spread([a / b for a, b in zip(bn, gbn, strict=True)])}")
+    print(f"Peak memory of a worker: {max(memory):.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
