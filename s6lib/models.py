@@ -26,6 +26,23 @@ class Dropout(nn.Dropout):
         return input * mask
 
 
+def receptive_fields(model: nn.Module) -> list[tuple[str, int]]:
+    """For each layer that looks around, in order: its description, and how many input pixels, across, it sees.
+
+    Holds for a chain of square convolutions and pools. Dumoulin and Visin, arXiv:1603.07285.
+    """
+    fields, size, step = [], 1, 1
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+            kernel, stride = (
+                side[0] if isinstance(side, tuple) else side for side in (layer.kernel_size, layer.stride)
+            )
+            size += (kernel - 1) * step
+            step *= stride
+            fields.append((f"{type(layer).__name__} {kernel}x{kernel}", size))
+    return fields
+
+
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, padding: int = 0) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel, padding=padding, bias=False)
 

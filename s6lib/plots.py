@@ -1,17 +1,19 @@
 """Every figure, one function each. They return a `matplotlib.figure.Figure`; `save` writes it as a PNG at 2x."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
 
 from s6lib.analysis import misclassified
-from s6lib.data import Split
+from s6lib.data import CLASS_NAMES, Split
 from s6lib.study import Study
 
 # Okabe and Ito's palette, told apart by colour-blind readers; a condition has its colour in every figure.
@@ -47,7 +49,7 @@ def plot_accuracy(study: Study) -> Figure:
 
 def plot_loss(study: Study) -> Figure:
     """Validation cross-entropy, without penalties, of every condition by epoch, as in `plot_accuracy`."""
-    return _plot_curves(study, "val_loss", "validation loss (cross-entropy)", "{:.4f}".format)
+    return _plot_curves(study, "val_loss", "validation loss (cross-entropy without penalty)", "{:.4f}".format)
 
 
 def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[float], str]) -> Figure:
@@ -57,15 +59,17 @@ def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[floa
         whole, close = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curves(whole, study, study.history, column)
         _draw_curves(close, study, study.history.query("epoch > @epochs // 2"), column)
-        for axes, title in ((whole, f"all {epochs} epochs"), (close, f"closer: epochs {epochs // 2 + 1} to {epochs}")):
-            axes.set(title=title, xlabel="epoch", ylabel="")
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        first = epochs // 2 + 1
+        for axes, start, title in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
+            axes.set(title=title, xlabel="epoch (vertical lines: learning rate falls)", ylabel="")
+            axes.set_xticks([epoch for epoch in range(1, epochs + 1, study.recipe.decay_epochs) if epoch >= start])
             if column.endswith("accuracy"):
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if axes is whole else 2))
         last = study.history.query("epoch == @epochs").groupby("condition")[column].mean()
         labels = [f"{study.conditions[slug].label}\n{formatted(last[slug])}" for slug in study.conditions]
-        figure.legend(whole.get_lines(), labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.suptitle(f"{study.recipe.network}: {name} (below: at the last epoch)")
+        legend = {"loc": "outside lower center", "ncols": len(labels), "frameon": False}
+        figure.legend(whole.get_lines(), labels, title="condition, and its value at the last epoch", **legend)
+        figure.suptitle(f"{study.recipe.network}: {name}")
     return figure
 
 
@@ -83,20 +87,79 @@ def _draw_curves(axes: Axes, study: Study, history: pd.DataFrame, column: str) -
         )
 
 
+def plot_digits(images: Tensor, titles: Sequence[str], columns: int, title: str = "") -> Figure:
+    """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its own title."""
+    rows = -(-len(images) // columns)
+    lines = 1 + max(text.count("\n") for text in titles)
+    figure = Figure(
+        figsize=(1.6 * columns, rows * (1.35 + 0.2 * lines) + 0.35 * title.count("\n") + 0.4), layout="constrained"
+    )
+    with rc_context(STYLE):
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid:
+            axes.axis("off")
+        for axes, image, text in zip(grid, images, titles, strict=False):
+            axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+            axes.set_title(text, fontsize=10)
+        figure.suptitle(title)
+    return figure
+
+
 def plot_misclassified(study: Study, test: Split, condition: str = "gbn", seed: int = 1, count: int = 25) -> Figure:
     """The first `count` test images that a saved model gets wrong: actual and predicted class, and its confidence."""
     wrong = misclassified(study.model(condition, seed), test)
-    figure = Figure(figsize=(8, 9.5), layout="constrained")
+    shown = wrong.head(count)
+    titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in shown.itertuples()]
+    title = (
+        f"{study.recipe.network}, {study.conditions[condition].label}: {len(shown)} of its {len(wrong)} errors "
+        f"on {len(test.labels):,} test digits\nactual class, taken for predicted class (confidence)"
+    )
+    return plot_digits(test.images[shown["image"].tolist()], titles, columns=5, title=title)
+
+
+def plot_class_balance(train: Split, test: Split) -> Figure:
+    """How many digits of each class the two splits hold."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
     with rc_context(STYLE):
-        grid = figure.subplots(-(-count // 5), 5).ravel()
-        for axes in grid:
-            axes.axis("off")
-        for axes, row in zip(grid, wrong.head(count).itertuples(), strict=False):
-            axes.imshow(test.images[row.image].numpy(), cmap="gray_r")
-            axes.set_title(f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})", fontsize=10)
-        shown = min(count, len(wrong))
-        figure.suptitle(
-            f"{study.recipe.network}, {study.conditions[condition].label}: {shown} of its {len(wrong)} errors "
-            f"on {len(test.labels):,} test digits\nactual class, taken for predicted class (confidence)"
-        )
+        for axes, split, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
+            axes.bar(CLASS_NAMES, split.labels.bincount().numpy(), color=COLORS["l1-bn"])
+            axes.set(title=f"{len(split.labels):,} {name} digits", ylabel="digits of the class")
+            axes.tick_params("x", rotation=45)
+            axes.grid(visible=False, axis="x")
+    return figure
+
+
+def plot_ghost_means(activations: Tensor, splits: Sequence[int] = (1, 4, 16)) -> Figure:
+    """The noise of ghost statistics: means of ghost batches around that of the whole batch, in its SDs, by channel.
+
+    Args:
+        activations: (N, C, H, W), the input of a normalisation layer.
+        splits: numbers of ghost batches to compare.
+    """
+    center, scale = activations.mean((0, 2, 3)), activations.std((0, 2, 3))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    with rc_context(STYLE):
+        panels = figure.subplots(1, len(splits), sharey=True)
+        for axes, count in zip(panels, splits, strict=True):
+            ghosts = activations.tensor_split(count)
+            for ghost in ghosts:
+                noise = (ghost.mean((0, 2, 3)) - center) / scale
+                axes.plot(noise.numpy(), "o", color=COLORS["gbn"], alpha=0.6, markersize=5)
+            size = f"{len(ghosts[0])} images each"
+            axes.set(title=f"{count} split{'s' if count > 1 else ''}, {size}", xlabel="channel")
+        panels[0].set_ylabel("ghost mean minus batch mean\n(SDs of the channel)")
+    return figure
+
+
+def plot_confusion(matrix: np.ndarray, title: str = "") -> Figure:
+    """Errors by actual and predicted class; the correct predictions, on the diagonal, are left blank."""
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        labels = {"xticklabels": CLASS_NAMES, "yticklabels": CLASS_NAMES, "cbar_kws": {"label": "errors"}}
+        # Nothing on the diagonal, and no zeros: what remains to be read is the errors.
+        hidden = np.eye(10, dtype=bool) | (matrix == 0)
+        sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", cmap="Blues", vmin=0, square=True, ax=axes, **labels)
+        axes.set(xlabel="predicted", ylabel="actual", title=title)
+        axes.tick_params("x", rotation=45)
     return figure

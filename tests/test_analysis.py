@@ -1,7 +1,18 @@
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from s6lib.analysis import misclassified, result_table
+from s6lib.analysis import (
+    condition_table,
+    confused_pairs,
+    confusion_matrix,
+    misclassified,
+    result_table,
+    wilson_interval,
+    wrong_in_every_run,
+)
+from s6lib.conditions import CONDITIONS, PLAIN
 from s6lib.data import CLASS_NAMES
 from s6lib.train import predict_logits
 
@@ -29,3 +40,45 @@ def test_result_table_is_in_percent(tiny_study):
     assert table["condition"].tolist() == ["L1 + BN", "L1 + BN", "GBN", "GBN"]
     assert table["last epoch, %"].tolist() == pytest.approx((100 * tiny_study.summary()["accuracy"]).tolist())
     assert (table["best epoch, %"] >= table["last epoch, %"]).all()
+
+
+def test_condition_table_has_the_six_settings():
+    table = condition_table(PLAIN, CONDITIONS).set_index("condition")
+    assert table.loc["L1 + L2 + GBN"].tolist() == [2e-4, 1e-4, "GhostBatchNorm", 4, 0.04, 64, 0.01]
+    assert table["splits"].tolist() == [1, 1, 1, 4, 4]
+
+
+def test_confusions_of_known_predictions():
+    labels = np.array([4, 4, 9, 9, 1, 7, 0])
+    predictions = np.array([9, 4, 4, 9, 7, 7, 0])
+    matrix = confusion_matrix(predictions, labels)
+    assert matrix.sum() == 7
+    assert (matrix[4, 9], matrix[9, 4], matrix[1, 7], matrix[7, 1]) == (1, 1, 1, 0)
+    pairs = confused_pairs(matrix)
+    assert len(pairs) == 45
+    assert pairs.iloc[:2].to_numpy().tolist() == [["four / nine", 2, 2 / 3], ["one / seven", 1, 1 / 3]]
+    assert pairs["errors"].sum() == 3
+
+
+def test_confusions_of_a_model_are_its_errors(tiny_study, mnist):
+    labels, predictions = mnist[1].labels.numpy(), tiny_study.predictions("gbn")
+    matrix = confusion_matrix(predictions, labels)
+    assert matrix.sum(1).tolist() == np.bincount(labels).tolist()
+    assert matrix.sum(0).tolist() == np.bincount(predictions, minlength=10).tolist()
+    assert confused_pairs(matrix)["errors"].sum() == (predictions != labels).sum()
+
+
+def test_wrong_in_every_run(tiny_study, mnist):
+    labels = mnist[1].labels.numpy()
+    wrong = wrong_in_every_run(tiny_study, labels)
+    assert 0 < len(wrong) < 10_000
+    for condition, seed in tiny_study.folders:
+        assert (tiny_study.predictions(condition, seed)[wrong] != labels[wrong]).all()
+
+
+@pytest.mark.parametrize(("hits", "images"), [(9945, 10_000), (10_000, 10_000), (0, 20), (81, 263)])
+def test_wilson_interval_is_the_closed_form(hits, images):
+    z, p = scipy.stats.norm.ppf(0.975), hits / images
+    center = (p + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * (p * (1 - p) / images + z * z / (4 * images**2)) ** 0.5
+    assert wilson_interval(p, images) == pytest.approx((center - half, center + half), abs=1e-12)

@@ -6,7 +6,7 @@ from torch import nn
 from torchsummary import summary
 
 from s6lib.conditions import CONDITIONS, PLAIN, RECIPES, build_model
-from s6lib.models import BottleneckNet, Dropout, PlainNet
+from s6lib.models import BottleneckNet, Dropout, PlainNet, receptive_fields
 
 PLAIN_LAYERS = """
 Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -
@@ -65,6 +65,24 @@ def test_every_condition_gives_logits(recipe, condition):
 def test_summary_names_the_ghost_layers(capsys):
     summary(build_model(PLAIN, CONDITIONS[3]), (1, 28, 28), device="cpu")
     assert capsys.readouterr().out.count("GhostBatchNorm-") == 7
+
+
+@pytest.mark.parametrize("network", [PlainNet, BottleneckNet])
+def test_receptive_fields_are_where_gradients_reach(network):
+    layers = [m for m in network().modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
+    fields = receptive_fields(network())
+    assert len(fields) == len(layers)
+    for count, (_, size) in enumerate(fields, 1):
+        chain = nn.Sequential(*layers[:count])
+        for layer in chain:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.ones_(layer.weight)
+            if isinstance(layer, nn.MaxPool2d):
+                chain[list(chain).index(layer)] = nn.AvgPool2d(2)  # a maximum sends its gradient to one pixel only
+        images = torch.zeros(1, 1, 64, 64, requires_grad=True)
+        output = chain(images)
+        output[0, 0, output.shape[2] // 2, output.shape[3] // 2].backward()
+        assert int((images.grad[0, 0] != 0).any(0).sum()) == size
 
 
 class TestDropout:

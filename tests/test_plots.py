@@ -1,7 +1,18 @@
 import matplotlib.image
+import numpy as np
 import pytest
+import torch
 
-from s6lib.plots import COLORS, plot_accuracy, plot_loss, plot_misclassified, save
+from s6lib.plots import (
+    COLORS,
+    plot_accuracy,
+    plot_class_balance,
+    plot_confusion,
+    plot_ghost_means,
+    plot_loss,
+    plot_misclassified,
+    save,
+)
 
 
 @pytest.mark.parametrize(("plot", "column"), [(plot_accuracy, "val_accuracy"), (plot_loss, "val_loss")])
@@ -34,3 +45,25 @@ def test_saved_figures_are_sharp_and_the_same_each_time(tiny_study, tmp_path):
     a, b = (tmp_path / "new" / f"{name}.png" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
     assert matplotlib.image.imread(a).shape[:2] == (1000, 2000)
+
+
+def test_class_balance_shows_the_counts(mnist):
+    train, test = plot_class_balance(*mnist).axes
+    assert [bar.get_height() for bar in train.patches] == mnist[0].labels.bincount().tolist()
+    assert [bar.get_height() for bar in test.patches] == mnist[1].labels.bincount().tolist()
+
+
+def test_ghost_means_are_those_of_the_parts():
+    activations = torch.randn(16, 3, 5, 5)
+    whole, quarters = plot_ghost_means(activations, (1, 4)).axes
+    assert np.allclose(whole.get_lines()[0].get_ydata(), 0, atol=1e-6)
+    expected = (activations[4:8].mean((0, 2, 3)) - activations.mean((0, 2, 3))) / activations.std((0, 2, 3))
+    assert np.allclose(quarters.get_lines()[1].get_ydata(), expected, atol=1e-6)
+
+
+def test_confusion_shows_errors_alone():
+    matrix = np.diag([90] * 10)
+    matrix[4, 9] = 7
+    axes = plot_confusion(matrix, "title").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["7"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "actual")
