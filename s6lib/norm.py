@@ -1,9 +1,13 @@
 """Ghost Batch Normalization: BatchNorm whose training statistics come from parts of the batch."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class GhostBatchNorm(_BatchNorm):
@@ -11,10 +15,20 @@ class GhostBatchNorm(_BatchNorm):
 
     Input and output are (N, C, *): any shape with channels at dimension 1. In training the N samples are cut into
     `num_splits` contiguous ghost batches whose sizes differ by at most one (as `torch.tensor_split`; with fewer
-    samples than splits, one sample each), and each is normalised by its own mean and biased variance. The running
-    mean and variance take one momentum step a forward, toward the ghosts' means and unbiased variances averaged with
-    the weights n and n - 1, where n is a ghost's number of values a channel. In evaluation, and with one split, it is
-    BatchNorm; parameters and buffers are BatchNorm's own, so a state_dict moves between the two in both directions.
+    samples than splits, one sample each), and each is normalised by its own mean and biased variance.
+
+    The running mean and variance take one momentum step a forward, toward the ghosts' means and unbiased variances
+    averaged with the weights n and n - 1, where n is a ghost's number of values a channel. Other implementations take
+    a step a ghost, one after the other, so that the last ghosts count most and the momentum of a forward becomes
+    1 - (1 - momentum)^num_splits: 0.34 with 4 splits, 0.82 with 16. Here it is `momentum` for any number of splits.
+
+    In evaluation, and with one split, it is BatchNorm. Parameters and buffers are BatchNorm's own, so a state_dict
+    moves strictly between BatchNorm and GhostBatchNorm, with any number of splits, in both directions.
+
+    When it helps, by the literature: large batches cut into ghosts of 16 to 32 get back the generalization of small
+    ones (arXiv:1705.08741); at small and medium batch sizes it regularises, worth 0 to 1 point of accuracy
+    (arXiv:1906.03548); what helps is the noise, while small ghosts also part training from evaluation, so that noise
+    injected alone can do better (arXiv:2305.17205).
 
     Args:
         num_features: C.
@@ -22,12 +36,12 @@ class GhostBatchNorm(_BatchNorm):
         eps, momentum, affine, track_running_stats, device, dtype: as in `torch.nn.BatchNorm2d`.
 
     Raises ValueError for a `num_splits` that is not a whole number from 1, for an input whose dimension 1 is not C,
-    and in training for a ghost batch of one value a channel, whose variance is not defined.
+    and in training for a ghost batch of one value a channel, which has no variance.
 
-    Source: Hoffer, Hubara, Soudry, "Train longer, generalize better", arXiv:1705.08741, section 4 and algorithm 1;
-    the running statistics are updated once a forward rather than once a ghost, so that `momentum` means the same for
-    any number of splits.
+    Source: Hoffer, Hubara, Soudry, "Train longer, generalize better", arXiv:1705.08741, section 4 and algorithm 1.
     """
+
+    _revert_to: type[nn.Module] = nn.BatchNorm2d  # what `convert` found, so that `revert` can restore it
 
     def __init__(
         self,
@@ -37,25 +51,55 @@ class GhostBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1:
-            raise ValueError(f"num_splits must be a whole number from 1, not {num_splits!r}")
+        _check_num_splits(num_splits)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.num_splits = num_splits
 
+    @classmethod
+    def convert(cls, module: Module, num_splits: int) -> Module:
+        """Turn every BatchNorm1d, 2d and 3d in `module`, itself included, into a ghost one, in place; return it.
+
+        The layers stay the same objects, with their parameters, buffers, settings and hooks: an optimizer that holds
+        them goes on. SyncBatchNorm, InstanceNorm and subclasses with a forward of their own are left alone; layers
+        that are ghosts already get the new number of splits.
+        """
+        _check_num_splits(num_splits)
+        for layer in module.modules():
+            if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                layer._revert_to = type(layer)
+                layer.__class__ = cls
+            if isinstance(layer, cls):
+                layer.num_splits = num_splits
+        return module
+
+    @classmethod
+    def revert(cls, module: Module) -> Module:
+        """Turn every ghost layer in `module` back, in place, and return it.
+
+        A layer becomes the class that `convert` found, or BatchNorm2d if it was made as a GhostBatchNorm.
+        """
+        for layer in module.modules():
+            if isinstance(layer, cls):
+                layer.__class__ = layer._revert_to
+                for attribute in ("num_splits", "_revert_to"):
+                    layer.__dict__.pop(attribute, None)
+        return module
+
     def forward(self, input: Tensor) -> Tensor:
-        splits = min(self.num_splits, input.shape[0])
+        self._check_input_dim(input)
+        samples = input.shape[0]
+        splits = min(self.num_splits, samples)
         if not self.training or splits <= 1:
             return super().forward(input)
-        self._check_input_dim(input)
-        sizes = [input.shape[0] // splits + (ghost < input.shape[0] % splits) for ghost in range(splits)]
-        values = input[0, 0].numel()
+        sizes = [samples // splits + (ghost < samples % splits) for ghost in range(splits)]
+        values = input.shape[2:].numel()
         if values * sizes[-1] == 1:
             raise ValueError(
-                f"a ghost batch of one value a channel has no variance: N = {input.shape[0]} with num_splits = "
-                f"{self.num_splits}; use at most N // 2 splits"
+                f"a ghost batch of one value a channel has no variance: N = {samples} with num_splits = "
+                f"{self.num_splits}; use at most {samples // 2} splits, or larger batches"
             )
         # A momentum of 1 makes batch_norm leave a ghost's mean and unbiased variance in the buffers it is given.
         statistics = torch.zeros(2, splits, self.num_features, device=input.device, dtype=self._statistics_dtype())
@@ -73,7 +117,9 @@ class GhostBatchNorm(_BatchNorm):
         weights = statistics.new_tensor([[n / sum(counts) for n in counts], [n / sum(degrees) for n in degrees]])
         mean, variance = (statistics * weights.unsqueeze(2)).sum(1)
         self.num_batches_tracked.add_(1)
-        step = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        step = self.momentum
+        if step is None:  # a cumulative average
+            step = self.num_batches_tracked.to(mean.dtype).reciprocal()
         self.running_mean.lerp_(mean, step)
         self.running_var.lerp_(variance, step)
 
@@ -87,3 +133,8 @@ class GhostBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, num_splits={self.num_splits}, {super().extra_repr().partition(', ')[2]}"
+
+
+def _check_num_splits(num_splits: int) -> None:
+    if type(num_splits) is not int or num_splits < 1:
+        raise ValueError(f"num_splits must be a whole number from 1, not {num_splits!r}")

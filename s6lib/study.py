@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
@@ -155,15 +155,24 @@ class Study:
     Args:
         folder: what `run_study` was given as `out`.
         recipe: name of the recipe.
+        conditions, seeds: look at these alone; by default at all.
 
-    Raises StudyError if there is no complete run.
+    Raises StudyError if there is no such run.
     """
 
-    def __init__(self, folder: str | Path = "runs", recipe: str = PLAIN.name) -> None:
+    def __init__(
+        self,
+        folder: str | Path = "runs",
+        recipe: str = PLAIN.name,
+        conditions: Collection[Condition] | None = None,
+        seeds: Collection[int] | None = None,
+    ) -> None:
         complete = [path.parent for path in (Path(folder) / recipe).glob("*/seed-*/run.json")]
-        if not complete:
-            raise StudyError(f"no complete {recipe} run in {folder}; train some: python -m s6lib run --recipe {recipe}")
         runs = [(Condition(**about["condition"]), about, path) for path in complete if (about := recorded(path))]
+        runs = [run for run in runs if conditions is None or run[0] in conditions]
+        runs = [run for run in runs if seeds is None or run[1]["seed"] in seeds]
+        if not runs:
+            raise StudyError(f"no complete {recipe} run in {folder}; train some: python -m s6lib run --recipe {recipe}")
         order = list(ALL_CONDITIONS)
         runs.sort(key=lambda run: (order.index(run[0].slug) if run[0].slug in order else len(order), run[1]["seed"]))
         self.conditions = {condition.slug: condition for condition, _, _ in runs}

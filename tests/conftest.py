@@ -2,12 +2,15 @@ import os
 from dataclasses import replace
 
 import pytest
+from hypothesis import settings
 
 from s6lib.conditions import CONDITIONS, PLAIN
 from s6lib.data import load_mnist
 from s6lib.study import run_study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+settings.register_profile("s6lib", deadline=None, report_multiple_bugs=False)
+settings.load_profile("s6lib")
 
 # Two epochs on ten batches: seconds, and long enough for every part of a run.
 TINY = replace(PLAIN, epochs=2, train_images=640)

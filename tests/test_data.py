@@ -109,7 +109,7 @@ def test_normalise_gives_mean_zero_and_deviation_one(mnist):
     assert abs(float(images.std()) - 1) < 1e-3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 59_990), st.lists(st.floats(-180, 180, width=32), min_size=1, max_size=5))
 def test_rotate_is_torchvisions_image_by_image(mnist, first, angles):
     images = mnist[0].images[first : first + len(angles)]
@@ -126,7 +126,7 @@ def test_rotate_brings_in_the_fill(mnist):
     assert rotate(mnist[0].images[:1], torch.tensor([15.0]), fill=7)[0, 0, 0] == 7
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 59_990), st.lists(st.floats(0, 3, width=32), min_size=1, max_size=5))
 def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
     images = mnist[0].images[first : first + len(factors)]

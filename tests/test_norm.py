@@ -1,4 +1,9 @@
+"""The laws of GhostBatchNorm, with BatchNorm as the oracle; test_norm_mutations.py proves that they can fail."""
+
 import copy
+import io
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -6,101 +11,478 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18
 
 from s6lib.norm import GhostBatchNorm
 
+BATCHNORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def randomised(norm):
+    """The layer with an affine part and running statistics that are not the neutral ones."""
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        if tensor is not None:
+            nn.init.normal_(tensor)
+    if norm.running_var is not None:
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm
+
+
+def statistics_dims(images):
+    return [0, *range(2, images.dim())]
+
 
 def reference_step(norm, images, gradient, splits):
-    """Ghost BatchNorm from torch's own BatchNorm, a ghost at a time; changes the buffers of `norm`, a BatchNorm2d."""
-    images = images.detach().requires_grad_()
+    """Ghost BatchNorm by its definition, a ghost at a time, in the buffers and gradients of `norm`, a BatchNorm."""
+    images = images.detach().clone().requires_grad_()
+    dims = statistics_dims(images)
     ghosts = images.tensor_split(min(splits, len(images)))
-    output = torch.cat([F.batch_norm(g, None, None, norm.weight, norm.bias, True, 0.0, norm.eps) for g in ghosts])
+    shape = [1, -1] + [1] * (images.dim() - 2)
+    weight, bias = (1, 0) if norm.weight is None else (norm.weight.view(shape), norm.bias.view(shape))
+    outputs = []
+    for ghost in ghosts:
+        mean, variance = ghost.mean(dims, keepdim=True), ghost.var(dims, keepdim=True, correction=0)
+        outputs.append((ghost - mean) / (variance + norm.eps).sqrt() * weight + bias)
+    output = torch.cat(outputs)
     norm.zero_grad()
     output.backward(gradient)
-    values = [g[:, 0].numel() for g in ghosts]
-    mean = sum(n * g.mean((0, 2, 3)) for n, g in zip(values, ghosts, strict=True)) / sum(values)
-    variance = sum((n - 1) * g.var((0, 2, 3)) for n, g in zip(values, ghosts, strict=True)) / sum(n - 1 for n in values)
     with torch.no_grad():
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance, norm.momentum)
+        values = [ghost[:, 0].numel() for ghost in ghosts]
+        mean = sum(n * g.mean(dims) for n, g in zip(values, ghosts, strict=True)) / sum(values)
+        degrees = [n - 1 for n in values]
+        variance = sum(n * g.var(dims) for n, g in zip(degrees, ghosts, strict=True)) / sum(degrees)
         norm.num_batches_tracked += 1
+        step = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+        norm.running_mean += step * (mean - norm.running_mean)
+        norm.running_var += step * (variance - norm.running_var)
     return output.detach(), images.grad
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 20), st.integers(1, 5), st.integers(2, 6), st.integers(1, 24), st.booleans(), st.integers(0, 99))
-def test_equals_the_reference_over_steps(samples, channels, size, splits, last, seed):
-    torch.manual_seed(seed)
-    ghost, norm = GhostBatchNorm(channels, splits), nn.BatchNorm2d(channels)
-    nn.init.normal_(ghost.weight)
-    nn.init.normal_(ghost.bias)
+@st.composite
+def batches(draw, minimum=1):
+    """(N, C, *) of rank 2 to 5 in any memory format, and a number of splits that leaves each ghost two values."""
+    rank = draw(st.integers(2, 5))
+    splits = draw(st.integers(minimum, 9))
+    least = 2 * splits if rank == 2 else 1
+    samples = draw(st.integers(max(2, least), max(2, least) + 12))
+    shape = (samples, draw(st.integers(1, 5)), *(draw(st.integers(2, 4)) for _ in range(rank - 2)))
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    images = draw(st.floats(-3, 3)) + draw(st.floats(0.5, 3)) * torch.randn(shape, dtype=torch.float64)
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"]))
+    if layout == "channels_last" and rank in FORMATS:
+        images = images.to(memory_format=FORMATS[rank])
+    elif layout == "transposed":
+        images = images.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "sliced":
+        images = torch.stack([images, images], -1)[..., 0]
+    return images, splits
+
+
+@settings(max_examples=150)
+@given(batches(), st.sampled_from([torch.float64, torch.float32]), st.sampled_from([0.1, 0.37, None]), st.booleans())
+def test_equals_the_definition_over_steps(batch, dtype, momentum, affine):
+    images, splits = batch
+    # The larger eps keeps a ghost of two nearly equal values from magnifying the rounding of float32.
+    tolerance, eps = (1e-9, 1e-5) if dtype is torch.float64 else (1e-3, 0.1)
+    options = {"eps": eps, "momentum": momentum, "affine": affine}
+    ghost = randomised(GhostBatchNorm(images.shape[1], splits, **options, dtype=dtype))
+    norm = BATCHNORMS[images.dim()](images.shape[1], **options, dtype=torch.float64)
     norm.load_state_dict(ghost.state_dict())
-    for _ in range(3):
-        images = 3 + 2 * torch.randn(samples, channels, size, size)
-        images = images.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    identities = [buffer.data_ptr() for buffer in ghost.buffers()]
+    for step in range(3):
+        ours = (images + step).to(dtype).requires_grad_()
         gradient = torch.randn_like(images)
-        expected, expected_gradient = reference_step(norm, images, gradient, splits)
-        images.requires_grad_()
+        expected, expected_gradient = reference_step(norm, images + step, gradient, splits)
         ghost.zero_grad()
-        output = ghost(images)
-        output.backward(gradient)
-        assert torch.allclose(output, expected, atol=1e-5)
-        assert torch.allclose(images.grad, expected_gradient, atol=1e-4)
-        assert torch.allclose(ghost.weight.grad, norm.weight.grad, atol=1e-3)
-        assert torch.allclose(ghost.bias.grad, norm.bias.grad, atol=1e-3)
-    for name, buffer in norm.named_buffers():
-        assert torch.allclose(dict(ghost.named_buffers())[name], buffer, atol=1e-5)
+        before = ours.detach().clone()
+        output = ghost(ours)
+        output.backward(gradient.to(dtype))
+        close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False, "check_stride": False}
+        torch.testing.assert_close(output, expected, **close)
+        torch.testing.assert_close(ours.grad, expected_gradient, **close)
+        for a, b in zip(ghost.parameters(), norm.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, **close)
+        for a, b in zip(ghost.buffers(), norm.buffers(), strict=True):
+            torch.testing.assert_close(a, b, **close)
+        assert torch.equal(ours, before)
+    assert identities == [buffer.data_ptr() for buffer in ghost.buffers()]
 
 
-def test_one_split_is_batchnorm_to_the_bit():
-    torch.manual_seed(1)
-    ghost, norm = GhostBatchNorm(5, 1), nn.BatchNorm2d(5)
-    for _ in range(3):
-        images = torch.randn(7, 5, 4, 4)
-        assert torch.equal(ghost(images), norm(images))
+@settings(max_examples=50)
+@given(batches())
+def test_one_split_is_batchnorm_to_the_bit(batch):
+    images, _ = batch
+    ghost = randomised(GhostBatchNorm(images.shape[1], 1, dtype=torch.float64))
+    norm = BATCHNORMS[images.dim()](images.shape[1], dtype=torch.float64)
+    norm.load_state_dict(ghost.state_dict())
+    assert torch.equal(ghost(images), norm(images))
     assert all(torch.equal(a, b) for a, b in zip(ghost.buffers(), norm.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("samples", [1, 2, 7, 64])
-def test_evaluation_is_batchnorm_to_the_bit(samples):
-    torch.manual_seed(1)
-    ghost, norm = GhostBatchNorm(5, 4), nn.BatchNorm2d(5)
-    ghost(torch.randn(16, 5, 4, 4))
-    norm.load_state_dict(ghost.state_dict(), strict=True)
-    back = GhostBatchNorm(5, 16)
-    back.load_state_dict(norm.state_dict(), strict=True)
-    images = torch.randn(samples, 5, 4, 4)
+@settings(max_examples=50)
+@given(batches(minimum=2), st.data())
+def test_a_sample_influences_its_own_ghost_only(batch, data):
+    images, splits = batch
+    sample = data.draw(st.integers(0, len(images) - 1))
+    images = images.contiguous()  # other strides may round otherwise
+    changed = images.clone()
+    changed[sample] = changed[sample] * 2 + torch.rand_like(changed[sample])
+    ghost = GhostBatchNorm(images.shape[1], splits, dtype=torch.float64)
+    different = (ghost(images) != ghost(changed)).flatten(1).any(1).nonzero().flatten().tolist()
+    parts = torch.arange(len(images)).tensor_split(min(splits, len(images)))
+    own = next(part.tolist() for part in parts if sample in part)
+    assert sample in different
+    assert set(different) <= set(own)
+
+
+@settings(max_examples=60)
+@given(batches(), st.booleans())
+def test_evaluation_is_batchnorm_to_the_bit_and_changes_nothing(batch, affine):
+    images, splits = batch
+    ghost = randomised(GhostBatchNorm(images.shape[1], splits, affine=affine, dtype=torch.float64)).eval()
+    norm = BATCHNORMS[images.dim()](images.shape[1], affine=affine, dtype=torch.float64).eval()
+    norm.load_state_dict(ghost.state_dict())
     before = copy.deepcopy(ghost.state_dict())
-    assert torch.equal(ghost.eval()(images), norm.eval()(images))
-    assert torch.equal(back.eval()(images), norm(images))
+    for samples in (images, images[:1], images[:0]):
+        assert torch.equal(ghost(samples), norm(samples))
     assert all(torch.equal(before[name], value) for name, value in ghost.state_dict().items())
 
 
-def test_a_sample_influences_its_own_ghost_only():
-    torch.manual_seed(1)
-    images = torch.randn(16, 3, 5, 5)
-    changed = images.clone()
-    changed[5] += 1
-    difference = (GhostBatchNorm(3, 4)(images) != GhostBatchNorm(3, 4)(changed)).flatten(1).any(1)
-    assert difference.nonzero().flatten().tolist() == [4, 5, 6, 7]
+class TestTraining:
+    @pytest.mark.parametrize("splits", [2, 4, 8, 16])
+    def test_running_mean_does_not_depend_on_the_splits(self, splits):
+        torch.manual_seed(1)
+        images = torch.randn(16, 3, 5, 5, dtype=torch.float64)
+        ghost, norm = GhostBatchNorm(3, splits, dtype=torch.float64), nn.BatchNorm2d(3, dtype=torch.float64)
+        ghost(images), norm(images)
+        torch.testing.assert_close(ghost.running_mean, norm.running_mean, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("splits", [1, 2, 4, 16])
+    def test_the_momentum_of_a_forward_is_momentum(self, splits):
+        ghost = GhostBatchNorm(1, splits, momentum=0.1)
+        ghost(torch.arange(64.0).remainder(2).view(64, 1, 1, 1) * 2 + 9)  # every ghost: 9 and 11 in turn
+        assert ghost.running_mean.item() == pytest.approx(0.1 * 10)
+        size = 64 // splits
+        assert ghost.running_var.item() == pytest.approx(0.9 + 0.1 * size / (size - 1))
+
+    def test_uneven_batches_drop_nothing(self):
+        ghost = GhostBatchNorm(3, 4)
+        output = ghost(torch.randn(11, 3, 4, 4))
+        assert output.shape == (11, 3, 4, 4)
+        sizes = [3, 3, 3, 2]
+        for part in output.split(sizes):
+            torch.testing.assert_close(part.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+            torch.testing.assert_close(part.var((0, 2, 3), correction=0), torch.ones(3), atol=1e-3, rtol=0)
+
+    def test_fewer_samples_than_splits_make_as_many_ghosts(self):
+        images = torch.randn(3, 2, 4, 4)
+        assert torch.equal(GhostBatchNorm(2, 8)(images), GhostBatchNorm(2, 3)(images))
+
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_without_running_statistics(self, affine):
+        images = torch.randn(8, 3, 4, 4)
+        ghost = GhostBatchNorm(3, 4, affine=affine, track_running_stats=False)
+        assert not list(ghost.buffers())
+        assert torch.equal(ghost(images), GhostBatchNorm(3, 4)(images))
+        norm = nn.BatchNorm2d(3, track_running_stats=False)
+        assert torch.equal(ghost.eval()(images), norm.eval()(images))  # the whole batch's, as BatchNorm
+
+    def test_frozen_affine(self):
+        ghost = GhostBatchNorm(3, 4).requires_grad_(False)
+        images = torch.randn(8, 3, 4, 4, requires_grad=True)
+        ghost(images).square().sum().backward()
+        assert images.grad.isfinite().all()
+        assert ghost.weight.grad is None
+
+    def test_a_frozen_layer_in_a_training_model_uses_its_running_statistics(self):
+        model = nn.Sequential(randomised(GhostBatchNorm(3, 4)), nn.Flatten()).train()
+        model[0].eval()
+        before = copy.deepcopy(model[0].state_dict())
+        images = torch.randn(8, 3, 4, 4)
+        norm = nn.BatchNorm2d(3)
+        norm.load_state_dict(before)
+        assert torch.equal(model(images), norm.eval()(images).flatten(1))
+        assert all(torch.equal(before[name], value) for name, value in model[0].state_dict().items())
+
+    @pytest.mark.parametrize("shape", [(8, 3, 4, 4), (8, 3, 2, 4, 4)])
+    def test_channels_last_is_kept(self, shape):
+        layout = FORMATS[len(shape)]
+        images = torch.randn(shape).to(memory_format=layout).requires_grad_()
+        output = GhostBatchNorm(3, 4)(images)
+        assert output.is_contiguous(memory_format=layout)
+        output.sum().backward()
+        assert images.grad.is_contiguous(memory_format=layout)
+
+    def test_expanded_input(self):
+        images = torch.randn(8, 1, 4, 4).expand(8, 3, 4, 4)
+        torch.testing.assert_close(GhostBatchNorm(3, 4)(images), GhostBatchNorm(3, 4)(images.contiguous()))
+
+    @pytest.mark.parametrize("constant", [0.0, 1e4, -1e-30])
+    def test_constant_channels_stay_finite(self, constant):
+        images = torch.full((8, 3, 4, 4), constant, requires_grad=True)
+        ghost = GhostBatchNorm(3, 4)
+        output = ghost(images)
+        output.sum().backward()
+        assert output.isfinite().all()
+        assert images.grad.isfinite().all()
+        assert all(buffer.isfinite().all() for buffer in ghost.buffers())
+
+    def test_a_large_mean_keeps_its_deviation(self):
+        torch.manual_seed(1)
+        output = GhostBatchNorm(3, 4)(1e4 + torch.randn(64, 3, 8, 8))
+        assert 0.95 < output.std().item() < 1.05
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_input_with_float32_buffers(self, dtype):
+        torch.manual_seed(1)
+        images = torch.randn(16, 3, 5, 5)
+        ghost, exact = GhostBatchNorm(3, 4), GhostBatchNorm(3, 4)
+        output = ghost(images.to(dtype))
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), exact(images), atol=0.05, rtol=0.05)
+        assert ghost.running_var.dtype == torch.float32
+        torch.testing.assert_close(ghost.running_var, exact.running_var, atol=0.01, rtol=0.01)
+
+    def test_autocast(self):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), GhostBatchNorm(3, 4))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(torch.randn(8, 1, 6, 6))
+        output.float().sum().backward()
+        assert output.dtype == torch.bfloat16
+        assert all(b.dtype in (torch.float32, torch.int64) and b.isfinite().all() for b in model.buffers())
+
+    def test_gradcheck_and_gradgradcheck(self):
+        torch.manual_seed(1)
+        ghost = randomised(GhostBatchNorm(2, 3, dtype=torch.float64))
+        images = torch.randn(7, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+        def forward(images, weight, bias):
+            return torch.func.functional_call(ghost, {"weight": weight, "bias": bias}, images)
+
+        inputs = (images, ghost.weight, ghost.bias)
+        assert torch.autograd.gradcheck(forward, inputs)
+        assert torch.autograd.gradgradcheck(forward, inputs)
+
+    def test_memory_saved_for_backward_is_flat_in_the_splits(self):
+        def saved(splits):
+            sizes = {}
+            images = torch.randn(64, 8, 10, 10, requires_grad=True)
+
+            def pack(tensor):
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                GhostBatchNorm(8, splits)(images)
+            return sum(sizes.values())
+
+        assert saved(16) < 1.02 * saved(1)
+
+    def test_gradient_checkpointing_is_as_batchnorms(self):
+        torch.manual_seed(1)
+        images = torch.randn(8, 3, 4, 4, requires_grad=True)
+        plain, checkpointed = GhostBatchNorm(3, 4), GhostBatchNorm(3, 4)
+        norm = nn.BatchNorm2d(3)
+        plain(images).square().sum().backward()
+        expected, images.grad = images.grad, None
+        for layer in (norm, checkpointed):
+            images.grad = None
+            # More than the layer itself: checkpoint stops to recompute once it has what backward needs.
+            checkpoint(lambda x, layer=layer: layer(x).square(), images, use_reentrant=False).sum().backward()
+        assert torch.equal(images.grad, expected)
+        assert checkpointed.num_batches_tracked == norm.num_batches_tracked == 2  # the forward ran twice
 
 
-@pytest.mark.parametrize("splits", [0, -1, 1.5, True, "4", None])
-def test_refuses_a_number_of_splits_that_is_none(splits):
-    with pytest.raises(ValueError, match="num_splits must be a whole number from 1"):
-        GhostBatchNorm(3, splits)
+class TestEvaluation:
+    @pytest.mark.parametrize("splits", [1, 4, 16])
+    def test_state_dicts_move_both_ways_in_mid_training(self, splits):
+        torch.manual_seed(1)
+        ghost, norm, other = GhostBatchNorm(3, splits), nn.BatchNorm2d(3), GhostBatchNorm(3, 7)
+        for _ in range(3):
+            ghost(torch.randn(16, 3, 4, 4))
+        norm.load_state_dict(ghost.state_dict(), strict=True)
+        norm(torch.randn(16, 3, 4, 4))
+        other.load_state_dict(norm.state_dict(), strict=True)
+        images = torch.randn(5, 3, 4, 4)
+        assert torch.equal(other.eval()(images), norm.eval()(images))
+        assert other.num_batches_tracked == 4
+
+    def test_functional_call_and_vmap(self):
+        torch.manual_seed(1)
+        layers = [randomised(GhostBatchNorm(3, 4)).eval() for _ in range(2)]
+        parameters, buffers = torch.func.stack_module_state(layers)
+        images = torch.randn(6, 3, 4, 4)
+
+        def call(parameters, buffers):
+            return torch.func.functional_call(layers[0], (parameters, buffers), images)
+
+        stacked = torch.vmap(call)(parameters, buffers)
+        for layer, output in zip(layers, stacked, strict=True):
+            torch.testing.assert_close(output, layer(images))
+
+    def test_export_and_torchscript(self):
+        ghost = randomised(GhostBatchNorm(3, 4)).eval()
+        images = torch.randn(6, 3, 4, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on its way from TorchScript to export
+            exported = torch.export.export(ghost, (images,)).module()
+            traced = torch.jit.trace(ghost, images)
+        for other in (exported, traced):
+            torch.testing.assert_close(other(images), ghost(images))
 
 
-def test_refuses_a_ghost_of_one_value():
-    with pytest.raises(ValueError, match=r"N = 5 with num_splits = 4; use at most N // 2 splits"):
-        GhostBatchNorm(3, 4)(torch.randn(5, 3))
+class TestCompiled:
+    @pytest.mark.parametrize("train", [True, False])
+    def test_full_graph_at_two_batch_sizes(self, train):
+        torch._dynamo.reset()
+        eager = randomised(GhostBatchNorm(3, 4)).train(train)
+        copied = copy.deepcopy(eager)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(copied, fullgraph=True)
+            for samples in (8, 10):
+                images = torch.randn(samples, 3, 4, 4)
+                torch.testing.assert_close(compiled(images), eager(images), rtol=1e-4, atol=1e-5)
+        for a, b in zip(copied.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("shape", [(8, 4, 5, 5), (8,), (8, 4)])
-def test_refuses_another_number_of_channels(shape):
-    with pytest.raises(ValueError, match=r"expected input \(N, 3, \*\), got"):
-        GhostBatchNorm(3, 2)(torch.randn(shape))
+class TestRefusals:
+    @pytest.mark.parametrize("splits", [0, -1, 1.5, True, "4", None])
+    def test_a_number_of_splits_that_is_none(self, splits):
+        for make in (lambda: GhostBatchNorm(3, splits), lambda: GhostBatchNorm.convert(nn.BatchNorm2d(3), splits)):
+            with pytest.raises(ValueError, match="num_splits must be a whole number from 1, not"):
+                make()
+
+    @pytest.mark.parametrize(("samples", "splits"), [(5, 4), (2, 2), (3, 8)])
+    @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1)])
+    def test_a_ghost_of_one_value(self, samples, splits, shape):
+        ghost = GhostBatchNorm(3, splits)
+        with pytest.raises(ValueError, match=rf"N = {samples} with num_splits = {splits}; use at most {samples // 2} "):
+            ghost(torch.randn(samples, *shape))
+        assert ghost.num_batches_tracked == 0
+
+    def test_a_batch_of_one_value_as_batchnorm(self):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            GhostBatchNorm(3, 4)(torch.randn(1, 3))
+
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("shape", [(8, 4, 5, 5), (8,), (), (8, 4), (0, 4)])
+    def test_another_rank_or_number_of_channels(self, shape, train):
+        with pytest.raises(ValueError, match=r"expected input \(N, 3, \*\), got \("):
+            GhostBatchNorm(3, 2).train(train)(torch.randn(shape))
+
+    def test_an_empty_batch_is_batchnorms_affair(self):
+        ghost, norm = GhostBatchNorm(3, 4), nn.BatchNorm2d(3)
+        assert ghost(torch.randn(0, 3, 4, 4)).shape == norm(torch.randn(0, 3, 4, 4)).shape
+        assert all(torch.equal(a, b) for a, b in zip(ghost.buffers(), norm.buffers(), strict=True))
 
 
-def test_prints_its_splits():
-    assert repr(GhostBatchNorm(3, 4)).startswith("GhostBatchNorm(3, num_splits=4, eps=1e-05, momentum=0.1")
+class TestModule:
+    def test_deepcopy_and_pickle(self):
+        ghost = randomised(GhostBatchNorm(3, 4, eps=1e-3, momentum=None))
+        images = torch.randn(8, 3, 4, 4)
+        file = io.BytesIO()
+        torch.save(ghost, file)
+        file.seek(0)
+        for other in (copy.deepcopy(ghost), pickle.loads(pickle.dumps(ghost)), torch.load(file, weights_only=False)):
+            assert (other.num_splits, other.eps, other.momentum) == (4, 1e-3, None)
+            assert torch.equal(other(images), copy.deepcopy(ghost)(images))
+
+    def test_meta_device(self):
+        ghost = GhostBatchNorm(3, 4, device="meta")
+        assert ghost(torch.empty(8, 3, 4, 4, device="meta")).shape == (8, 3, 4, 4)
+        assert ghost.to_empty(device="cpu").running_mean.device.type == "cpu"
+
+    def test_reset_parameters(self):
+        ghost = randomised(GhostBatchNorm(3, 4))
+        ghost.reset_parameters()
+        fresh = GhostBatchNorm(3, 4)
+        assert all(
+            torch.equal(a, b) for a, b in zip(ghost.state_dict().values(), fresh.state_dict().values(), strict=True)
+        )
+
+    def test_swa_utils_update_bn(self):
+        torch.manual_seed(1)
+        model = nn.Sequential(GhostBatchNorm(3, 4))
+        data = [3 + torch.randn(16, 3, 4, 4) for _ in range(5)]
+        torch.optim.swa_utils.update_bn(data, model)
+        mean = torch.stack([images.mean((0, 2, 3)) for images in data]).mean(0)
+        torch.testing.assert_close(model[0].running_mean, mean)
+        assert model[0].momentum == 0.1
+
+    def test_prints_its_splits(self):
+        assert repr(GhostBatchNorm(3, 4)).startswith("GhostBatchNorm(3, num_splits=4, eps=1e-05, momentum=0.1")
+
+
+class TestConversion:
+    def test_resnet18_and_its_optimizer_go_on(self):
+        torch.manual_seed(1)
+        model = resnet18().train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
+        assert GhostBatchNorm.convert(model, 4) is model
+        ghosts = [layer for layer in model.modules() if isinstance(layer, GhostBatchNorm)]
+        assert len(ghosts) == 20
+        assert all(ghost.num_splits == 4 and ghost.training for ghost in ghosts)
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+        model(torch.randn(8, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.bn1.weight, state["bn1.weight"])
+        GhostBatchNorm.revert(model)
+        assert not any(isinstance(layer, GhostBatchNorm) for layer in model.modules())
+        assert sum(type(layer) is nn.BatchNorm2d for layer in model.modules()) == 20
+        assert model.bn1.num_batches_tracked == 1
+
+    @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+    def test_a_root_keeps_its_settings_and_its_class_comes_back(self, kind):
+        norm = kind(3, eps=1e-3, momentum=None, dtype=torch.float64).eval()
+        attributes = dict(norm.__dict__)
+        ghost = GhostBatchNorm.convert(norm, 4)
+        assert isinstance(ghost, GhostBatchNorm)
+        assert (ghost.eps, ghost.momentum, ghost.training, ghost.weight.dtype) == (1e-3, None, False, torch.float64)
+        reverted = GhostBatchNorm.revert(ghost)
+        assert type(reverted) is kind
+        assert dict(reverted.__dict__) == attributes
+
+    def test_shared_layers_stay_shared_and_others_are_left_alone(self):
+        class OwnNorm(nn.BatchNorm2d):
+            def forward(self, input):
+                return input
+
+        shared = nn.BatchNorm2d(3)
+        others = [nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, affine=True), nn.GroupNorm(1, 3), OwnNorm(3)]
+        model = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()), *others)
+        kinds = [type(layer) for layer in others]
+        GhostBatchNorm.convert(model, 2)
+        assert model[0] is model[1][0]
+        assert isinstance(model[0], GhostBatchNorm)
+        assert [type(layer) for layer in others] == kinds
+
+    def test_twice_is_once_and_the_splits_can_change(self):
+        model = nn.Sequential(nn.BatchNorm2d(3), GhostBatchNorm(3, 2))
+        GhostBatchNorm.convert(GhostBatchNorm.convert(model, 4), 4)
+        assert [layer.num_splits for layer in model] == [4, 4]
+        assert [layer.num_splits for layer in GhostBatchNorm.convert(model, 8)] == [8, 8]
+        GhostBatchNorm.revert(GhostBatchNorm.revert(model))
+        assert [type(layer) for layer in model] == [nn.BatchNorm2d] * 2
+
+    def test_a_converted_layer_computes_what_a_made_one_does(self):
+        torch.manual_seed(1)
+        norm = randomised(nn.BatchNorm1d(3))
+        made = GhostBatchNorm(3, 4)
+        made.load_state_dict(norm.state_dict())
+        images = torch.randn(8, 3)
+        assert torch.equal(GhostBatchNorm.convert(norm, 4)(images), made(images))
+        again = pickle.loads(pickle.dumps(norm))
+        assert type(GhostBatchNorm.revert(again)) is nn.BatchNorm1d
+
+    def test_agrees_with_functional_batch_norm_ghost_by_ghost(self):
+        images = torch.randn(64, 10, 14, 14).to(memory_format=torch.channels_last)
+        expected = torch.cat([F.batch_norm(ghost, None, None, training=True) for ghost in images.chunk(4)])
+        assert torch.equal(GhostBatchNorm(10, 4)(images), expected)

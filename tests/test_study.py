@@ -172,6 +172,14 @@ def test_study_of_nothing_and_a_run_that_is_not_there(tiny_study, tmp_path):
             name("gbn", 3)
 
 
+def test_a_study_can_look_at_some_runs_alone(tiny_study):
+    out = tiny_study.folders["gbn", 1].parents[2]
+    assert list(Study(out, conditions=(GBN,)).folders) == [("gbn", 1), ("gbn", 2)]
+    assert set(Study(out, seeds=(2,)).history["seed"]) == {2}
+    with pytest.raises(StudyError, match="no complete plain run"):
+        Study(out, seeds=(9,))
+
+
 def test_a_run_not_complete_is_left_out(tmp_path):
     once = replace(TINY, epochs=1, train_images=64)
     run_study(once, (GBN,), (1, 2), tmp_path, jobs=1, show_progress=False)
