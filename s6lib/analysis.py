@@ -1,9 +1,15 @@
-"""What saved runs say: result tables, misclassified digits, confusions, and how sure an accuracy is."""
+"""What saved runs say: result tables, errors, and which differences between conditions are real."""
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import scipy.stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
@@ -88,3 +94,167 @@ def wilson_interval(accuracy: float, images: int = 10_000) -> tuple[float, float
     """The 95% interval of one model's accuracy (0 to 1) measured on so many images (Wilson 1927)."""
     low, high = proportion_confint(round(accuracy * images), images, method="wilson")
     return float(low), float(high)
+
+
+# --- which differences are real --------------------------------------------------------------------------------------
+
+
+def outcomes(study: Study) -> pd.DataFrame:
+    """The outcome fixed beforehand, test images right at the last epoch, of 10,000: a row a seed, a column a condition.
+
+    Counts rather than fractions, so that equal differences are equal. Raises ValueError if a condition lacks a seed
+    that another has, since comparisons are paired by seed.
+    """
+    table = study.summary().pivot(index="seed", columns="condition", values="accuracy")[list(study.conditions)]
+    missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if np.isnan(table.loc[seed, slug])]
+    if missing:
+        raise ValueError(f"comparisons are paired by seed, and these runs are missing: {', '.join(missing)}")
+    return (10_000 * table).round().astype(int)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean, by the BCa bootstrap (Efron 1987), seeded. Raises ValueError for under two values."""
+    sample = _sample(values)
+    if np.ptp(sample) == 0:
+        return float(sample[0]), float(sample[0])
+    found = scipy.stats.bootstrap((sample,), np.mean, n_resamples=9_999, method="BCa", rng=np.random.default_rng(1))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The exact two-sided p-value of paired differences: how many of all 2^n sign flips have as large a mean.
+
+    Raises ValueError for under two differences. Fisher 1935, section 21.
+    """
+    sample = _sample(differences)
+    test = scipy.stats.permutation_test(
+        (sample,), _mean, permutation_type="samples", n_resamples=np.inf, batch=10_000, vectorized=True
+    )
+    return float(test.pvalue)
+
+
+def _mean(sample: np.ndarray, axis: int) -> np.ndarray:
+    return np.mean(sample, axis=axis)
+
+
+def _sample(values: Sequence[float]) -> np.ndarray:
+    sample = np.asarray(values, dtype=float)
+    if sample.ndim != 1 or len(sample) < 2 or not np.isfinite(sample).all():
+        raise ValueError(f"an interval or a test needs at least two finite numbers, not {values!r}: run more seeds")
+    return sample
+
+
+def condition_statistics(study: Study) -> pd.DataFrame:
+    """Per condition: n, and mean, SD and 95% interval of the accuracy, in percent."""
+    rows = []
+    for slug, hits in outcomes(study).items():
+        low, high = mean_interval(hits)
+        moments = {"mean": hits.mean() / 100, "sd": hits.std() / 100, "low": low / 100, "high": high / 100}
+        rows.append({"condition": slug, "label": study.conditions[slug].label, "n": len(hits), **moments})
+    return pd.DataFrame(rows)
+
+
+def paired_comparisons(study: Study) -> pd.DataFrame:
+    """Every pair of conditions: mean difference of accuracy over seeds, in points, with its 95% interval and p-values.
+
+    `p` is the exact sign-flip test's, `p_holm` the same after Holm's correction over all pairs; seeds_0.02 and so on,
+    how many seeds it would take to see such a difference 80% of the time at the 5% level, given the SD found here.
+    """
+    table = outcomes(study)
+    rows = []
+    for first, second in itertools.combinations(table, 2):
+        points = (table[first] - table[second]) / 100
+        low, high = mean_interval(points)
+        row = {
+            "first": first,
+            "second": second,
+            "n": len(points),
+            "difference": points.mean(),
+            "low": low,
+            "high": high,
+        }
+        row |= {"sd": points.std(), "p": sign_flip_p(table[first] - table[second])}
+        rows.append(row | {f"seeds_{size}": seeds_needed(points.std(), size) for size in (0.02, 0.03, 0.05)})
+    comparisons = pd.DataFrame(rows)
+    comparisons.insert(8, "p_holm", multipletests(comparisons["p"], method="holm")[1])
+    return comparisons
+
+
+def seeds_needed(sd: float, difference: float) -> int:
+    """How many paired seeds show a true difference with power 0.8 at the 5% level (t test; Cohen 1988, chapter 2)."""
+    if not (sd > 0 and difference > 0):
+        raise ValueError(f"the SD and the difference must be above 0, not {sd!r} and {difference!r}")
+    if difference > 10 * sd:  # two seeds show it, and the solver finds no root
+        return 2
+    return math.ceil(TTestPower().solve_power(effect_size=difference / sd, alpha=0.05, power=0.8))
+
+
+def variance_sources(right: np.ndarray) -> dict[str, float]:
+    """The SD of a mean accuracy, in points, from each source: seeds, test images, and both (two-level bootstrap).
+
+    Args:
+        right: (seeds, images), whether each run is right on each image; or the difference of two such arrays.
+    """
+    if len(right) < 2:
+        raise ValueError("the share of the seeds cannot be told from one run: run more seeds")
+    seeds, images = right.shape
+    generator = np.random.default_rng(1)
+    scores = right.astype(np.float32)
+    draws = 2_000
+    image_counts = np.stack(
+        [np.bincount(generator.integers(images, size=images), minlength=images) for _ in range(draws)]
+    )
+    by_seed = scores @ image_counts.T.astype(np.float32) / images  # (seeds, draws): images resampled
+    chosen = generator.integers(seeds, size=(seeds, draws))
+    resampled = {
+        "seeds": scores.mean(1)[chosen].mean(0),
+        "images": by_seed.mean(0),
+        "both": np.take_along_axis(by_seed, chosen, axis=0).mean(0),
+    }
+    return {source: float(100 * means.std(ddof=1)) for source, means in resampled.items()}
+
+
+def right_predictions(study: Study, condition: str, labels: np.ndarray) -> np.ndarray:
+    """Whether each run of a condition is right on each test image: bool (seeds, images)."""
+    return np.stack([study.predictions(slug, seed) == labels for slug, seed in study.folders if slug == condition])
+
+
+def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """The exact McNemar test of two saved models: images that only the first gets right, only the second, and p.
+
+    It compares these two fitted models on other images, not the two methods that made them: another seed would be
+    another model (Dietterich 1998, section 3).
+    """
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    test = mcnemar([[0, only_first], [only_second, 0]], exact=True)
+    return only_first, only_second, float(test.pvalue)
+
+
+def false_alarm_rate(sd: float, seeds: int, comparisons: int = 2_000) -> float:
+    """How often the sign-flip test at the 5% level finds a difference between a condition and itself, simulated."""
+    generator = np.random.default_rng(1)
+    first, second = np.rint(100 * generator.normal(99.5, sd, size=(2, comparisons, seeds)))
+    return float(np.mean([sign_flip_p(differences) <= 0.05 for differences in first - second]))
+
+
+def equal_conditions(sd: float, conditions: int = 5, studies: int = 10_000) -> tuple[np.ndarray, float]:
+    """If all conditions were equal and each had one run: the share of studies that each would win, and their spread.
+
+    A win is shared among those that tie to 0.01 points; the spread is the mean of best minus worst, in points.
+    """
+    accuracies = np.random.default_rng(1).normal(99.5, sd, size=(studies, conditions)).round(2)
+    best = accuracies == accuracies.max(1, keepdims=True)
+    return (best / best.sum(1, keepdims=True)).mean(0), float(np.ptp(accuracies, axis=1).mean())
+
+
+def stability(study: Study) -> pd.DataFrame:
+    """Per condition: the SD of the change of accuracy from epoch to epoch, in points, at the first rate and after.
+
+    Means over the seeds; the change from the last epoch at the first learning rate to the next belongs to neither.
+    """
+    first = study.recipe.decay_epochs
+    history = study.history.assign(points=100 * study.history["val_accuracy"])
+    history["change"] = history.groupby(["condition", "seed"])["points"].diff()
+    history["part"] = np.select([history["epoch"] <= first, history["epoch"] > first + 1], ["first rate", "after"], "")
+    changes = history[history["part"] != ""].groupby(["condition", "part", "seed"], sort=False)["change"].std()
+    return changes.groupby(["condition", "part"], sort=False).mean().unstack().loc[list(study.conditions)]
