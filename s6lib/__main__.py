@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from s6lib.analysis import result_table
-from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES
-from s6lib.data import load_mnist
+from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Recipe
+from s6lib.data import MnistError, load_mnist
 from s6lib.plots import plot_accuracy, plot_loss, plot_misclassified, save
 from s6lib.study import RunsFailed, Study, StudyError, run_study
 
@@ -84,9 +84,16 @@ def _whole(least: int):
     return parse
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _recipe(arguments: argparse.Namespace) -> Recipe:
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
-    recipe = replace(arguments.recipe, **{name: value for name, value in changes.items() if value is not None})
+    try:
+        return replace(arguments.recipe, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise StudyError(str(error)) from error
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    recipe = _recipe(arguments)
     study = run_study(
         recipe, arguments.conditions, arguments.seeds, arguments.out, jobs=arguments.jobs, device=arguments.device
     )
@@ -120,9 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv or ["run"])
     try:
         _run(arguments) if arguments.command == "run" else _report_all(arguments)
-    except (StudyError, ValueError) as error:
+    except StudyError as error:
         print(f"python -m s6lib: {error}", file=sys.stderr)
         return 2
+    except MnistError as error:
+        print(f"python -m s6lib: {error}", file=sys.stderr)
+        return 1
     except RunsFailed as error:
         print(f"python -m s6lib: these runs failed, all others are complete:\n{error}", file=sys.stderr)
         return 1

@@ -22,6 +22,10 @@ FILL = 1  # the grey level, of 255, that rotation brings in from outside the ima
 CLASS_NAMES = tuple(name.split(" - ")[1] for name in MNIST.classes)  # "zero" to "nine"
 
 
+class MnistError(RuntimeError):
+    """An archive is missing or damaged, and could not be downloaded; the message names it and the remedy."""
+
+
 class Split(NamedTuple):
     """Images uint8 (N, 28, 28), 0 = background, and their labels int64 (N,)."""
 
@@ -33,7 +37,7 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
     """The training and the test split of MNIST, 60,000 and 10,000 images, on `device`.
 
     The four archives in `root`/MNIST/raw are checked by MD5 and unpacked by torchvision, which downloads what is
-    missing or damaged. Raises RuntimeError, naming the file and the remedy, where that fails.
+    missing or damaged. Raises MnistError where that fails.
     """
     raw = Path(root) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,7 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
             splits = [MNIST(root, train=train, download=True) for train in (True, False)]
         except (RuntimeError, OSError, EOFError) as error:
             damaged = [raw / name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
-            raise RuntimeError(
+            raise MnistError(
                 f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
                 "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network."
             ) from error

@@ -13,6 +13,7 @@ from torchvision.datasets import MNIST
 from s6lib.data import (
     CLASS_NAMES,
     DATA,
+    MnistError,
     Split,
     adjust_brightness,
     adjust_contrast,
@@ -73,7 +74,7 @@ def test_damaged_archive_is_named_with_the_remedy(archives, no_network, name, da
     (archives / name).unlink()
     if damage != "missing":
         (archives / name).write_bytes(content if damage == "flipped" else content[:100])
-    with pytest.raises(RuntimeError, match=rf"{name}\. Restore it with `git checkout"):
+    with pytest.raises(MnistError, match=rf"{name}\. Restore it with `git checkout"):
         load_mnist(archives.parents[1])
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from s6lib.__main__ import main
+from s6lib.data import MnistError
 
 
 def test_run_trains_reports_and_draws(tmp_path, capsys):
@@ -69,6 +70,15 @@ def test_a_failed_run_is_exit_code_1(tmp_path, capsys, monkeypatch):
     command = ["run", "--conditions", "gbn", "--epochs", "1", "--train-images", "64", "--jobs", "1"]
     assert main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert "GBN (gbn), seed 1: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_missing_digits_are_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
+    def missing(*_):
+        raise MnistError("archive missing")
+
+    monkeypatch.setattr("s6lib.study.load_mnist", missing)
+    assert main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.endswith("python -m s6lib: archive missing\n")
 
 
 def test_help_names_the_commands_and_the_conditions(capsys):
