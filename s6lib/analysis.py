@@ -40,16 +40,16 @@ def condition_table(recipe: Recipe, conditions: Sequence[Condition]) -> pd.DataF
 def result_table(study: Study) -> pd.DataFrame:
     """The summary of a study, a row a run, with accuracies in percent, ready to print."""
     summary = study.summary()
-    percent = {
-        "last epoch, %": summary["accuracy"],
-        "best epoch, %": summary["best_accuracy"],
-        "training, %": summary["train_accuracy"],
+    columns = {
+        "condition": summary["label"],
+        "seed": summary["seed"],
+        "last epoch, %": (100 * summary["accuracy"]).round(2),
+        "best epoch, %": (100 * summary["best_accuracy"]).round(2),
+        "best at": summary["best_epoch"],
+        "training, %": (100 * summary["train_accuracy"]).round(2),
+        "minutes": (summary["seconds"] / 60).round(1),
     }
-    table = pd.DataFrame({name: (100 * values).round(2) for name, values in percent.items()})
-    table.insert(0, "condition", summary["label"])
-    table.insert(1, "seed", summary["seed"])
-    table.insert(4, "best at", summary["best_epoch"])
-    return table.assign(minutes=(summary["seconds"] / 60).round(1))
+    return pd.DataFrame(columns)
 
 
 def misclassified(model: nn.Module, split: Split) -> pd.DataFrame:
