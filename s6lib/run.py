@@ -1,10 +1,8 @@
 """One run: a condition trained with a seed, its checkpoints, and the folder that it leaves."""
 
-import ctypes
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,7 +125,6 @@ def _reproducible() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
-    _keep_freed_memory()
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
         with torch.random.fork_rng(), exact:
@@ -135,15 +132,6 @@ def _reproducible() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step: to fetch it anew page by page is a tenth of the time."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**30)
-        libc.mallopt(mmap_threshold, 2**30)
 
 
 def _machine(device: str) -> dict[str, str]:
