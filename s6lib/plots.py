@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from s6lib.analysis import misclassified
@@ -63,8 +63,9 @@ def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[floa
         for axes, start, title in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
             axes.set(title=title, xlabel="epoch (vertical lines: learning rate falls)", ylabel="")
             axes.set_xticks([epoch for epoch in range(1, epochs + 1, study.recipe.decay_epochs) if epoch >= start])
+            axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
             if column.endswith("accuracy"):
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if axes is whole else 2))
+                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
         last = study.history.query("epoch == @epochs").groupby("condition")[column].mean()
         labels = [f"{study.conditions[slug].label}\n{formatted(last[slug])}" for slug in study.conditions]
         legend = {"loc": "outside lower center", "ncols": len(labels), "frameon": False}
@@ -162,4 +163,5 @@ def plot_confusion(matrix: np.ndarray, title: str = "") -> Figure:
         sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", cmap="Blues", vmin=0, square=True, ax=axes, **labels)
         axes.set(xlabel="predicted", ylabel="actual", title=title)
         axes.tick_params("x", rotation=45)
+        axes.tick_params("y", rotation=0)
     return figure

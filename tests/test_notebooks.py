@@ -1,0 +1,121 @@
+"""The notebooks are executed, in order, without an error, and check what they show."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s6lib.data import PROJECT
+
+sys.path.insert(0, str(PROJECT / "notebooks"))
+from set_address import set_address
+
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path: Path) -> list[dict]:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in cells]
+
+
+def outputs(cell: dict) -> str:
+    return json.dumps(
+        [{**o, "data": {k: v for k, v in o.get("data", {}).items() if k != "image/png"}} for o in cell["outputs"]]
+    )
+
+
+def test_the_series_is_complete():
+    assert [path.stem for path in NOTEBOOKS] == ["01_data", "02_models", "03_study", "04_analysis"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_every_cell_was_executed_in_order(self, path):
+        counts = [cell["execution_count"] for cell in code_cells(path)]
+        assert counts == list(range(1, len(counts) + 1))
+
+    def test_no_output_is_an_error_or_holds_a_machines_path(self, path):
+        for cell in code_cells(path):
+            assert all(output["output_type"] != "error" for output in cell["outputs"])
+            assert not any(output.get("name") == "stderr" for output in cell["outputs"])
+            assert not re.search(r"/(home|root|tmp|work|Users|usr|content)/", outputs(cell))
+
+    def test_cells_are_short_and_one_at_most_is_ignored(self, path):
+        cells = code_cells(path)
+        assert all(len(cell["source"].splitlines()) <= 20 for cell in cells)
+        assert sum("NBVAL_IGNORE_OUTPUT" in cell["source"] for cell in cells) == 1
+        assert not any(word in cell["source"] for cell in cells for word in ("NBVAL_SKIP", "NBVAL_RAISES"))
+
+    def test_most_cells_show_something(self, path):
+        shown = [bool(cell["outputs"]) for cell in code_cells(path)]
+        assert sum(shown) >= 0.6 * len(shown)
+
+    def test_the_first_cell_is_the_same_in_all(self, path):
+        assert code_cells(path)[0]["source"] == code_cells(NOTEBOOKS[0])[0]["source"]
+
+
+def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
+    """A copy of 04 whose saved output claims 0.01 points more than the library finds."""
+    notebook = json.loads((PROJECT / "notebooks" / "04_analysis.ipynb").read_text())
+    text = json.dumps(notebook)
+    found = re.search(r"L2 \+ BN +(99\.\d\d)%, 95% interval", text)
+    falsified = f"{float(found[1]) + 0.01:.2f}"
+    copy = tmp_path / "04_analysis.ipynb"
+    copy.write_text(text[: found.start(1)] + falsified + text[found.end(1) :])
+    command = [sys.executable, "-m", "pytest", "--nbval", str(copy), "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout
+    assert "1 failed" in result.stdout
+    assert falsified in result.stdout
+
+
+def test_one_command_rewrites_the_address_everywhere(tmp_path):
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(PROJECT / name, tmp_path)
+    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
+    before = {
+        path: path.read_text().count("OWNER/s6lib")
+        for path in tmp_path.rglob("*")
+        if path.suffix != ".py" and path.is_file()
+    }
+    changed = set_address("someone/my.fork-2", tmp_path)
+    assert len(changed) == 2 + len(NOTEBOOKS)
+    for path in changed:
+        assert path.read_text().count("someone/my.fork-2") == before[path] > 0
+        assert "OWNER/s6lib" not in path.read_text()
+    set_address("OWNER/s6lib", tmp_path)
+    for path in changed:
+        assert path.read_text() == (PROJECT / path.relative_to(tmp_path)).read_text()
+    with pytest.raises(ValueError, match="expected OWNER/NAME"):
+        set_address("https://github.com/someone/fork", tmp_path)
+
+
+COLAB = """\
+import sys, types
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+get_ipython().register_magic_function(lambda line: print("pip", line), magic_name="pip")
+{cell}
+import s6lib
+print(s6lib.__file__)
+"""
+
+
+def test_the_first_cell_makes_s6lib_importable_in_colab(tmp_path):
+    """With a stand-in for google.colab, a clone from a local path, and pip replaced: a test installs nothing."""
+    address = re.search(r"https://github\.com/\S+", code_cells(NOTEBOOKS[0])[0]["source"])[0]
+    cell = code_cells(NOTEBOOKS[0])[0]["source"].replace(address, f"file://{PROJECT}")
+    (tmp_path / "cell.ipy").write_text(COLAB.format(cell=cell))
+    environment = {**os.environ, "IPYTHONDIR": str(tmp_path / "ipython")}
+    for _ in range(2):  # and again, when it is run a second time
+        result = subprocess.run(
+            [sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert f"{tmp_path}/s6lib/s6lib/__init__.py" in result.stdout, result.stdout + result.stderr
+        assert "pip install" not in result.stdout.replace("pip -q", "") or "--no-deps" in result.stdout
+        assert "torch " not in result.stdout

@@ -1,0 +1,52 @@
+"""The README says what the repository holds."""
+
+import re
+
+import pytest
+
+from s6lib.conditions import CONDITIONS, RECIPES
+from s6lib.data import PROJECT
+from s6lib.study import Study
+
+README = (PROJECT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_result_tables_are_the_published_runs(recipe):
+    _, _, section = README.partition(f"{recipe.network}, ")
+    rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+) \| ([\d.]+) \((\d+)\) \| ([\d.]+) \|$", section, re.MULTILINE)[:5]
+    summary = Study(PROJECT / "results", recipe.name, CONDITIONS, seeds=(1,)).summary()
+    expected = [
+        (
+            row.label,
+            f"{100 * row.accuracy:.2f}",
+            f"{100 * row.best_accuracy:.2f}",
+            str(row.best_epoch),
+            f"{100 * row.train_accuracy:.2f}",
+        )
+        for row in summary.itertuples()
+    ]
+    assert rows == expected
+
+
+def test_figures_are_there_and_have_a_text():
+    figures = re.findall(r"!\[([^\]]*)\]\((images/[^)]+)\)", README)
+    assert len(figures) >= 3
+    for text, path in figures:
+        assert len(text) > 30
+        assert (PROJECT / path).is_file()
+
+
+def test_linked_files_exist():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (PROJECT / path).exists(), path
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = re.search(r"&& (pytest .*)$", README, re.MULTILINE)[1]
+    assert f"\n{command}\n" in (PROJECT / ".ci" / "run").read_text()
+
+
+def test_the_ghost_batch_norm_example_runs():
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "resnet18" in code]
+    exec(example, {})
