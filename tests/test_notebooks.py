@@ -116,5 +116,5 @@ def test_the_first_cell_makes_s6lib_importable_in_colab(tmp_path):
             [sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert f"{tmp_path}/s6lib/s6lib/__init__.py" in result.stdout, result.stdout + result.stderr
-        assert "pip install -q --no-deps torchsummary -e ./s6lib\n" in result.stdout  # torch and numpy stay Colab's
+        assert f"{tmp_path}/lab/s6lib/__init__.py" in result.stdout, result.stdout + result.stderr
+        assert "pip install -q --no-deps torchsummary -e ./lab\n" in result.stdout  # torch and numpy stay Colab's
