@@ -68,7 +68,7 @@ def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[floa
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
         last = study.history.query("epoch == @epochs").groupby("condition")[column].mean()
         labels = [f"{study.conditions[slug].label}\n{formatted(last[slug])}" for slug in study.conditions]
-        legend = {"loc": "outside lower center", "ncols": len(labels), "frameon": False}
+        legend = {"loc": "outside lower center", "ncols": min(6, len(labels)), "frameon": False}
         figure.legend(whole.get_lines(), labels, title="condition, and its value at the last epoch", **legend)
         figure.suptitle(f"{study.recipe.network}: {name}")
     return figure
