@@ -2,11 +2,15 @@
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
+
+from joblib import parallel_config
 
 from s6lib.analysis import result_table
 from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Recipe
@@ -57,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto (default) takes a GPU if it can"
     )
+    run.add_argument(
+        "--cluster",
+        type=_scheduler,
+        metavar="dask://HOST:PORT",
+        help="send the runs to the workers of a Dask scheduler",
+    )
 
     report = commands.add_parser("report", help="print the result tables of a folder and draw its figures")
     report.add_argument("dir", metavar="DIR", help="a folder that `run` filled")
@@ -84,6 +94,28 @@ def _whole(least: int):
     return parse
 
 
+def _scheduler(address: str) -> str:
+    if not re.fullmatch(r"dask://[^/:]+:\d+", address):
+        raise argparse.ArgumentTypeError(f"{address!r} is not of the form dask://HOST:PORT")
+    return address.replace("dask", "tcp", 1)
+
+
+@contextmanager
+def _cluster(scheduler: str | None) -> Iterator[None]:
+    """Within the block, joblib sends its work to a Dask scheduler, if there is one."""
+    if scheduler is None:
+        yield
+        return
+    try:
+        backend = parallel_config(backend="dask", scheduler_host=scheduler)
+    except (ImportError, ValueError) as error:
+        raise StudyError('a cluster needs Dask: pip install "s6lib[cluster]"') from error
+    except OSError as error:
+        raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from error
+    with backend:
+        yield
+
+
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
     try:
@@ -94,9 +126,10 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 def _run(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
-    study = run_study(
-        recipe, arguments.conditions, arguments.seeds, arguments.out, jobs=arguments.jobs, device=arguments.device
-    )
+    with _cluster(arguments.cluster):
+        study = run_study(
+            recipe, arguments.conditions, arguments.seeds, arguments.out, jobs=arguments.jobs, device=arguments.device
+        )
     _report(study, Path(arguments.out) / "images")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ import torchvision
 from torch import Tensor, nn
 
 from s6lib.conditions import Condition, Recipe, build_model
-from s6lib.data import DATA, Split, batches, load_mnist
+from s6lib.data import Split, batches, load_mnist
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
 
 History = list[dict[str, float]]
+# A process trains one run at a time: torch's generator and number of threads are the process's own.
+_ONE_RUN = threading.Lock()
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
 
 
@@ -49,15 +52,14 @@ def train_run(
     seed: int,
     folder: Path | None = None,
     device: str = "cpu",
-    data: str | Path = DATA,
 ) -> Run:
     """Train one condition with one seed; with a `folder`, go on from its checkpoint and renew it at each epoch's end.
 
     All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
     not. Raises RunError when the loss is not finite.
     """
-    with _reproducible():
-        train, test = load_mnist(data, device)
+    with _ONE_RUN, _reproducible():
+        train, test = load_mnist(device=device)
         train = Split(train.images[: recipe.train_images], train.labels[: recipe.train_images])
         _seed(seed, 0)
         model = build_model(recipe, condition).to(device, memory_format=torch.channels_last)
@@ -172,6 +174,7 @@ def is_complete(folder: Path) -> bool:
 
 def save_run(folder: Path, recipe: Recipe, condition: Condition, seed: int, run: Run) -> None:
     """Write a finished run to `folder`, run.json last, and remove its checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
     about = {"recipe": asdict(recipe), "condition": asdict(condition), "seed": seed, **run.machine}
     about["seconds"] = round(sum(row["seconds"] for row in run.history), 1)
     _write_whole(folder / "predictions.npy", lambda file: np.save(file, run.predictions))

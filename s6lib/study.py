@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
+from joblib.parallel import LokyBackend, SequentialBackend, get_active_backend
 from torch import nn
 
 from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, build_model
-from s6lib.data import DATA, load_mnist
+from s6lib.data import load_mnist
 from s6lib.progress import progress
 from s6lib.run import Run, RunError, is_complete, recorded, save_run, train_run
 
@@ -38,7 +39,6 @@ def run_study(
     *,
     jobs: int | None = None,
     device: str = "auto",
-    data: str | Path = DATA,
     show_progress: bool = True,
 ) -> "Study":
     """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open the result.
@@ -46,23 +46,31 @@ def run_study(
     Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
     `jobs` processes (by default one a core) train side by side, each with one thread; on a GPU the runs take turns.
 
+    Inside `joblib.parallel_config(backend="dask")` or `"ray"` the runs go to that cluster instead, `jobs` of them at a
+    time (by default as many as it has workers). Its workers need s6lib and the digits, but no disk shared with this
+    process, which writes the folder; so a run there has no checkpoint, and one that is lost starts again.
+
     Raises StudyError, before anything is trained, if the device is missing, another study is at work in `out`, or
     `out` holds runs of this recipe name trained otherwise. Raises RunsFailed after all runs that could finish have.
     """
-    device = _resolve_device(device)
+    local = isinstance(get_active_backend()[0], LokyBackend | SequentialBackend)
+    if local:
+        device = _resolve_device(device)
+        jobs = jobs or (cpu_count() if device == "cpu" else 1)
     folders = {
         (condition, seed): run_folder(out, recipe, condition, seed) for seed in seeds for condition in conditions
     }
+    failures = []
     with _only_study_in(Path(out)):
         _refuse_other_training(out, recipe, conditions)
         waiting = {run: folder for run, folder in folders.items() if not is_complete(folder)}
-        load_mnist(data)  # downloaded and unpacked once, before many processes ask for it
-        failures = []
+        if local:
+            load_mnist()  # downloaded and unpacked once, before many processes ask for it
         histories = {f"{c.label}, seed {seed}": folder / "history.csv" for (c, seed), folder in waiting.items()}
         with progress(histories, recipe.epochs) if show_progress else nullcontext():
-            parallel = Parallel(n_jobs=jobs or _default_jobs(device), batch_size=1, return_as="generator_unordered")
+            parallel = Parallel(n_jobs=jobs or -1, batch_size=1, return_as="generator_unordered")
             for condition, seed, run in parallel(
-                delayed(_try_run)(recipe, condition, seed, folder, device, data, os.getpid())
+                delayed(_try_run)(recipe, condition, seed, device, *((folder, os.getpid()) if local else (None, None)))
                 for (condition, seed), folder in waiting.items()
             ):
                 if isinstance(run, Run):
@@ -80,12 +88,15 @@ def run_folder(out: str | Path, recipe: Recipe, condition: Condition, seed: int)
 
 
 def _try_run(
-    recipe: Recipe, condition: Condition, seed: int, folder: Path, device: str, data: str | Path, driver: int
+    recipe: Recipe, condition: Condition, seed: int, device: str, folder: Path | None, driver: int | None
 ) -> tuple[Condition, int, Run | str]:
-    """A run, or the reason why it failed: an exception would end the other runs too."""
+    """A run, or the reason why it failed: an exception would end the other runs too.
+
+    With the process number of a driver on this machine, the worker ends when that does.
+    """
     try:
-        with _follows(driver) if os.getpid() != driver else nullcontext():
-            return condition, seed, train_run(recipe, condition, seed, folder, device, data)
+        with nullcontext() if driver in (None, os.getpid()) else _follows(driver):
+            return condition, seed, train_run(recipe, condition, seed, folder, _resolve_device(device))
     except Exception as error:
         named = f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
         return condition, seed, str(error) if isinstance(error, RunError) else named
@@ -117,10 +128,6 @@ def _resolve_device(device: str) -> str:
         usable = ", ".join(name for name in available if available[name])
         raise StudyError(f"device {device!r} is not available here; use auto or one of: {usable}")
     return device
-
-
-def _default_jobs(device: str) -> int:
-    return cpu_count() if device == "cpu" else 1
 
 
 @contextmanager
