@@ -15,6 +15,7 @@ from joblib import parallel_config
 from s6lib.analysis import result_table
 from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Recipe
 from s6lib.data import MnistError, load_mnist
+from s6lib.files import DamagedFile
 from s6lib.plots import plot_accuracy, plot_loss, plot_misclassified, save
 from s6lib.study import RunsFailed, Study, StudyError, run_study
 
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"python -m s6lib: {error}", file=sys.stderr)
         return 2
-    except MnistError as error:
+    except (MnistError, DamagedFile) as error:
         print(f"python -m s6lib: {error}", file=sys.stderr)
         return 1
     except RunsFailed as error:

@@ -1,15 +1,13 @@
 """One run: a condition trained with a seed, its checkpoints, and the folder that it leaves."""
 
-import json
-import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from s6lib.conditions import Condition, Recipe, build_model
 from s6lib.data import Split, batches, load_mnist
+from s6lib.files import read_checkpoint, remove_parts, serialised, write_checkpoint, write_results, write_whole
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
 
 History = list[dict[str, float]]
@@ -64,7 +63,8 @@ def train_run(
         _seed(seed, 0)
         model = build_model(recipe, condition).to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, fused=True)
-        history = [] if folder is None else _resume(folder, model, optimizer)
+        identity = _identity(recipe, condition, seed)
+        history = [] if folder is None else _resume(folder, identity, model, optimizer)
         for epoch in range(len(history) + 1, recipe.epochs + 1):
             try:
                 history.append(_epoch(recipe, condition, seed, epoch, model, optimizer, train, test))
@@ -74,7 +74,9 @@ def train_run(
                     f"{error.step}; lower the learning rate or the penalties"
                 ) from error
             if folder is not None:
-                _save_checkpoint(folder, recipe, condition, model, optimizer, history)
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+                write_checkpoint(folder, {**identity, **state})
+                write_whole(folder / "history.csv", _history_csv(history))
         predictions = evaluate(model, test).predictions.numpy()
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     return Run(history, weights, predictions, _machine(device))
@@ -152,84 +154,37 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# --- its folder ------------------------------------------------------------------------------------------------------
-
-
-def recorded(folder: Path) -> dict[str, Any] | None:
-    """What a complete (run.json) or begun (checkpoint.pt) run in `folder` says of itself; None if there is neither.
-
-    The recipe and the condition are among it, as dictionaries.
-    """
-    if (folder / "run.json").exists():
-        return json.loads((folder / "run.json").read_text())
-    if (folder / "checkpoint.pt").exists():
-        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    return None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a finished run: run.json is written last."""
-    return (folder / "run.json").exists()
-
-
 def save_run(folder: Path, recipe: Recipe, condition: Condition, seed: int, run: Run) -> None:
-    """Write a finished run to `folder`, run.json last, and remove its checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": asdict(recipe), "condition": asdict(condition), "seed": seed, **run.machine}
+    """Write a finished run to its folder."""
+    about = {**_identity(recipe, condition, seed), **run.machine}
     about["seconds"] = round(sum(row["seconds"] for row in run.history), 1)
-    _write_whole(folder / "predictions.npy", lambda file: np.save(file, run.predictions))
-    _write_whole(folder / "weights.pt", lambda file: torch.save(run.weights, file))
-    _write_history(folder, run.history)
-    _write_whole(folder / "run.json", lambda file: file.write(json.dumps(about, indent=2).encode() + b"\n"))
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    results = {
+        "predictions.npy": serialised(lambda file: np.save(file, run.predictions)),
+        "weights.pt": serialised(lambda file: torch.save(run.weights, file)),
+        "history.csv": _history_csv(run.history),
+    }
+    write_results(folder, about, results)
 
 
-def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+def _identity(recipe: Recipe, condition: Condition, seed: int) -> dict[str, Any]:
+    return {"recipe": asdict(recipe), "condition": asdict(condition), "seed": seed}
+
+
+def _resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
     """Bring model and optimizer to where the checkpoint in `folder` is, if there is one, and return its history."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.part"):  # of a process killed while it wrote
-        leftover.unlink(missing_ok=True)
+    remove_parts(folder)
     history: History = []
-    if (folder / "checkpoint.pt").exists():
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(folder, report=True)
+    if checkpoint is not None:
+        if any(checkpoint.get(name) != value for name, value in identity.items()):
+            raise RunError(f"the checkpoint in {folder} is of another run; delete it, and the run starts again")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         history = checkpoint["history"]
-    _write_history(folder, history)
+    write_whole(folder / "history.csv", _history_csv(history))
     return history
 
 
-def _save_checkpoint(
-    folder: Path,
-    recipe: Recipe,
-    condition: Condition,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    about = {"recipe": asdict(recipe), "condition": asdict(condition)}
-    _write_whole(folder / "checkpoint.pt", lambda file: torch.save({**about, **state}, file))
-    _write_history(folder, history)
-
-
-def _write_history(folder: Path, history: History) -> None:
-    table = pd.DataFrame(history, columns=COLUMNS)
-    _write_whole(folder / "history.csv", lambda file: table.to_csv(file, index=False))
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file whole or not at all: beside its place, then to the disk, then renamed into it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is safe once the folder is on the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+def _history_csv(history: History) -> bytes:
+    return pd.DataFrame(history, columns=COLUMNS).to_csv(index=False, lineterminator="\n").encode()

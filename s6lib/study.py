@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ from torch import nn
 
 from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, build_model
 from s6lib.data import load_mnist
+from s6lib.files import DamagedFile, is_complete, read_about, read_checkpoint, read_result
 from s6lib.progress import progress
-from s6lib.run import Run, RunError, is_complete, recorded, save_run, train_run
+from s6lib.run import Run, RunError, save_run, train_run
 
 
 class StudyError(Exception):
@@ -144,16 +146,25 @@ def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence
     """Raise StudyError if a run under `out` was trained by other settings than those now asked for."""
     asked = {condition.slug: asdict(condition) for condition in conditions}
     for folder in sorted((Path(out) / recipe.name).glob("*/seed-*")):
-        if (about := recorded(folder)) is None:
+        about = _about(folder) if is_complete(folder) else read_checkpoint(folder)
+        if about is None:
             continue
-        slug = about["condition"]["slug"]
-        wanted = {**asdict(recipe), **asked.get(slug, about["condition"])}
+        wanted = {**asdict(recipe), **asked.get(folder.parent.name, about["condition"])}
         found = {**about["recipe"], **about["condition"]}
         different = [
             f"{name} = {found.get(name)!r}, not {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
         ]
         if different:
             raise StudyError(f"{folder} was trained with {'; '.join(different)}; ask for that, or for another folder")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
+    about = read_about(folder)
+    slug, seed = folder.parent.name, folder.name.removeprefix("seed-")
+    if (about["condition"]["slug"], str(about["seed"])) != (slug, seed):
+        raise DamagedFile(f"{folder} holds another run: {about['condition']['slug']}, seed {about['seed']}")
+    return about
 
 
 class Study:
@@ -175,7 +186,7 @@ class Study:
         seeds: Collection[int] | None = None,
     ) -> None:
         complete = [path.parent for path in (Path(folder) / recipe).glob("*/seed-*/run.json")]
-        runs = [(Condition(**about["condition"]), about, path) for path in complete if (about := recorded(path))]
+        runs = [(Condition(**about["condition"]), about, path) for path in complete if (about := _about(path))]
         runs = [run for run in runs if conditions is None or run[0] in conditions]
         runs = [run for run in runs if seeds is None or run[1]["seed"] in seeds]
         if not runs:
@@ -191,7 +202,7 @@ class Study:
         """A row an epoch of every run: condition, seed, and the columns of history.csv (accuracies from 0 to 1)."""
         parts = []
         for (condition, seed), folder in self.folders.items():
-            table = pd.read_csv(folder / "history.csv")
+            table = pd.read_csv(read_result(folder, "history.csv"))
             table.insert(0, "condition", condition)
             table.insert(1, "seed", seed)
             parts.append(table)
@@ -222,12 +233,12 @@ class Study:
         """The saved model of a run, on the CPU, in evaluation mode."""
         folder = self._folder(condition, seed)
         model = build_model(self.recipe, self.conditions[condition])
-        model.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+        model.load_state_dict(torch.load(read_result(folder, "weights.pt"), map_location="cpu", weights_only=True))
         return model.eval()
 
     def predictions(self, condition: str, seed: int = 1) -> np.ndarray:
         """The saved class of each test image, uint8 (10000,)."""
-        return np.load(self._folder(condition, seed) / "predictions.npy")
+        return np.load(read_result(self._folder(condition, seed), "predictions.npy"))
 
     def _folder(self, condition: str, seed: int) -> Path:
         if (condition, seed) not in self.folders:

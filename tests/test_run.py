@@ -1,6 +1,5 @@
 import json
 import os
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,8 @@ import torch
 from conftest import GBN, L1_BN, TINY
 
 import s6lib.run
-from s6lib.run import COLUMNS, RunError, is_complete, recorded, save_run, train_run
+from s6lib.files import is_complete, read_about, read_checkpoint
+from s6lib.run import COLUMNS, RunError, save_run, train_run
 
 
 class Stopped(BaseException):
@@ -70,7 +70,7 @@ def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
     assert runs[0].history != runs[1].history
 
 
-@pytest.mark.parametrize("writes", range(1, 8))
+@pytest.mark.parametrize("writes", range(1, 11))
 def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_path, monkeypatch, writes):
     """The process ends in the middle of the n-th file that it writes; then the same run is asked for again."""
     original, count = os.fsync, 0
@@ -110,7 +110,7 @@ def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
 
 def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
     train_run(TINY, GBN, 1, tmp_path)
-    assert recorded(tmp_path)["recipe"]["epochs"] == 2
+    assert read_checkpoint(tmp_path)["recipe"]["epochs"] == 2
     assert not is_complete(tmp_path)
     save_run(tmp_path, TINY, GBN, 1, undisturbed)
     assert is_complete(tmp_path)
@@ -119,13 +119,9 @@ def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
     assert about["condition"]["slug"] == "gbn"
     assert about["seed"] == 1
     assert about["torch"] == torch.__version__
-    assert about == recorded(tmp_path)
+    assert about == read_about(tmp_path)
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(torch.equal(weights[name], undisturbed.weights[name]) for name in weights)
-
-
-def test_an_empty_folder_records_nothing(tmp_path):
-    assert recorded(tmp_path) is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path):
@@ -133,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path)
     with pytest.raises(RunError, match=r"GBN \(gbn\), seed 1: the loss is not finite at epoch 2, step \d+; lower"):
         train_run(explodes, GBN, 1, tmp_path)
     assert (tmp_path / "history.csv").read_text().splitlines()[1].startswith("1,0.01,")
-    assert recorded(tmp_path)["history"][0]["epoch"] == 1
+    assert read_checkpoint(tmp_path)["history"][0]["epoch"] == 1
 
 
 def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
@@ -143,14 +139,20 @@ def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
         train_run(TINY, GBN, 1)
 
 
-class Harmful:
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
+def test_a_damaged_checkpoint_falls_back_to_the_epoch_before_and_says_so(undisturbed, tmp_path, capfd, monkeypatch):
+    train_run(TINY, GBN, 1, tmp_path)
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    epochs, original = [], s6lib.run.train_epoch
+    monkeypatch.setattr(s6lib.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
+    assert_same_run(train_run(TINY, GBN, 1, tmp_path), undisturbed)
+    assert len(epochs) == 1
+    assert "checkpoint.pt is damaged" in capfd.readouterr().err
 
 
-def test_a_checkpoint_that_carries_code_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Harmful()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        train_run(TINY, GBN, 1, tmp_path)
-    assert not (tmp_path / "harm").exists()
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train_run(TINY, GBN, 1, tmp_path)
+    for recipe, condition, seed in ((TINY, GBN, 2), (TINY, L1_BN, 1), (replace(TINY, epochs=3), GBN, 1)):
+        with pytest.raises(RunError, match="is of another run; delete it"):
+            train_run(recipe, condition, seed, tmp_path)

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import GBN, L1_BN, TINY
 from filelock import FileLock
 
 from s6lib.conditions import Condition
-from s6lib.run import is_complete
+from s6lib.files import DamagedFile, is_complete
 from s6lib.study import RunsFailed, Study, StudyError, run_folder, run_study
 
 
@@ -115,7 +116,9 @@ def test_kills_at_random_moments_lose_nothing(tiny_study, tmp_path):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert_same_study(Study(tmp_path), tiny_study)
-    leftovers = [path for path in tmp_path.rglob("*") if path.name.endswith(".part") or path.name == "checkpoint.pt"]
+    leftovers = [
+        path for path in tmp_path.rglob("*") if path.name.endswith(".part") or path.name.startswith("checkpoint")
+    ]
     assert not leftovers
 
 
@@ -170,6 +173,38 @@ def test_study_of_nothing_and_a_run_that_is_not_there(tiny_study, tmp_path):
     for name in (tiny_study.model, tiny_study.predictions):
         with pytest.raises(StudyError, match="no complete run of condition 'gbn', seed 3; there are: l1-bn 1, l1-bn 2"):
             name("gbn", 3)
+
+
+@pytest.mark.parametrize("name", ["run.json", "history.csv", "weights.pt", "predictions.npy"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "another run's"])
+def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, tmp_path, name, damage):
+    out = tmp_path / "copy"
+    shutil.copytree(tiny_study.folders["gbn", 1].parents[2], out)
+    path = run_folder(out, TINY, GBN, 2) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {
+        "truncated": content[: len(content) // 2],
+        "flipped": content,
+        "empty": b"",
+        "another run's": (run_folder(out, TINY, GBN, 1) / name).read_bytes(),
+    }
+    path.unlink()
+    if damage == "missing":
+        if name == "run.json":  # then the run is not complete, which is another thing
+            return
+    else:
+        path.write_bytes(damaged[damage])
+
+    def read_everything():
+        study = Study(out)
+        study.summary(), study.model("gbn", 2), study.predictions("gbn", 2)
+
+    with pytest.raises(
+        DamagedFile, match="holds another run" if damage == "another run's" and name == "run.json" else name
+    ):
+        read_everything()
+    assert not path.exists() or path.read_bytes() == damaged[damage]
 
 
 def test_a_study_can_look_at_some_runs_alone(tiny_study):

@@ -1,0 +1,133 @@
+"""The files of a run's folder: written whole or not at all, and checked when they are read."""
+
+import hashlib
+import io
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+RESULTS = ("predictions.npy", "weights.pt", "history.csv")
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the last epoch's, and the one to fall back on
+
+
+class DamagedFile(Exception):
+    """A file is not what was written; the message names it and the remedy."""
+
+
+def serialised(write: Callable[[BinaryIO], Any]) -> bytes:
+    """What `write` writes to the file that it is given."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside its place, then to the disk, then renamed into it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is safe once the folder is on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def write_results(folder: Path, about: dict[str, Any], results: dict[str, bytes]) -> None:
+    """Write the files of a finished run, then run.json, which makes it complete; remove its checkpoints.
+
+    run.json holds `about`, and the SHA-256 of every file, of its own other entries too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        write_whole(folder / name, results[name])
+    digests = {name: hashlib.sha256(results[name]).hexdigest() for name in RESULTS}
+    digests["run.json"] = _digest(about)
+    write_whole(folder / "run.json", json.dumps({**about, "sha256": digests}, indent=2).encode() + b"\n")
+    for name in CHECKPOINTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` holds a finished run."""
+    return (folder / "run.json").exists()
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The entries of run.json. Raises DamagedFile if they are not those that were written."""
+    path = folder / "run.json"
+    try:
+        about = json.loads(path.read_bytes())
+        undamaged = about["sha256"]["run.json"] == _digest({k: v for k, v in about.items() if k != "sha256"})
+    except (ValueError, KeyError, TypeError):
+        undamaged = False
+    if not undamaged:
+        raise _damaged(path)
+    return about
+
+
+def read_result(folder: Path, name: str) -> io.BytesIO:
+    """The content of one of RESULTS. Raises DamagedFile if it is missing or not what was written."""
+    path = folder / name
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != read_about(folder)["sha256"].get(name):
+        raise _damaged(path)
+    return io.BytesIO(content)
+
+
+def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Save the state at an epoch's end, and keep the one before it."""
+    last, before = (folder / name for name in CHECKPOINTS)
+    if last.exists():
+        os.replace(last, before)
+    write_whole(last, serialised(lambda file: torch.save(state, file)))
+
+
+def read_checkpoint(folder: Path, *, report: bool = False) -> dict[str, Any] | None:
+    """The newest checkpoint that is undamaged, or None; with `report`, say on stderr which are passed over."""
+    for name in CHECKPOINTS:
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            return _load_checked(path)
+        except Exception as error:  # torch.load answers damage with a dozen kinds of exception
+            if report:
+                print(f"{path} is damaged ({type(error).__name__}); going on without it", file=sys.stderr, flush=True)
+    return None
+
+
+def _load_checked(path: Path) -> dict[str, Any]:
+    # A .pt file is a zip archive with a CRC-32 for each tensor, which torch.load does not look at.
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path) -> DamagedFile:
+    return DamagedFile(
+        f"{path} is damaged or missing: restore it (git checkout -- {path}), or delete the folder {path.parent} and "
+        "train the run again"
+    )

@@ -1,0 +1,116 @@
+import contextlib
+import os
+import random
+import warnings
+
+import pytest
+import torch
+
+from s6lib.files import (
+    RESULTS,
+    DamagedFile,
+    is_complete,
+    read_about,
+    read_checkpoint,
+    read_result,
+    serialised,
+    write_checkpoint,
+    write_results,
+    write_whole,
+)
+
+STATE = {"model": {"weight": torch.arange(300.0)}, "history": [{"epoch": 1, "loss": 0.5}]}
+
+
+def same(state):
+    return state is not None and torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"first")
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_results_come_back_and_remove_the_checkpoints(tmp_path):
+    write_checkpoint(tmp_path, STATE)
+    write_checkpoint(tmp_path, STATE)
+    write_results(tmp_path, {"seed": 3, "l1": 2e-4}, {name: name.encode() for name in RESULTS})
+    assert is_complete(tmp_path)
+    assert {k: v for k, v in read_about(tmp_path).items() if k != "sha256"} == {"seed": 3, "l1": 2e-4}
+    assert [read_result(tmp_path, name).read() for name in RESULTS] == [name.encode() for name in RESULTS]
+    assert {path.name for path in tmp_path.iterdir()} == {*RESULTS, "run.json"}
+
+
+def test_any_changed_byte_of_a_result_is_found(tmp_path):
+    write_results(tmp_path, {"seed": 3, "l1": 2e-4}, {name: 20 * name.encode() for name in RESULTS})
+    moments = random.Random(1)
+    for name in (*RESULTS, "run.json"):
+        content = (tmp_path / name).read_bytes()
+        for _ in range(40):
+            changed = bytearray(content)
+            changed[moments.randrange(len(changed))] ^= 1 << moments.randrange(8)
+            (tmp_path / name).write_bytes(changed)
+            with contextlib.suppress(DamagedFile):  # or else the change is one of white space
+                read = [read_about(tmp_path)["seed"], *(read_result(tmp_path, name).read() for name in RESULTS)]
+                assert read == [3, *(20 * name.encode() for name in RESULTS)]
+        (tmp_path / name).write_bytes(content)
+
+
+def test_a_changed_byte_of_a_checkpoint_is_found_or_does_not_matter(tmp_path):
+    write_checkpoint(tmp_path, STATE)
+    content, moments = (tmp_path / "checkpoint.pt").read_bytes(), random.Random(1)
+    found = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[moments.randrange(len(changed))] ^= 1 << moments.randrange(8)
+        (tmp_path / "checkpoint.pt").write_bytes(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = read_checkpoint(tmp_path)
+        found += state is None
+        assert state is None or same(state)
+    assert found > 100
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, part):
+    write_checkpoint(tmp_path, STATE)
+    write_checkpoint(tmp_path, {**STATE, "history": []})
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) * part // 20])
+    assert read_checkpoint(tmp_path, report=True)["history"] == STATE["history"]
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+    (tmp_path / "checkpoint-before.pt").write_bytes(b"")
+    assert read_checkpoint(tmp_path) is None
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_that_carries_code_is_passed_over_unread(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(serialised(lambda file: torch.save({"model": Harmful()}, file)))
+    assert read_checkpoint(tmp_path, report=True) is None
+    assert "UnpicklingError" in capsys.readouterr().err
+    assert not (tmp_path / "harm").exists()
+
+
+def test_weights_that_carry_code_are_refused(tmp_path, monkeypatch):
+    """Even with a digest that fits, as a stranger's folder would have."""
+    monkeypatch.chdir(tmp_path)
+    harmful = serialised(lambda file: torch.save({"weight": Harmful()}, file))
+    write_results(tmp_path, {}, dict.fromkeys(RESULTS, harmful))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(read_result(tmp_path, "weights.pt"), weights_only=True)
+    assert not (tmp_path / "harm").exists()
