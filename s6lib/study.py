@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -59,29 +59,40 @@ def run_study(
     if local:
         device = _resolve_device(device)
         jobs = jobs or (cpu_count() if device == "cpu" else 1)
-    folders = {
-        (condition, seed): run_folder(out, recipe, condition, seed) for seed in seeds for condition in conditions
-    }
-    failures = []
     with _only_study_in(Path(out)):
         _refuse_other_training(out, recipe, conditions)
-        waiting = {run: folder for run, folder in folders.items() if not is_complete(folder)}
         if local:
             load_mnist()  # downloaded and unpacked once, before many processes ask for it
-        histories = {f"{c.label}, seed {seed}": folder / "history.csv" for (c, seed), folder in waiting.items()}
-        with progress(histories, recipe.epochs) if show_progress else nullcontext():
-            parallel = Parallel(n_jobs=jobs or -1, batch_size=1, return_as="generator_unordered")
-            for condition, seed, run in parallel(
-                delayed(_try_run)(recipe, condition, seed, device, *((folder, os.getpid()) if local else (None, None)))
-                for (condition, seed), folder in waiting.items()
-            ):
-                if isinstance(run, Run):
-                    save_run(folders[condition, seed], recipe, condition, seed, run)
-                else:
-                    failures.append(run)
+        runs = [(condition, seed) for seed in dict.fromkeys(seeds) for condition in dict.fromkeys(conditions)]
+        waiting = [run for run in runs if not is_complete(run_folder(out, recipe, *run))]
+        with _shown(out, recipe, waiting) if show_progress else nullcontext():
+            failures = _train_runs(out, recipe, waiting, device, jobs or -1, local)
     if failures:
         raise RunsFailed("\n".join(failures))
     return Study(out, recipe.name)
+
+
+def _train_runs(
+    out: str | Path, recipe: Recipe, runs: list[tuple[Condition, int]], device: str, jobs: int, local: bool
+) -> list[str]:
+    """The loop: train each run, wherever joblib sends it, and save it when it comes back. Returns what failed."""
+    failures = []
+    parallel = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
+    driver = os.getpid() if local else None
+    for condition, seed, run in parallel(
+        delayed(_try_run)(recipe, condition, seed, device, run_folder(out, recipe, condition, seed), driver)
+        for condition, seed in runs
+    ):
+        if isinstance(run, Run):
+            save_run(run_folder(out, recipe, condition, seed), recipe, condition, seed, run)
+        else:
+            failures.append(run)
+    return failures
+
+
+def _shown(out: str | Path, recipe: Recipe, runs: list[tuple[Condition, int]]) -> AbstractContextManager[None]:
+    histories = {f"{c.label}, seed {seed}": run_folder(out, recipe, c, seed) / "history.csv" for c, seed in runs}
+    return progress(histories, recipe.epochs)
 
 
 def run_folder(out: str | Path, recipe: Recipe, condition: Condition, seed: int) -> Path:
@@ -90,18 +101,22 @@ def run_folder(out: str | Path, recipe: Recipe, condition: Condition, seed: int)
 
 
 def _try_run(
-    recipe: Recipe, condition: Condition, seed: int, device: str, folder: Path | None, driver: int | None
+    recipe: Recipe, condition: Condition, seed: int, device: str, folder: Path, driver: int | None
 ) -> tuple[Condition, int, Run | str]:
     """A run, or the reason why it failed: an exception would end the other runs too.
 
-    With the process number of a driver on this machine, the worker ends when that does.
+    With a driver, the number of a process on this machine, the run keeps its checkpoints in the folder, and ends when
+    the driver does. Without one it is on another machine, which the folder is not.
     """
     try:
-        with nullcontext() if driver in (None, os.getpid()) else _follows(driver):
-            return condition, seed, train_run(recipe, condition, seed, folder, _resolve_device(device))
+        if driver is None:
+            return condition, seed, train_run(recipe, condition, seed, None, _resolve_device(device))
+        with _follows(driver) if os.getpid() != driver else nullcontext():
+            return condition, seed, train_run(recipe, condition, seed, folder, device)
+    except RunError as error:
+        return condition, seed, str(error)
     except Exception as error:
-        named = f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
-        return condition, seed, str(error) if isinstance(error, RunError) else named
+        return condition, seed, f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
 
 
 @contextmanager
