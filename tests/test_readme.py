@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from s6lib.analysis import outcomes, wilson_interval
 from s6lib.conditions import CONDITIONS, RECIPES
 from s6lib.data import PROJECT
 from s6lib.study import Study
@@ -27,6 +28,19 @@ def test_result_tables_are_the_published_runs(recipe):
         for row in summary.itertuples()
     ]
     assert rows == expected
+
+
+def test_a_second_seed_moves_the_accuracies_as_said():
+    said = re.search(r"moves these accuracies by up to\s+([\d.]+) points and has another winner", README)
+    hits = outcomes(Study(PROJECT / "results", conditions=CONDITIONS, seeds=(1, 2)))
+    assert (hits.loc[1] - hits.loc[2]).abs().max() == round(10_000 * float(said[1]) / 100)
+    assert hits.loc[1].idxmax() != hits.loc[2].idxmax()
+
+
+def test_one_accuracy_is_as_uncertain_as_said():
+    said = float(re.search(r"uncertain by about ([\d.]+) points either way", README)[1])
+    low, high = wilson_interval(0.995)
+    assert 100 * (high - low) / 2 == pytest.approx(said, abs=0.01)
 
 
 def test_figures_are_there_and_have_a_text():
