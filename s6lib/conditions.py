@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,8 @@ def _require(met: bool, name: str, expected: str, value: Any) -> None:
 
 def _require_slug(name: str, value: str) -> None:
     # It becomes a folder's name, so nothing in it may lead elsewhere.
-    _require(bool(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", value)), name, "lower-case words joined by hyphens", value)
+    slug = isinstance(value, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", value)
+    _require(bool(slug), name, "lower-case words joined by hyphens", value)
 
 
 def _require_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
@@ -27,9 +29,9 @@ def _require_whole(name: str, value: int, least: int, most: float = math.inf) ->
     _require(type(value) is int and least <= value <= most, name, expected, value)
 
 
-def _require_number(name: str, value: float, least: float, most: float = math.inf) -> None:
-    expected = f"a number from {least}" + (f" to {most}" if most < math.inf else "")
-    _require(type(value) in (int, float) and math.isfinite(value) and least <= value <= most, name, expected, value)
+def _require_number(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
+    expected = f"a finite number from {least}" + (f" to {most}" if most < sys.float_info.max else "")
+    _require(type(value) in (int, float) and least <= value <= most, name, expected, value)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Condition:
 
     def __post_init__(self) -> None:
         _require_slug("slug", self.slug)
+        _require(isinstance(self.label, str), "label", "text", self.label)
         _require_number("l1", self.l1, 0)
         _require_number("l2", self.l2, 0)
         if self.num_splits is not None:
@@ -108,7 +111,7 @@ class Recipe:
         _require_whole("train_images", self.train_images, 1, 60_000)
         _require_whole("batch_size", self.batch_size, 1)
         _require_number("learning_rate", self.learning_rate, 0)
-        _require_number("decay", self.decay, 0)
+        _require_number("decay", self.decay, 0, 1)
         _require_whole("decay_epochs", self.decay_epochs, 1)
         _require_number("momentum", self.momentum, 0, 1)
         _require_number("rotation", self.rotation, 0, 180)
