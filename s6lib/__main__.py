@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -164,13 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"python -m s6lib: {error}", file=sys.stderr)
         return 2
-    except (MnistError, DamagedFile) as error:
+    except (MnistError, DamagedFile, OSError) as error:  # OSError: the disk is full, or a figure cannot be written
         print(f"python -m s6lib: {error}", file=sys.stderr)
         return 1
     except RunsFailed as error:
         print(f"python -m s6lib: these runs failed, all others are complete:\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing more to stop
         print("\nStopped. Every finished epoch is kept: the same command goes on from there.", file=sys.stderr)
         return 130
     return 0

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
+NOT_BEGUN = (-1, 0.0)
+
 
 class Change(NamedTuple):
     """A run has come from one epoch to another; epoch 0 means begun, and the accuracy is then 0."""
@@ -50,11 +52,12 @@ def _in_notebook() -> bool:
 
 
 def _last_epoch(history: Path) -> tuple[int, float]:
-    """Number and validation accuracy of the last epoch in a history; number -1 for a run not begun."""
-    if not history.exists():
-        return -1, 0.0
-    rows = list(csv.DictReader(history.read_text().splitlines()))
-    return (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
+    """Number and validation accuracy of the last epoch in a history; NOT_BEGUN if there is none to read."""
+    try:
+        rows = list(csv.DictReader(history.read_text().splitlines()))
+        return (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return NOT_BEGUN
 
 
 def _changes(
@@ -66,7 +69,7 @@ def _changes(
         changes = []
         for label, path in histories.items():
             before, _ = seen[label]
-            if before < epochs and (now := _last_epoch(path)) != seen[label]:
+            if before < epochs and (now := _last_epoch(path)) not in (seen[label], NOT_BEGUN):
                 seen[label] = now
                 changes.append(Change(label, max(0, before), *now))
         yield changes

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,12 @@ from s6lib.data import load_mnist
 from s6lib.files import DamagedFile, is_complete, read_about, read_checkpoint, read_result
 from s6lib.progress import progress
 from s6lib.run import Run, RunError, save_run, train_run
+
+POOLS = 4  # one worker may die by chance; who loses this many has too little memory
+WORKERS_DIE = (
+    "worker processes were killed again and again, {runs} runs are not finished: is memory short (a worker needs about "
+    "1 GB)? Every finished epoch is kept: give the same command again, with fewer jobs"
+)
 
 
 class StudyError(Exception):
@@ -76,18 +85,36 @@ def _train_runs(
     out: str | Path, recipe: Recipe, runs: list[tuple[Condition, int]], device: str, jobs: int, local: bool
 ) -> list[str]:
     """The loop: train each run, wherever joblib sends it, and save it when it comes back. Returns what failed."""
-    failures = []
-    parallel = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
-    driver = os.getpid() if local else None
-    for condition, seed, run in parallel(
-        delayed(_try_run)(recipe, condition, seed, device, run_folder(out, recipe, condition, seed), driver)
-        for condition, seed in runs
-    ):
-        if isinstance(run, Run):
-            save_run(run_folder(out, recipe, condition, seed), recipe, condition, seed, run)
-        else:
-            failures.append(run)
+    follow = {"initializer": _follow, "initargs": (os.getpid(),)} if local else {}
+    parallel = partial(Parallel, n_jobs=jobs, batch_size=1, return_as="generator_unordered", **follow)
+    failures: list[str] = []
+    waiting = list(runs)
+    for pools_left in reversed(range(POOLS)):
+        try:
+            for condition, seed, run in parallel()(
+                delayed(_try_run)(recipe, *run, device, run_folder(out, recipe, *run) if local else None)
+                for run in tuple(waiting)
+            ):
+                waiting.remove((condition, seed))
+                failures += _saved(run_folder(out, recipe, condition, seed), recipe, condition, seed, run)
+            break
+        except BrokenExecutor:  # a worker was killed, and joblib ended the others with it
+            if pools_left:
+                print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
+            else:
+                failures.append(WORKERS_DIE.format(runs=len(waiting)))
     return failures
+
+
+def _saved(folder: Path, recipe: Recipe, condition: Condition, seed: int, run: Run | str) -> list[str]:
+    """Save a run, and return the reasons why it failed, if it did."""
+    if isinstance(run, str):
+        return [run]
+    try:
+        save_run(folder, recipe, condition, seed, run)
+    except OSError as error:
+        return [_failure(condition, seed, error)]
+    return []
 
 
 def _shown(out: str | Path, recipe: Recipe, runs: list[tuple[Condition, int]]) -> AbstractContextManager[None]:
@@ -101,40 +128,34 @@ def run_folder(out: str | Path, recipe: Recipe, condition: Condition, seed: int)
 
 
 def _try_run(
-    recipe: Recipe, condition: Condition, seed: int, device: str, folder: Path, driver: int | None
+    recipe: Recipe, condition: Condition, seed: int, device: str, folder: Path | None
 ) -> tuple[Condition, int, Run | str]:
     """A run, or the reason why it failed: an exception would end the other runs too.
 
-    With a driver, the number of a process on this machine, the run keeps its checkpoints in the folder, and ends when
-    the driver does. Without one it is on another machine, which the folder is not.
+    It keeps its checkpoints in the folder. Without one it is on another machine, which has a device of its own.
     """
     try:
-        if driver is None:
-            return condition, seed, train_run(recipe, condition, seed, None, _resolve_device(device))
-        with _follows(driver) if os.getpid() != driver else nullcontext():
-            return condition, seed, train_run(recipe, condition, seed, folder, device)
+        return condition, seed, train_run(recipe, condition, seed, folder, _resolve_device(device))
     except RunError as error:
         return condition, seed, str(error)
     except Exception as error:
-        return condition, seed, f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
+        return condition, seed, _failure(condition, seed, error)
 
 
-@contextmanager
-def _follows(driver: int) -> Iterator[None]:
-    """In a worker process: leave Ctrl-C to the driver, and end when the driver is gone."""
+def _failure(condition: Condition, seed: int, error: Exception) -> str:
+    return f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
+
+
+def _follow(driver: int) -> None:
+    """From now on, in a worker process: leave Ctrl-C to the driver, and end when the driver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(1):
-            if os.getppid() != driver:
-                os._exit(1)
+        while os.getppid() == driver:
+            time.sleep(1)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _resolve_device(device: str) -> str:
@@ -149,12 +170,15 @@ def _resolve_device(device: str) -> str:
 
 @contextmanager
 def _only_study_in(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
+    except OSError as error:
+        raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from error
+    with lock:
+        yield
 
 
 def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence[Condition]) -> None:

@@ -1,10 +1,5 @@
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -86,52 +81,6 @@ def test_an_unforeseen_error_in_a_run_is_named(tmp_path):
     folder.write_text("a file where the folder should be")
     with pytest.raises(RunsFailed, match=r"GBN \(gbn\), seed 1: FileExistsError"):
         run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
-
-
-# --- real processes --------------------------------------------------------------------------------------------------
-
-
-def start(out, *more):
-    command = [sys.executable, "-m", "s6lib", "run", "--conditions", "l1-bn", "gbn", "--seeds", "1", "2"]
-    command += ["--epochs", "2", "--train-images", "640", "--out", str(out), "--jobs", "2", "--device", "cpu", *more]
-    # The pipe closes when driver and workers have all ended.
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def test_kills_at_random_moments_lose_nothing(tiny_study, tmp_path):
-    moments = random.Random(20)
-    for kill in range(5):
-        process = start(tmp_path)
-        try:
-            process.wait(moments.uniform(2, 9))
-        except subprocess.TimeoutExpired:
-            if kill % 2:
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()  # the driver alone: its workers must notice
-        process.communicate(timeout=60)
-    process = start(tmp_path)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
-    assert_same_study(Study(tmp_path), tiny_study)
-    leftovers = [
-        path for path in tmp_path.rglob("*") if path.name.endswith(".part") or path.name.startswith("checkpoint")
-    ]
-    assert not leftovers
-
-
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
-    process = start(tmp_path, "--seeds", "1", "2", "3", "4")
-    line = ""
-    while "epoch 1/2" not in line:
-        line = process.stdout.readline()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: driver and workers
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on from there" in printed
-    assert "Traceback" not in printed
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""Studies as real processes, for the tests that disturb them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s6lib.__main__ import main
+from s6lib.study import Study
+
+# Seed 1 of the fixture `tiny_study`: two runs, each in a process of its own.
+REQUEST = ("run", "--conditions", "l1-bn", "gbn", "--seeds", "1", "--epochs", "2", "--train-images", "640")
+
+
+def command(out: Path, *more: str) -> list[str]:
+    """The command of a tiny study; `more` overrides its options."""
+    return [sys.executable, "-m", "s6lib", *REQUEST, "--out", str(out), "--jobs", "2", "--device", "cpu", *more]
+
+
+@contextmanager
+def started(out: Path, *more: str, **popen) -> Iterator[subprocess.Popen]:
+    """A tiny study under way. Its pipe closes when driver and workers have all ended."""
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command(out, *more), **settings, **popen) as process:
+        yield process
+
+
+def end(process: subprocess.Popen, code: int) -> str:
+    """Wait for the end of all its processes; return what it printed, which holds no traceback."""
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed, printed
+    return printed
+
+
+def wait_for(text: str, process: subprocess.Popen) -> str:
+    """Read what a process prints until a line holds `text`; return it all."""
+    printed = ""
+    while text not in printed:
+        line = process.stdout.readline()
+        assert line, f"ended without {text!r}: {printed}"
+        printed += line
+    return printed
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The process numbers of a driver's workers."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+    return [int(pid) for pid, parent, args in rows if int(parent) == process.pid and "loky" in args and "-m" in args]
+
+
+def complete(out: Path) -> Study:
+    """Give the same command again, undisturbed, and open what it leaves."""
+    assert main([*REQUEST, "--out", str(out), "--jobs", "1", "--device", "cpu"]) == 0
+    leftovers = [path for path in out.rglob("*") if path.name.endswith(".part") or path.name.startswith("checkpoint")]
+    assert not leftovers
+    return Study(out)
+
+
+def kill(process: subprocess.Popen, whom: str) -> None:
+    """End with SIGKILL a driver, all its processes, or one of its workers."""
+    if whom == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif whom == "driver":
+        process.kill()
+    elif workers := workers_of(process):
+        os.kill(workers[0], signal.SIGKILL)
