@@ -109,7 +109,7 @@ class Recipe:
         _require_number("dropout", self.dropout, 0, 1)
         _require_whole("epochs", self.epochs, 1)
         _require_whole("train_images", self.train_images, 1, 60_000)
-        _require_whole("batch_size", self.batch_size, 1)
+        _require_whole("batch_size", self.batch_size, 1, 60_000)
         _require_number("learning_rate", self.learning_rate, 0)
         _require_number("decay", self.decay, 0, 1)
         _require_whole("decay_epochs", self.decay_epochs, 1)

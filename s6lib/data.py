@@ -50,6 +50,8 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
             splits = [MNIST(root, train=train, download=True) for train in (True, False)]
         except (RuntimeError, OSError, EOFError) as error:
             damaged = [raw / name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
+            if not damaged:  # the disk is full, say: the error speaks for itself
+                raise
             raise MnistError(
                 f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
                 "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network."

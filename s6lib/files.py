@@ -128,6 +128,6 @@ def _digest(about: dict[str, Any]) -> str:
 
 def _damaged(path: Path) -> DamagedFile:
     return DamagedFile(
-        f"{path} is damaged or missing: restore it (git checkout -- {path}), or delete the folder {path.parent} and "
-        "train the run again"
+        f"{path} is damaged or missing, or its digest in run.json is: restore the folder (git checkout -- "
+        f"{path.parent}), or delete it and train the run again"
     )

@@ -1,6 +1,7 @@
 """The one loop over conditions and seeds, and a reader for the folder that it fills."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,7 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ from joblib import Parallel, cpu_count, delayed
 from joblib.parallel import LokyBackend, SequentialBackend, get_active_backend
 from torch import nn
 
-from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, build_model
+from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, build_model
 from s6lib.data import load_mnist
 from s6lib.files import DamagedFile, is_complete, read_about, read_checkpoint, read_result
 from s6lib.progress import progress
@@ -55,7 +57,8 @@ def run_study(
     """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open the result.
 
     Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
-    `jobs` processes (by default one a core) train side by side, each with one thread; on a GPU the runs take turns.
+    `jobs` processes (by default and at most one a core) train side by side, each with one thread; on a GPU the runs
+    take turns.
 
     Inside `joblib.parallel_config(backend="dask")` or `"ray"` the runs go to that cluster instead, `jobs` of them at a
     time (by default as many as it has workers). Its workers need s6lib and the digits, but no disk shared with this
@@ -67,12 +70,13 @@ def run_study(
     local = isinstance(get_active_backend()[0], LokyBackend | SequentialBackend)
     if local:
         device = _resolve_device(device)
-        jobs = jobs or (cpu_count() if device == "cpu" else 1)
+        jobs = min(jobs or (cpu_count() if device == "cpu" else 1), cpu_count())
     with _only_study_in(Path(out)):
+        runs = [(condition, seed) for seed in dict.fromkeys(seeds) for condition in dict.fromkeys(conditions)]
+        _refuse_links(Path(out), [run_folder(out, recipe, *run) for run in runs])
         _refuse_other_training(out, recipe, conditions)
         if local:
             load_mnist()  # downloaded and unpacked once, before many processes ask for it
-        runs = [(condition, seed) for seed in dict.fromkeys(seeds) for condition in dict.fromkeys(conditions)]
         waiting = [run for run in runs if not is_complete(run_folder(out, recipe, *run))]
         with _shown(out, recipe, waiting) if show_progress else nullcontext():
             failures = _train_runs(out, recipe, waiting, device, jobs or -1, local)
@@ -181,6 +185,13 @@ def _only_study_in(out: Path) -> Iterator[None]:
         yield
 
 
+def _refuse_links(out: Path, folders: list[Path]) -> None:
+    """Raise StudyError if a symbolic link under `out`, perhaps a stranger's, would have a run written elsewhere."""
+    for folder in folders:
+        if not folder.resolve().is_relative_to(out.resolve()):
+            raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
+
+
 def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence[Condition]) -> None:
     """Raise StudyError if a run under `out` was trained by other settings than those now asked for."""
     asked = {condition.slug: asdict(condition) for condition in conditions}
@@ -200,10 +211,29 @@ def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence
 def _about(folder: Path) -> dict[str, Any]:
     """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
     about = read_about(folder)
-    slug, seed = folder.parent.name, folder.name.removeprefix("seed-")
-    if (about["condition"]["slug"], str(about["seed"])) != (slug, seed):
-        raise DamagedFile(f"{folder} holds another run: {about['condition']['slug']}, seed {about['seed']}")
+    try:
+        found = about["condition"]["slug"], f"seed-{about['seed']}"
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{folder / 'run.json'} describes no run") from error
+    if found != (folder.parent.name, folder.name):
+        raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")
     return about
+
+
+class _Described(NamedTuple):
+    folder: Path
+    recipe: Recipe
+    condition: Condition
+    seed: int
+
+
+def _described(folder: Path) -> _Described:
+    """What a run folder holds, by its run.json."""
+    about = _about(folder)
+    try:
+        return _Described(folder, Recipe(**about["recipe"]), Condition(**about["condition"]), about["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from error
 
 
 class Study:
@@ -214,7 +244,8 @@ class Study:
         recipe: name of the recipe.
         conditions, seeds: look at these alone; by default at all.
 
-    Raises StudyError if there is no such run.
+    Raises StudyError if there is no such run, or the runs are of different recipes; DamagedFile if a file is not what
+    was written.
     """
 
     def __init__(
@@ -224,17 +255,21 @@ class Study:
         conditions: Collection[Condition] | None = None,
         seeds: Collection[int] | None = None,
     ) -> None:
-        complete = [path.parent for path in (Path(folder) / recipe).glob("*/seed-*/run.json")]
-        runs = [(Condition(**about["condition"]), about, path) for path in complete if (about := _about(path))]
-        runs = [run for run in runs if conditions is None or run[0] in conditions]
-        runs = [run for run in runs if seeds is None or run[1]["seed"] in seeds]
+        if not re.fullmatch("[a-z0-9-]+", recipe):
+            raise StudyError(f"{recipe!r} is not the name of a recipe; there are: {', '.join(RECIPES)}")
+        runs = [_described(path.parent) for path in (Path(folder) / recipe).glob("*/seed-*/run.json")]
+        runs = [run for run in runs if conditions is None or run.condition in conditions]
+        runs = [run for run in runs if seeds is None or run.seed in seeds]
         if not runs:
             raise StudyError(f"no complete {recipe} run in {folder}; train some: python -m s6lib run --recipe {recipe}")
-        order = list(ALL_CONDITIONS)
-        runs.sort(key=lambda run: (order.index(run[0].slug) if run[0].slug in order else len(order), run[1]["seed"]))
-        self.conditions = {condition.slug: condition for condition, _, _ in runs}
-        self.recipe = Recipe(**runs[0][1]["recipe"])
-        self.folders = {(condition.slug, about["seed"]): path for condition, about, path in runs}
+        for run in runs:
+            if run.recipe != runs[0].recipe:
+                raise StudyError(f"{run.folder} and {runs[0].folder} are not of one study: their recipes differ")
+        order = list(dict.fromkeys([*ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
+        runs.sort(key=lambda run: (order.index(run.condition.slug), run.seed))
+        self.recipe = runs[0].recipe
+        self.conditions = {run.condition.slug: run.condition for run in runs}
+        self.folders = {(run.condition.slug, run.seed): run.folder for run in runs}
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -270,14 +305,22 @@ class Study:
 
     def model(self, condition: str, seed: int = 1) -> nn.Module:
         """The saved model of a run, on the CPU, in evaluation mode."""
-        folder = self._folder(condition, seed)
+        path = self._folder(condition, seed) / "weights.pt"
         model = build_model(self.recipe, self.conditions[condition])
-        model.load_state_dict(torch.load(read_result(folder, "weights.pt"), map_location="cpu", weights_only=True))
+        content = read_result(path.parent, path.name)
+        try:
+            model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
+        except (UnpicklingError, RuntimeError, TypeError, AttributeError) as error:
+            raise DamagedFile(f"{path} is not a state_dict of {self.recipe.network}, and is not trusted") from error
         return model.eval()
 
     def predictions(self, condition: str, seed: int = 1) -> np.ndarray:
         """The saved class of each test image, uint8 (10000,)."""
-        return np.load(read_result(self._folder(condition, seed), "predictions.npy"))
+        path = self._folder(condition, seed) / "predictions.npy"
+        try:
+            return np.load(read_result(path.parent, path.name), allow_pickle=False)
+        except ValueError as error:
+            raise DamagedFile(f"{path} is not an array of numbers, and is not trusted") from error
 
     def _folder(self, condition: str, seed: int) -> Path:
         if (condition, seed) not in self.folders:

@@ -2,6 +2,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import settings
 
 from s6lib.conditions import CONDITIONS, PLAIN
@@ -9,6 +10,7 @@ from s6lib.data import load_mnist
 from s6lib.study import run_study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)  # a second thread gains nothing here, and loses much beside the tests' other processes
 settings.register_profile("s6lib", deadline=None, report_multiple_bugs=False)
 settings.load_profile("s6lib")
 

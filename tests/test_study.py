@@ -10,7 +10,7 @@ from conftest import GBN, L1_BN, TINY
 from filelock import FileLock
 
 from s6lib.conditions import Condition
-from s6lib.files import DamagedFile, is_complete
+from s6lib.files import RESULTS, DamagedFile, is_complete
 from s6lib.study import RunsFailed, Study, StudyError, run_folder, run_study
 
 
@@ -65,10 +65,42 @@ def test_a_missing_device_is_refused(tmp_path, device):
         run_study(TINY, (GBN,), (1,), tmp_path, device=device)
 
 
+def test_no_more_workers_than_cores(tmp_path, monkeypatch):
+    asked = []
+
+    def spied(n_jobs, **settings):
+        asked.append(n_jobs)
+        return lambda tasks: ()
+
+    monkeypatch.setattr("s6lib.study.Parallel", spied)
+    monkeypatch.setattr("s6lib.study.cpu_count", lambda: 3)
+    for jobs in (None, 1, 2, 1000):
+        with pytest.raises(StudyError, match="no complete"):
+            run_study(TINY, (GBN,), (1,), tmp_path, jobs=jobs, device="cpu", show_progress=False)
+    assert asked == [3, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "condition"),
+    [
+        (replace(TINY, train_images=1), GBN),
+        (replace(TINY, train_images=63), L1_BN),
+        (replace(TINY, train_images=65), GBN),
+        (replace(TINY, train_images=65, batch_size=1), L1_BN),
+        (replace(TINY, batch_size=60_000), GBN),
+        (TINY, Condition("gbn-many", "more splits than images in a batch", num_splits=10**6)),
+    ],
+)
+def test_odd_but_sound_requests_are_met(tmp_path, recipe, condition):
+    once = replace(recipe, epochs=1, train_images=min(recipe.train_images, 128))
+    study = run_study(once, (condition,), (1,), tmp_path, jobs=1, show_progress=False)
+    assert np.isfinite(study.history[["train_loss", "val_loss"]]).all(axis=None)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failed_run_lets_the_others_finish(tmp_path, jobs):
     once = replace(TINY, epochs=1)
-    bad = Condition("bad", "Bad", l1=1e38)
+    bad = Condition("bad", "Bad", l1=1e38)  # diverges, as a learning rate too large does
     with pytest.raises(RunsFailed, match=r"^Bad \(bad\), seed 1: the loss is not finite at epoch 1, step 1;"):
         run_study(once, (bad, GBN), (1,), tmp_path, jobs=jobs, show_progress=False)
     assert not is_complete(run_folder(tmp_path, once, bad, 1))
@@ -124,36 +156,13 @@ def test_study_of_nothing_and_a_run_that_is_not_there(tiny_study, tmp_path):
             name("gbn", 3)
 
 
-@pytest.mark.parametrize("name", ["run.json", "history.csv", "weights.pt", "predictions.npy"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "another run's"])
-def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, tmp_path, name, damage):
-    out = tmp_path / "copy"
-    shutil.copytree(tiny_study.folders["gbn", 1].parents[2], out)
-    path = run_folder(out, TINY, GBN, 2) / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged = {
-        "truncated": content[: len(content) // 2],
-        "flipped": content,
-        "empty": b"",
-        "another run's": (run_folder(out, TINY, GBN, 1) / name).read_bytes(),
-    }
-    path.unlink()
-    if damage == "missing":
-        if name == "run.json":  # then the run is not complete, which is another thing
-            return
-    else:
-        path.write_bytes(damaged[damage])
-
-    def read_everything():
-        study = Study(out)
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_missing_result_is_named(tiny_study, tmp_path, name):
+    out = shutil.copytree(tiny_study.folders["gbn", 1].parents[2], tmp_path / "copy")
+    (run_folder(out, TINY, GBN, 2) / name).unlink()
+    study = Study(out)
+    with pytest.raises(DamagedFile, match=name):
         study.summary(), study.model("gbn", 2), study.predictions("gbn", 2)
-
-    with pytest.raises(
-        DamagedFile, match="holds another run" if damage == "another run's" and name == "run.json" else name
-    ):
-        read_everything()
-    assert not path.exists() or path.read_bytes() == damaged[damage]
 
 
 def test_a_study_can_look_at_some_runs_alone(tiny_study):

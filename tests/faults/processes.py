@@ -11,6 +11,8 @@ from pathlib import Path
 from s6lib.__main__ import main
 from s6lib.study import Study
 
+# As many tries as the README's table counts; the suite makes fewer of the slow ones.
+THOROUGH = "S6LIB_THOROUGH" in os.environ
 # Seed 1 of the fixture `tiny_study`: two runs, each in a process of its own.
 REQUEST = ("run", "--conditions", "l1-bn", "gbn", "--seeds", "1", "--epochs", "2", "--train-images", "640")
 
@@ -24,7 +26,7 @@ def command(out: Path, *more: str) -> list[str]:
 def started(out: Path, *more: str, **popen) -> Iterator[subprocess.Popen]:
     """A tiny study under way. Its pipe closes when driver and workers have all ended."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with subprocess.Popen(command(out, *more), **settings, **popen) as process:
+    with subprocess.Popen(command(out, *more), **(settings | popen)) as process:
         yield process
 
 

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -15,14 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import GBN, TINY
-from processes import REQUEST, command, complete, end, kill, started, wait_for
+from processes import REQUEST, THOROUGH, command, complete, end, kill, started, wait_for
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
 from s6lib.study import RunsFailed, Study, run_study
-
-# The README's table is of S6LIB_KILLS=100.
-KILLS = int(os.environ.get("S6LIB_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ def undisturbed(tiny_study):
 
 def test_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
     moments, studies = random.Random(20), 1
-    for number in range(KILLS):
+    for number in range(100 if THOROUGH else 3):
         with started(tmp_path / str(studies)) as process:
             try:
                 process.wait(moments.uniform(1, 9))
@@ -188,32 +184,3 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
     assert f"cannot write in {tmp_path / 'file'} (File exists); choose another folder" in printed
     assert printed.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
-
-
-# --- long work -------------------------------------------------------------------------------------------------------
-
-PEAKS = """\
-import resource
-from dataclasses import replace
-import s6lib.run
-from s6lib.conditions import CONDITIONS, PLAIN
-from s6lib.data import Split, load_mnist
-train, test = load_mnist()
-test = Split(test.images[:1000], test.labels[:1000])
-s6lib.run.load_mnist = lambda device: (train, test)
-peaks, evaluate = [], s6lib.run.evaluate
-def spied(*arguments):
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return evaluate(*arguments)
-s6lib.run.evaluate = spied
-s6lib.run.train_run(replace(PLAIN, train_images=640), CONDITIONS[0], 1)
-print(peaks[5], peaks[-1])
-"""
-
-
-def test_the_memory_of_a_run_does_not_grow():
-    """Its peak after 25 epochs is that after 5, to 1%: keeping the graph of one step an epoch would add more."""
-    pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
-    after_5, after_25 = map(int, done.stdout.split())
-    assert after_25 <= 1.01 * after_5

@@ -1,0 +1,208 @@
+"""Damaged files and strangers' files: found and named, never run, never rewritten by reading."""
+
+import json
+import random
+import re
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import GBN, L1_BN, TINY
+from processes import THOROUGH
+from test_data import ARCHIVES, archives, no_network  # noqa: F401
+from test_files import Harmful
+from test_study import assert_same_study
+
+from s6lib.conditions import Condition
+from s6lib.data import PROJECT, MnistError, load_mnist
+from s6lib.files import RESULTS, DamagedFile, serialised, write_checkpoint, write_results
+from s6lib.study import RunsFailed, Study, StudyError, run_folder, run_study
+
+PLACES = 20
+
+
+def damages(content: bytes, other: bytes, places: int) -> list[bytes]:
+    """A file's content truncated and with a flipped bit at so many places, empty, and another's."""
+    cuts = [content[: len(content) * place // places] for place in range(places)]
+    flips, moments = [], random.Random(1)
+    for _ in range(places):
+        flipped = bytearray(content)
+        flipped[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
+        flips.append(bytes(flipped))
+    return [*cuts, *flips, other]
+
+
+@pytest.fixture
+def copy(tiny_study, tmp_path):
+    """A study folder that may be changed."""
+    return shutil.copytree(tiny_study.folders["gbn", 1].parents[2], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", [*RESULTS, "run.json"])
+def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, copy, name):
+    path = run_folder(copy, TINY, GBN, 2) / name
+    for damaged in damages(path.read_bytes(), (run_folder(copy, TINY, GBN, 1) / name).read_bytes(), PLACES):
+        path.write_bytes(damaged)
+        refusal = ""
+        try:
+            study = Study(copy)
+            study.model("gbn", 2), study.predictions("gbn", 2)
+            assert study.history.equals(tiny_study.history)
+        except DamagedFile as error:
+            refusal = str(error)
+        assert str(path.parent) in refusal or name == "run.json"  # whose white space may change
+        assert path.name in refusal or name == "run.json"
+        assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_published_run_is_not_trained_again_though_a_file_is_damaged(copy, name):
+    path = run_folder(copy, TINY, GBN, 2) / name
+    path.write_bytes(b"damaged")
+    run_study(TINY, (L1_BN, GBN), (1, 2), copy, jobs=1, show_progress=False)
+    assert path.read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize("damage", ["both damaged", "code"])
+def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, capsys, damage):
+    once = replace(TINY, epochs=1, train_images=64)
+    whole = run_study(once, (GBN,), (1,), tmp_path / "whole", jobs=1, show_progress=False)
+    folder = run_folder(tmp_path / "out", once, GBN, 1)
+    folder.mkdir(parents=True)
+    content = serialised(lambda file: torch.save({"model": Harmful()}, file)) if damage == "code" else b"damaged"
+    for name in ("checkpoint.pt", "checkpoint-before.pt"):
+        (folder / name).write_bytes(content)
+    study = run_study(once, (GBN,), (1,), tmp_path / "out", jobs=1, show_progress=False)
+    assert_same_study(study, whole)
+    assert capsys.readouterr().err.count("is damaged") == 2
+
+
+def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
+    folder = run_folder(tmp_path, TINY, GBN, 1)
+    folder.mkdir(parents=True)
+    write_checkpoint(folder, {"recipe": asdict(TINY), "condition": asdict(GBN), "seed": 2})
+    content = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(RunsFailed, match="is of another run; delete it, and the run starts again"):
+        run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
+    assert (folder / "checkpoint.pt").read_bytes() == content
+
+
+# --- the digits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_damaged_archive_is_named(archives, no_network, number):  # noqa: F811
+    path, other = archives / ARCHIVES[number], archives / ARCHIVES[number - 1]
+    for damaged in damages(path.read_bytes(), other.read_bytes(), PLACES if THOROUGH else 2):
+        path.write_bytes(damaged)
+        with pytest.raises(MnistError, match=f"damaged, and the download failed: {path}. Restore it"):
+            load_mnist(archives.parents[1])
+        assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist, number):  # noqa: F811
+    load_mnist(archives.parents[1])
+    path, other = ((archives / ARCHIVES[k]).with_suffix("") for k in (number, number - 1))
+    content = path.read_bytes()
+    for damaged in damages(content, other.read_bytes(), PLACES if THOROUGH else 1):
+        path.write_bytes(damaged)
+        train, test = load_mnist(archives.parents[1])
+        assert path.read_bytes() == content
+    assert torch.equal(train.images, mnist[0].images)
+    assert torch.equal(test.labels, mnist[1].labels)
+
+
+# --- strangers' files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["code", "another network", "a tensor", "no archive"])
+def test_a_strangers_weights_are_refused_though_their_digests_fit(copy, monkeypatch, tmp_path, kind):
+    content = {
+        "code": serialised(lambda file: torch.save({"weight": Harmful()}, file)),
+        "another network": serialised(lambda file: torch.save({"weight": torch.zeros(1)}, file)),
+        "a tensor": serialised(lambda file: torch.save(torch.zeros(1), file)),
+        "no archive": b"import os",
+    }[kind]
+    rewrite(run_folder(copy, TINY, GBN, 1), "weights.pt", content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DamagedFile, match=r"weights\.pt is not a state_dict of PlainNet, and is not trusted"):
+        Study(copy).model("gbn", 1)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatch, tmp_path):
+    array = np.array([Harmful()], dtype=object)
+    content = serialised(lambda file: np.save(file, array, allow_pickle=True))
+    rewrite(run_folder(copy, TINY, GBN, 1), "predictions.npy", content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
+        Study(copy).predictions("gbn", 1)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"condition": None}, {"condition": {"slug": "gbn"}}, {"recipe": {"name": "plain"}}, {"recipe": []}],
+)
+def test_a_strangers_run_json_that_describes_no_run_is_named(copy, change):
+    folder = run_folder(copy, TINY, GBN, 1)
+    about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
+    write_results(folder, about | change, {name: (folder / name).read_bytes() for name in RESULTS})
+    with pytest.raises(DamagedFile, match=r"run\.json describes no run"):
+        Study(copy)
+
+
+def test_runs_of_different_recipes_are_not_one_study(copy):
+    folder = run_folder(copy, TINY, GBN, 1)
+    about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
+    about["recipe"]["epochs"] = 3
+    write_results(folder, about, {name: (folder / name).read_bytes() for name in RESULTS})
+    with pytest.raises(StudyError, match="are not of one study: their recipes differ"):
+        Study(copy)
+
+
+def rewrite(folder, name, content):
+    """Put another content in a run's folder, with a digest that fits, as a stranger can."""
+    about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
+    write_results(folder, about, {other: (folder / other).read_bytes() for other in RESULTS} | {name: content})
+
+
+@pytest.mark.parametrize("link", ["plain", "plain/gbn", "plain/gbn/seed-1"])
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(tmp_path, link):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    (out / link).parent.mkdir(parents=True)
+    (out / link).symlink_to(elsewhere)
+    with pytest.raises(StudyError, match=f"leads out of {out}, to {elsewhere}.*; remove the link"):
+        run_study(TINY, (GBN,), (1,), out, jobs=1, show_progress=False)
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(mine)
+    with pytest.raises(StudyError, match="cannot write in"):
+        run_study(TINY, (GBN,), (1,), tmp_path / "out", jobs=1, show_progress=False)
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["..", "../plain", "/tmp", "a/b", "", ".", "Plain", "a\\b", "a\nb"])
+def test_names_do_not_lead_out_of_the_folder(tiny_study, name):
+    with pytest.raises(ValueError, match="must be lower-case words joined by hyphens"):
+        replace(TINY, name=name)
+    with pytest.raises(ValueError, match="must be lower-case words joined by hyphens"):
+        Condition(name, "label")
+    with pytest.raises(StudyError, match=r"is not the name of a recipe|no complete"):
+        Study(tiny_study.folders["gbn", 1].parents[2], name)
+
+
+def test_no_step_pipes_a_download_into_a_shell():
+    texts = [PROJECT / "README.md", *(PROJECT / "notebooks").glob("*.ipynb"), *(PROJECT / ".github").rglob("*.yml")]
+    for path in texts:
+        assert not re.search(r"(curl|wget)[^\n]*\|\s*(ba|z)?sh", path.read_text()), path
+        assert not re.search(r"<\((curl|wget)|eval .*\$\((curl|wget)", path.read_text()), path

@@ -1,0 +1,103 @@
+"""Long work, and how it shows: in a terminal, in a pipe, and in Jupyter."""
+
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from processes import THOROUGH, end, started, wait_for, workers_of
+
+from s6lib.study import Study
+
+
+def open_files(process: subprocess.Popen) -> list[int]:
+    """How many files the driver and each of its workers hold open."""
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (process.pid, *sorted(workers_of(process)))]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_many_runs_leave_no_open_files_and_no_process(tmp_path):
+    runs = 200 if THOROUGH else 12
+    seeds = [str(seed) for seed in range(1, runs + 1)]
+    options = ("--conditions", "gbn", "--seeds", *seeds, "--epochs", "1", "--train-images", "64")
+    with started(tmp_path, *options) as process:
+        wait_for(f" {runs // 3}/{runs} epochs", process)
+        early = open_files(process)
+        wait_for(f" {runs - 2}/{runs} epochs", process)
+        late = open_files(process)
+        end(process, 0)  # the pipe has closed: no process is left that holds it
+    assert len(late) == len(early) == 3
+    assert all(after <= before + 2 for before, after in zip(early, late, strict=True))
+    assert len(Study(tmp_path).folders) == runs
+
+
+def test_in_a_pipe_progress_is_plain_lines(tmp_path):
+    with started(tmp_path, "--conditions", "gbn") as process:
+        printed = end(process, 0)
+    lines = [line for line in printed.splitlines() if "epoch " in line and "/2" in line]
+    assert len(lines) == 2
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed)
+
+
+def test_in_a_terminal_progress_is_bars(tmp_path):
+    pty = pytest.importorskip("pty")
+    terminal, end_of_process = pty.openpty()
+    with started(tmp_path, "--conditions", "gbn", stdout=end_of_process, stderr=end_of_process) as process:
+        os.close(end_of_process)
+        printed = b""
+        try:
+            while part := os.read(terminal, 4096):
+                printed += part
+        except OSError:  # Linux ends a terminal so
+            pass
+    os.close(terminal)
+    assert process.returncode == 0
+    shown = printed.decode()
+    assert "\r" in shown
+    assert re.search(r"all runs: 100%\|█+\| 2/2", shown)
+    assert re.search(r"GBN, seed 1: .*validation accuracy \d\d\.\d\d%", shown)
+    assert "Traceback" not in shown
+
+
+def test_in_jupyter_progress_is_bars_and_nothing_goes_wrong(tmp_path):
+    source = (
+        "from dataclasses import replace\nfrom s6lib.conditions import CONDITIONS, PLAIN\n"
+        "from s6lib.study import run_study\n"
+        f"run_study(replace(PLAIN, epochs=1, train_images=64), CONDITIONS[3:4], (1,), {str(tmp_path)!r}, jobs=1);"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    (cell,) = notebook.cells
+    shown = [output for output in cell["outputs"] if output["output_type"] == "display_data"]
+    assert "application/vnd.jupyter.widget-view+json" in shown[0]["data"]
+    assert not [output for output in cell["outputs"] if output["output_type"] in ("stream", "error")]
+
+
+PEAKS = """\
+import resource
+from dataclasses import replace
+import s6lib.run
+from s6lib.conditions import CONDITIONS, PLAIN
+from s6lib.data import Split, load_mnist
+train, test = load_mnist()
+test = Split(test.images[:1000], test.labels[:1000])
+s6lib.run.load_mnist = lambda device: (train, test)
+peaks, evaluate = [], s6lib.run.evaluate
+def spied(*arguments):
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return evaluate(*arguments)
+s6lib.run.evaluate = spied
+s6lib.run.train_run(replace(PLAIN, train_images=640), CONDITIONS[0], 1)
+print(peaks[5], peaks[-1])
+"""
+
+
+def test_the_memory_of_a_run_does_not_grow():
+    """Its peak after 25 epochs is that after 5, to 1%: keeping the graph of one step an epoch would add more."""
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    after_5, after_25 = map(int, done.stdout.split())
+    assert after_25 <= 1.01 * after_5
