@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from s6lib.analysis import misclassified
+from s6lib.analysis import condition_statistics, misclassified, outcomes, paired_comparisons
 from s6lib.data import CLASS_NAMES, Split
 from s6lib.study import Study
 
@@ -164,4 +164,84 @@ def plot_confusion(matrix: np.ndarray, title: str = "") -> Figure:
         axes.set(xlabel="predicted", ylabel="actual", title=title)
         axes.tick_params("x", rotation=45)
         axes.tick_params("y", rotation=0)
+    return figure
+
+
+def plot_replication(study: Study) -> Figure:
+    """Every run of every condition as a dot, and the mean of each condition with its 95% interval."""
+    table, statistics = outcomes(study) / 100, condition_statistics(study)
+    figure = Figure(figsize=(10, 1.2 + 0.6 * len(statistics)), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        for row in statistics.itertuples():
+            color = COLORS.get(row.condition)
+            below = row.Index + np.linspace(0.12, 0.34, row.n)  # one above the other, so that equal runs show
+            axes.plot(table[row.condition], below, "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
+            axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=3, solid_capstyle="butt")
+            axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
+        axes.set_yticks(range(len(statistics)), statistics["label"])
+        axes.set_ylim(len(statistics) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=2))
+        axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
+        means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
+        _label_rows(axes, means)
+        n = statistics["n"].iloc[0]
+        axes.set_title(f"{study.recipe.network}, {n} seeds: a dot is a run, a diamond the mean with its 95% interval")
+    return figure
+
+
+def plot_differences(study: Study) -> Figure:
+    """Forest plot of the paired differences between all conditions, those that Holm's correction leaves in colour."""
+    comparisons = paired_comparisons(study)
+    labels = {slug: condition.label for slug, condition in study.conditions.items()}
+    figure = Figure(figsize=(10, 1.2 + 0.36 * len(comparisons)), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        axes.axvline(0, color="#333333", linewidth=1)
+        for row in comparisons.itertuples():
+            color = COLORS["gbn"] if row.p_holm <= 0.05 else COLORS["bn"]
+            axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
+            axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
+        names = [f"{labels[row.first]}  minus  {labels[row.second]}" for row in comparisons.itertuples()]
+        axes.set_yticks(range(len(comparisons)), names)
+        axes.set_ylim(len(comparisons) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
+        _label_rows(axes, [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()])
+        n, found = comparisons["n"].iloc[0], (comparisons["p_holm"] <= 0.05).sum()
+        axes.set_title(
+            f"{study.recipe.network}, {n} seeds: {found} of {len(names)} differences stand (p by Holm, 0.05)"
+        )
+    return figure
+
+
+def _label_rows(axes: Axes, texts: Sequence[str]) -> None:
+    """Write a text right of the panel beside each row."""
+    for row, text in enumerate(texts):
+        axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+
+
+def plot_split_sweep(study: Study) -> Figure:
+    """Accuracy by the number of ghost batches, 1 being BatchNorm: every run, and the means with their 95% intervals."""
+    statistics = condition_statistics(study)
+    statistics["splits"] = [study.conditions[slug].num_splits or 1 for slug in statistics["condition"]]
+    statistics = statistics.sort_values("splits", ignore_index=True)
+    table, batch = outcomes(study) / 100, study.recipe.batch_size
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        for row in statistics.itertuples():
+            axes.plot([row.splits] * row.n, table[row.condition], "o", color=COLORS["gbn"], alpha=0.45, markersize=6)
+        error = [statistics["mean"] - statistics["low"], statistics["high"] - statistics["mean"]]
+        axes.errorbar(statistics["splits"], statistics["mean"], error, color=COLORS["gbn"], marker="D", capsize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(
+            statistics["splits"], [f"{splits}\n({batch // splits})" for splits in statistics["splits"]], minor=False
+        )
+        axes.set_xlabel("splits of the batch (images in each ghost batch); 1 is BatchNorm")
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
+        n = statistics["n"].iloc[0]
+        axes.set_title(f"{study.recipe.network}, {n} seeds: test accuracy by number of ghost batches")
     return figure

@@ -3,14 +3,18 @@ import numpy as np
 import pytest
 import torch
 
+from s6lib.analysis import condition_statistics, outcomes, paired_comparisons
 from s6lib.plots import (
     COLORS,
     plot_accuracy,
     plot_class_balance,
     plot_confusion,
+    plot_differences,
     plot_ghost_means,
     plot_loss,
     plot_misclassified,
+    plot_replication,
+    plot_split_sweep,
     save,
 )
 
@@ -67,3 +71,38 @@ def test_confusion_shows_errors_alone():
     axes = plot_confusion(matrix, "title").axes[0]
     assert [text.get_text() for text in axes.texts] == ["7"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "actual")
+
+
+def test_replication_shows_every_run_and_the_means_with_their_intervals(tiny_study):
+    (axes,) = plot_replication(tiny_study).axes
+    statistics, hits = condition_statistics(tiny_study), outcomes(tiny_study)
+    lines = axes.get_lines()
+    for row in statistics.itertuples():
+        dots, interval, mean = lines[3 * row.Index : 3 * row.Index + 3]
+        assert dots.get_xdata().tolist() == (hits[row.condition] / 100).tolist()
+        assert list(interval.get_xdata()) == [row.low, row.high]
+        assert mean.get_xdata() == [row.mean]
+        assert {line.get_color() for line in (dots, interval, mean)} == {COLORS[row.condition]}
+        assert axes.texts[row.Index].get_text() == f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN", "GBN"]
+    assert "2 seeds" in axes.get_title()
+
+
+def test_differences_are_those_of_the_comparisons(tiny_study):
+    (axes,) = plot_differences(tiny_study).axes
+    (row,) = paired_comparisons(tiny_study).itertuples()
+    _, interval, mean = axes.get_lines()
+    assert list(interval.get_xdata()) == [row.low, row.high]
+    assert mean.get_xdata() == [row.difference]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN  minus  GBN"]
+    assert "0 of 1 differences stand" in axes.get_title()
+    assert axes.texts[0].get_text() == f"{row.difference:+.3f}   p = {row.p_holm:.2f}"
+
+
+def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
+    (axes,) = plot_split_sweep(tiny_study).axes
+    means = condition_statistics(tiny_study).set_index("condition")["mean"]
+    curve = axes.containers[0].lines[0]
+    assert curve.get_xdata().tolist() == [1, 4]
+    assert curve.get_ydata().tolist() == [means["l1-bn"], means["gbn"]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n(64)", "4\n(16)"]
