@@ -20,13 +20,13 @@ from s6lib.run import COLUMNS, Run
 from s6lib.study import run_study
 
 ROUNDS, RUNS = 3, 1_000
-RECIPE = replace(PLAIN, epochs=2, train_images=19_200)
+RECIPE = replace(PLAIN, epochs=1, train_images=25_600)
 
 
 @contextmanager
 def dask_workers(count: int) -> Iterator[None]:
     """Within the block, joblib sends its work to so many Dask workers of one thread."""
-    cluster = LocalCluster(count, threads_per_worker=1, dashboard_address=None)
+    cluster = LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None)
     with cluster, Client(cluster), parallel_config(backend="dask"):
         yield
 

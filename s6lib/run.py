@@ -1,10 +1,11 @@
 """One run: a condition trained with a seed, its checkpoints, and the folder that it leaves."""
 
+import ctypes
 import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def train_run(
     All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
     not. Raises RunError when the loss is not finite.
     """
+    _keep_freed_memory()
     with _ONE_RUN, _reproducible():
         train, test = load_mnist(device=device)
         train = Split(train.images[: recipe.train_images], train.labels[: recipe.train_images])
@@ -136,6 +138,19 @@ def _reproducible() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory of tensors that are freed, for those of the next step.
+
+    By itself it learns to. But Dask starts its workers with MALLOC_TRIM_THRESHOLD_, which ends the learning: every step
+    then asks the system for its memory anew, and training takes twice as long.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # another system, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**28)
 
 
 def _machine(device: str) -> dict[str, str]:

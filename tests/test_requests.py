@@ -71,8 +71,16 @@ def test_every_command_line_ends_with_an_exit_code_and_a_line(command, options):
         assert all(seed >= 0 for seed in seeds)
 
 
+# No subnormal numbers: some versions of torch.compile switch them off for the whole process.
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just(60_001), st.just(-1)
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_subnormal=False),
+    st.text(max_size=5),
+    st.just([]),
+    st.just(60_001),
+    st.just(-1),
 )
 
 

@@ -63,11 +63,15 @@ def complete(out: Path) -> Study:
     return Study(out)
 
 
-def kill(process: subprocess.Popen, whom: str) -> None:
-    """End with SIGKILL a driver, all its processes, or one of its workers."""
+def kill(process: subprocess.Popen, whom: str) -> bool:
+    """End with SIGKILL a driver, all its processes, or one of its workers; False if it has none yet."""
     if whom == "all":
         os.killpg(process.pid, signal.SIGKILL)
     elif whom == "driver":
         process.kill()
-    elif workers := workers_of(process):
+    else:
+        workers = workers_of(process)
+        if not workers:
+            return False
         os.kill(workers[0], signal.SIGKILL)
+    return True

@@ -27,13 +27,13 @@ def undisturbed(tiny_study):
 
 
 def test_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
-    moments, studies = random.Random(20), 1
-    for number in range(100 if THOROUGH else 3):
+    moments, kills, studies = random.Random(20), 0, 1
+    while kills < (100 if THOROUGH else 3):
         with started(tmp_path / str(studies)) as process:
             try:
                 process.wait(moments.uniform(1, 9))
             except subprocess.TimeoutExpired:
-                kill(process, ("driver", "all", "worker")[number % 3])
+                kills += kill(process, ("driver", "all", "worker")[kills % 3])
             printed, _ = process.communicate(timeout=120)
         assert "Traceback" not in printed, printed
         if process.returncode == 0:  # complete before the kill, or in spite of a worker's death
