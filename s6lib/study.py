@@ -64,8 +64,9 @@ def run_study(
     time (by default as many as it has workers). Its workers need s6lib and the digits, but no disk shared with this
     process, which writes the folder; so a run there has no checkpoint, and one that is lost starts again.
 
-    Raises StudyError, before anything is trained, if the device is missing, another study is at work in `out`, or
-    `out` holds runs of this recipe name trained otherwise. Raises RunsFailed after all runs that could finish have.
+    Raises StudyError, before anything is trained, if the device is missing, `out` cannot be written, another study is
+    at work in it, it holds runs of this recipe name trained otherwise, or a link in it leads elsewhere. Raises
+    RunsFailed after all runs that could finish have.
     """
     local = isinstance(get_active_backend()[0], LokyBackend | SequentialBackend)
     if local:

@@ -30,7 +30,8 @@ def outputs(cell: dict) -> str:
 
 
 def test_the_series_is_complete():
-    assert [path.stem for path in NOTEBOOKS] == ["01_data", "02_models", "03_study", "04_analysis"]
+    names = ["01_data", "02_models", "03_study", "04_analysis", "05_replication"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from s6lib.analysis import outcomes, wilson_interval
-from s6lib.conditions import CONDITIONS, RECIPES
+from s6lib.analysis import condition_statistics, equal_conditions, outcomes, paired_comparisons, wilson_interval
+from s6lib.conditions import CONDITIONS, CONTROL, RECIPES
 from s6lib.data import PROJECT
 from s6lib.study import Study
 
@@ -26,6 +26,52 @@ def test_result_tables_are_the_published_runs(recipe):
             f"{100 * row.train_accuracy:.2f}",
         )
         for row in summary.itertuples()
+    ]
+    assert rows == expected
+
+
+SIX = (*CONDITIONS, CONTROL)
+
+
+@pytest.fixture(scope="module")
+def replication():
+    """The study of the headline: as many seeds as it says, which are all that every condition has."""
+    seeds = int(re.search(r"\*\*With (\d+) runs of each condition", README)[1])
+    every = [set(Study(PROJECT / "results", conditions=(c,)).summary()["seed"]) for c in SIX]
+    assert set.intersection(*every) == set(range(1, seeds + 1))
+    return Study(PROJECT / "results", conditions=SIX, seeds=range(1, seeds + 1))
+
+
+def test_the_headline_is_what_the_results_say(replication):
+    comparisons = paired_comparisons(replication)
+    said = re.search(
+        r"no condition can be told from another, nor from plain BatchNorm: the largest\s+of the (\d+) "
+        r"paired differences is ([\d.]+) points, and none of them stands "
+        r"\(smallest p after Holm's correction: ([\d.]+)\)\.\*\*",
+        README,
+    )
+    assert int(said[1]) == len(comparisons)
+    assert said[2] == f"{comparisons['difference'].abs().max():.2f}"
+    assert said[3] == f"{comparisons['p_holm'].min():.2f}"
+    assert comparisons["p_holm"].min() > 0.05
+
+
+def test_luck_alone_does_what_the_readme_says(replication):
+    sd = (outcomes(replication).var().mean() / 10_000) ** 0.5
+    said = re.search(r"differ by an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", README, re.DOTALL)
+    assert said[1] == f"{sd:.3f}"
+    assert said[2] == f"{equal_conditions(sd)[1]:.2f}"
+    n = len(outcomes(replication))
+    assert f"even if one condition won all {n} pairs, p would be {2 / 2**n:.3f}" in README
+
+
+def test_the_table_of_means_is_what_the_results_say(replication):
+    rows = re.findall(
+        r"^\| ([^|]+?) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", README, re.MULTILINE
+    )
+    expected = [
+        (row.label, str(row.n), f"{row.mean:.3f}", f"{row.sd:.3f}", f"{row.low:.2f}", f"{row.high:.2f}")
+        for row in condition_statistics(replication).itertuples()
     ]
     assert rows == expected
 
