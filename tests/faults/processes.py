@@ -1,6 +1,7 @@
 """Studies as real processes, for the tests that disturb them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,10 +32,11 @@ def started(out: Path, *more: str, **popen) -> Iterator[subprocess.Popen]:
 
 
 def end(process: subprocess.Popen, code: int) -> str:
-    """Wait for the end of all its processes; return what it printed, which holds no traceback."""
+    """Wait for the end of all its processes; return what it printed: plain lines in a pipe, and no traceback."""
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code, printed
     assert "Traceback" not in printed, printed
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed), printed
     return printed
 
 
