@@ -133,6 +133,7 @@ def test_a_disk_that_is_full_at_any_write(once, tmp_path, monkeypatch, nth):
     assert len(written) > nth
 
 
+@pytest.mark.skipif(not THOROUGH, reason="much like the next, where a tmpfs can be mounted")
 def test_files_that_may_not_grow(undisturbed, tmp_path):
     """A limit on the size of a file, in driver and workers: the system's own error at a real write."""
     resource = pytest.importorskip("resource")
