@@ -115,7 +115,7 @@ def outcomes(study: Study) -> pd.DataFrame:
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of a mean, by the BCa bootstrap (Efron 1987), seeded. Raises ValueError for under two values.
 
-    A bootstrap of few values is too narrow: of normal means it covers 73% with 3 values, 86% with 6, 90% with 10.
+    A bootstrap of few values is too narrow: of normal means it covers 73% with 3, 86% with 6, 90% with 10.
     """
     sample = _sample(values)
     if np.ptp(sample) == 0:

@@ -54,6 +54,8 @@ def test_the_headline_is_what_the_results_say(replication):
     assert said[2] == f"{comparisons['difference'].abs().max():.2f}"
     assert said[3] == f"{comparisons['p_holm'].min():.2f}"
     assert comparisons["p_holm"].min() > 0.05
+    assert "95% intervals, all of which hold zero" in README
+    assert ((comparisons["low"] <= 0) & (comparisons["high"] >= 0)).all()
 
 
 def test_luck_alone_does_what_the_readme_says(replication):

@@ -66,6 +66,14 @@ def test_mean_interval_is_near_students_on_normal_data():
     assert mean_interval(sample) == (low, high)
 
 
+@pytest.mark.parametrize(("n", "coverage"), [(3, 0.73), (6, 0.86), (10, 0.90)])
+def test_mean_interval_of_few_values_covers_as_its_docstring_says(n, coverage):
+    samples = np.random.default_rng(0).normal(size=(300, n))
+    intervals = [mean_interval(sample) for sample in samples]
+    assert np.mean([low <= 0 <= high for low, high in intervals]) == pytest.approx(coverage, abs=0.06)
+    assert f"{coverage:.0%} with {n}" in mean_interval.__doc__
+
+
 @pytest.mark.parametrize("bad", [[], [1.0], [1.0, float("nan")], [[1.0, 2.0]]])
 def test_too_little_data_is_refused(bad):
     for function in (mean_interval, sign_flip_p):
