@@ -61,9 +61,11 @@ class TestNotebook:
 
 
 def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
-    """A copy of 04 whose saved output claims 0.01 points more than the library finds."""
+    """A copy of 04, cut down to its first cells and this number, which it claims to be 0.01 points more."""
     notebook = json.loads((PROJECT / "notebooks" / "04_analysis.ipynb").read_text())
-    text = json.dumps(notebook)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (claim,) = [cell for cell in code if "wilson_interval(row.accuracy)" in "".join(cell["source"])]
+    text = json.dumps({**notebook, "cells": [*code[:3], claim]})
     found = re.search(r"L2 \+ BN +(99\.\d\d)%, 95% interval", text)
     falsified = f"{float(found[1]) + 0.01:.2f}"
     copy = tmp_path / "04_analysis.ipynb"
@@ -71,7 +73,7 @@ def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
     command = [sys.executable, "-m", "pytest", "--nbval", str(copy), "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout
-    assert "1 failed" in result.stdout
+    assert "1 failed, 3 passed" in result.stdout
     assert falsified in result.stdout
 
 
