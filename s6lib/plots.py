@@ -209,7 +209,8 @@ def plot_differences(study: Study) -> Figure:
         axes.set_ylim(len(comparisons) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
-        _label_rows(axes, [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()])
+        beside = [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()]
+        _label_rows(axes, [text.replace("-", "\N{MINUS SIGN}") for text in beside])  # as wide as a plus
         n, found = comparisons["n"].iloc[0], (comparisons["p_holm"] <= 0.05).sum()
         axes.set_title(
             f"{study.recipe.network}, {n} seeds: {found} of {len(names)} differences stand (p by Holm, 0.05)"

@@ -96,7 +96,7 @@ def test_differences_are_those_of_the_comparisons(tiny_study):
     assert mean.get_xdata() == [row.difference]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN  minus  GBN"]
     assert "0 of 1 differences stand" in axes.get_title()
-    assert axes.texts[0].get_text() == f"{row.difference:+.3f}   p = {row.p_holm:.2f}"
+    assert axes.texts[0].get_text().replace("\N{MINUS SIGN}", "-") == f"{row.difference:+.3f}   p = {row.p_holm:.2f}"
 
 
 def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
