@@ -4,7 +4,15 @@ import re
 
 import pytest
 
-from s6lib.analysis import condition_statistics, equal_conditions, outcomes, paired_comparisons, wilson_interval
+from s6lib.analysis import (
+    condition_statistics,
+    equal_conditions,
+    outcomes,
+    paired_comparisons,
+    run_sd,
+    seeds_needed,
+    wilson_interval,
+)
 from s6lib.conditions import CONDITIONS, CONTROL, RECIPES
 from s6lib.data import PROJECT
 from s6lib.study import Study
@@ -54,17 +62,26 @@ def test_the_headline_is_what_the_results_say(replication):
     assert said[2] == f"{comparisons['difference'].abs().max():.2f}"
     assert said[3] == f"{comparisons['p_holm'].min():.2f}"
     assert comparisons["p_holm"].min() > 0.05
-    assert "95% intervals, all of which hold zero" in README
-    assert ((comparisons["low"] <= 0) & (comparisons["high"] >= 0)).all()
+    reach = re.search(r"differences reach from (-[\d.]+) to ([\d.]+) points", README)
+    assert reach.groups() == (f"{comparisons['low'].min():.2f}", f"{comparisons['high'].max():.2f}")
+    hold_zero = ((comparisons["low"] <= 0) & (comparisons["high"] >= 0)).sum()
+    assert f"95% intervals, of which {hold_zero} hold zero" in README
 
 
 def test_luck_alone_does_what_the_readme_says(replication):
-    sd = (outcomes(replication).var().mean() / 10_000) ** 0.5
+    sd = run_sd(replication)
     said = re.search(r"differ by an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", README, re.DOTALL)
-    assert said[1] == f"{sd:.3f}"
-    assert said[2] == f"{equal_conditions(sd)[1]:.2f}"
-    n = len(outcomes(replication))
-    assert f"even if one condition won all {n} pairs, p would be {2 / 2**n:.3f}" in README
+    assert said.groups() == (f"{sd:.3f}", f"{equal_conditions(sd)[1]:.2f}")
+
+
+def test_it_takes_as_many_seeds_as_said(replication):
+    comparisons = paired_comparisons(replication)
+    pair_sd = (comparisons["sd"] ** 2).mean() ** 0.5
+    for size, said in (
+        (0.05, re.search(r"difference of 0\.05 points .*? with\s+(\d+) seeds", README, re.DOTALL)),
+        (0.02, re.search(r"one of 0\.02 points with (\d+)", README)),
+    ):
+        assert int(said[1]) == seeds_needed(pair_sd, size, len(comparisons))
 
 
 def test_the_table_of_means_is_what_the_results_say(replication):
@@ -79,7 +96,7 @@ def test_the_table_of_means_is_what_the_results_say(replication):
 
 
 def test_a_second_seed_moves_the_accuracies_as_said():
-    said = re.search(r"moves these accuracies by up to\s+([\d.]+) points and has another winner", README)
+    said = re.search(r"moves these\s+accuracies by up to\s+([\d.]+) points and has another winner", README)
     hits = outcomes(Study(PROJECT / "results", conditions=CONDITIONS, seeds=(1, 2)))
     assert (hits.loc[1] - hits.loc[2]).abs().max() == round(10_000 * float(said[1]) / 100)
     assert hits.loc[1].idxmax() != hits.loc[2].idxmax()

@@ -18,6 +18,7 @@ from s6lib.analysis import (
     outcomes,
     paired_comparisons,
     right_predictions,
+    run_sd,
     seeds_needed,
     sign_flip_p,
     stability,
@@ -88,6 +89,10 @@ def test_condition_statistics_are_in_percent():
     assert 99.4 <= row["low"] < 99.5 < row["high"] <= 99.6
 
 
+def test_run_sd_is_that_of_runs_of_one_condition():
+    assert run_sd(FakeStudy({"a": [0.994, 0.995, 0.996], "b": [0.99, 0.99, 0.99]})) == pytest.approx(0.1 / 2**0.5)
+
+
 def test_paired_comparisons_of_known_differences():
     a = [0.9940, 0.9950, 0.9945, 0.9955, 0.9941, 0.9949]
     b = [x - d / 10_000 for x, d in zip(a, [5, 6, 4, 7, 5, 3], strict=True)]
@@ -101,24 +106,38 @@ def test_paired_comparisons_of_known_differences():
     assert sorted(table["p_holm"])[0] == pytest.approx(min(1, 3 * p[0]))
     assert (table["p_holm"] >= table["p"]).all()
     assert (table["seeds_0.02"] >= table["seeds_0.05"]).all()
+    assert list(table["seeds_0.03"]) == [seeds_needed(sd, 0.03, comparisons=3) for sd in table["sd"]]
 
 
+def test_a_pair_whose_differences_are_all_equal_is_compared():
+    table = paired_comparisons(FakeStudy({"a": [0.994, 0.995], "b": [0.993, 0.994]}))
+    assert table[["difference", "low", "high", "sd", "p"]].iloc[0].tolist() == pytest.approx([0.1, 0.1, 0.1, 0, 0.5])
+
+
+@pytest.mark.parametrize("comparisons", [1, 15])
 @pytest.mark.parametrize(("sd", "difference"), [(0.05, 0.05), (0.05, 0.02), (0.035, 0.03)])
-def test_seeds_needed_reach_the_power_and_one_fewer_does_not(sd, difference):
+def test_seeds_needed_reach_the_power_and_one_fewer_does_not(sd, difference, comparisons):
     def power(n):
         noncentrality = difference / sd * n**0.5
-        limit = scipy.stats.t.ppf(0.975, n - 1)
+        limit = scipy.stats.t.isf(0.025 / comparisons, n - 1)
         return scipy.stats.nct.sf(limit, n - 1, noncentrality) + scipy.stats.nct.cdf(-limit, n - 1, noncentrality)
 
-    n = seeds_needed(sd, difference)
+    n = seeds_needed(sd, difference, comparisons)
     assert power(n) >= 0.8 > power(n - 1)
 
 
-def test_seeds_needed_at_the_edges():
-    assert seeds_needed(0.001, 0.05) == 2
-    for bad in ((0, 0.05), (0.05, 0), (float("nan"), 0.05)):
-        with pytest.raises(ValueError, match="must be above 0"):
-            seeds_needed(*bad)
+@pytest.mark.parametrize("comparisons", [1, 15])
+@pytest.mark.parametrize("sd", [0, 1e-9, 0.001, 0.012, 0.013, 0.02])
+def test_seeds_needed_are_enough_for_the_sign_flip_test(sd, comparisons):
+    n = seeds_needed(sd, 0.05, comparisons)
+    assert sign_flip_p([1] * n) <= 0.05 / comparisons
+    assert sd > 0.0125 or sign_flip_p([1] * (n - 1)) > 0.05 / comparisons
+
+
+@pytest.mark.parametrize("bad", [(-1, 0.05), (0.05, 0), (float("nan"), 0.05)])
+def test_seeds_needed_for_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match="must be at least 0 and the difference above 0"):
+        seeds_needed(*bad)
 
 
 def test_variance_sources_are_told_apart():
@@ -126,18 +145,29 @@ def test_variance_sources_are_told_apart():
     images = 4_000
     same = np.tile(generator.random(images) < 0.9, (5, 1))
     only_images = variance_sources(same)  # every run right on the same images: seeds add nothing
-    binomial = 100 * (same[0].mean() * (1 - same[0].mean()) / images) ** 0.5
-    assert only_images["seeds"] == pytest.approx(0, abs=1e-4)
-    assert only_images["images"] == pytest.approx(binomial, rel=0.06)
-    assert only_images["both"] == pytest.approx(only_images["images"], rel=1e-3)
+    binomial = 100 * (same[0].mean() * (1 - same[0].mean()) / (images - 1)) ** 0.5
+    assert only_images == {"seeds": 0, "images": pytest.approx(binomial), "both": pytest.approx(binomial)}
 
-    rates = np.array([0.80, 0.85, 0.90, 0.95])
-    right = np.stack([np.arange(images) < rate * images for rate in rates])
-    found = variance_sources(right)
-    assert found["seeds"] == pytest.approx(100 * rates.std() / 2, rel=0.06)
-    assert found["both"] > found["seeds"] > found["images"]
+    only_seeds = variance_sources(np.tile([[80], [85], [90], [95]], images) / 100)
+    expected = np.std([80, 85, 90, 95], ddof=1) / 2
+    assert only_seeds == pytest.approx({"seeds": expected, "images": 0, "both": expected})
     with pytest.raises(ValueError, match="run more seeds"):
         variance_sources(same[:1])
+
+
+def test_variance_sources_count_what_is_neither_the_runs_nor_the_images_once():
+    """Against the variance by which the mean really varies, for known components, over 400 studies."""
+    seeds, images, study = 6, 100, np.random.default_rng(0)
+    of_seed, of_image, of_neither = 0.1, 0.5, 1.0
+    found, means = [], []
+    for _ in range(400):
+        scores = of_seed * study.normal(size=(seeds, 1)) + of_image * study.normal(size=images)
+        scores = scores + of_neither * study.normal(size=(seeds, images))
+        means.append(100 * scores.mean())
+        found.append(variance_sources(scores)["both"] ** 2)
+    expected = 1e4 * (of_seed**2 / seeds + of_image**2 / images + of_neither**2 / (seeds * images))
+    assert np.var(means) == pytest.approx(expected, rel=0.2)
+    assert np.mean(found) == pytest.approx(expected, rel=0.2)  # counted three times: 1.57 times it
 
 
 def test_mcnemar_is_the_binomial_test():
