@@ -208,6 +208,7 @@ def plot_differences(study: Study) -> Figure:
         axes.set_yticks(range(len(comparisons)), names)
         axes.set_ylim(len(comparisons) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
         beside = [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()]
         _label_rows(axes, [text.replace("-", "\N{MINUS SIGN}") for text in beside])  # as wide as a plus

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from scipy.stats import friedmanchisquare
 
 from s6lib.analysis import (
     condition_statistics,
@@ -64,6 +65,8 @@ def test_the_headline_is_what_the_results_say(replication):
     assert comparisons["p_holm"].min() > 0.05
     reach = re.search(r"differences reach from (-[\d.]+) to ([\d.]+) points", README)
     assert reach.groups() == (f"{comparisons['low'].min():.2f}", f"{comparisons['high'].max():.2f}")
+    p = friedmanchisquare(*outcomes(replication).T.to_numpy()).pvalue
+    assert f"(Friedman's, thought of afterwards: p = {p:.3f})" in README
     hold_zero = ((comparisons["low"] <= 0) & (comparisons["high"] >= 0)).sum()
     assert f"95% intervals, of which {hold_zero} hold zero" in README
 
@@ -85,12 +88,17 @@ def test_it_takes_as_many_seeds_as_said(replication):
 
 
 def test_the_table_of_means_is_what_the_results_say(replication):
+    statistics = condition_statistics(replication)
+    lowest, highest = (statistics.loc[getattr(statistics["mean"], which)()] for which in ("idxmin", "idxmax"))
+    ends = [f"{row['label']}, {row['mean']:.2f}%" for row in (lowest, highest)]
+    assert f"with means from {ends[0]}, to {ends[1]}]" in README
+    assert f"The lowest is {lowest['label']}." in README
     rows = re.findall(
         r"^\| ([^|]+?) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", README, re.MULTILINE
     )
     expected = [
         (row.label, str(row.n), f"{row.mean:.3f}", f"{row.sd:.3f}", f"{row.low:.2f}", f"{row.high:.2f}")
-        for row in condition_statistics(replication).itertuples()
+        for row in statistics.itertuples()
     ]
     assert rows == expected
 
