@@ -14,6 +14,7 @@ import torch
 
 RESULTS = ("predictions.npy", "weights.pt", "history.csv")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the last epoch's, and the one to fall back on
+IDENTITY = {"recipe", "condition", "seed"}  # the entries by which a checkpoint is known to be one
 
 
 class DamagedFile(Exception):
@@ -71,12 +72,12 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The entries of run.json. Raises DamagedFile if they are not those that were written."""
+    """The entries of run.json. Raises DamagedFile if it is missing or they are not those that were written."""
     path = folder / "run.json"
     try:
         about = json.loads(path.read_bytes())
         undamaged = about["sha256"]["run.json"] == _digest({k: v for k, v in about.items() if k != "sha256"})
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         undamaged = False
     if not undamaged:
         raise _damaged(path)
@@ -100,17 +101,25 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     write_whole(last, serialised(lambda file: torch.save(state, file)))
 
 
-def read_checkpoint(folder: Path, *, report: bool = False) -> dict[str, Any] | None:
-    """The newest checkpoint that is undamaged, or None; with `report`, say on stderr which are passed over."""
-    for name in CHECKPOINTS:
-        path = folder / name
+def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
+    """The newest checkpoint that is undamaged, or None; with `resume`, it takes the place of a damaged one.
+
+    Otherwise the next `write_checkpoint` would keep the damaged one in its stead. What is passed over is then named on
+    stderr.
+    """
+    last, before = (folder / name for name in CHECKPOINTS)
+    for path in (last, before):
         if not path.exists():
             continue
         try:
-            return _load_checked(path)
+            state = _load_checked(path)
         except Exception as error:  # torch.load answers damage with a dozen kinds of exception
-            if report:
+            if resume:
                 print(f"{path} is damaged ({type(error).__name__}); going on without it", file=sys.stderr, flush=True)
+            continue
+        if resume and path == before:
+            os.replace(before, last)
+        return state
     return None
 
 
@@ -119,7 +128,10 @@ def _load_checked(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile("wrong checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not state.keys() >= IDENTITY:
+        raise TypeError("not a checkpoint")
+    return state
 
 
 def _digest(about: dict[str, Any]) -> str:

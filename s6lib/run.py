@@ -56,7 +56,7 @@ def train_run(
     """Train one condition with one seed; with a `folder`, go on from its checkpoint and renew it at each epoch's end.
 
     All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
-    not. Raises RunError when the loss is not finite.
+    not. Raises RunError when the loss is not finite, or the checkpoint is another run's.
     """
     _keep_freed_memory()
     with _ONE_RUN, _reproducible():
@@ -131,9 +131,11 @@ def _reproducible() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
+    # An idle GPU is not woken for its generator.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with torch.random.fork_rng(), exact:
+        with torch.random.fork_rng(devices), exact:
             yield
     finally:
         torch.set_flush_denormal(False)
@@ -190,7 +192,7 @@ def _resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer:
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder)
     history: History = []
-    checkpoint = read_checkpoint(folder, report=True)
+    checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is not None:
         if any(checkpoint.get(name) != value for name, value in identity.items()):
             raise RunError(f"the checkpoint in {folder} is of another run; delete it, and the run starts again")

@@ -19,20 +19,27 @@ from s6lib.files import (
     write_whole,
 )
 
-STATE = {"model": {"weight": torch.arange(300.0)}, "history": [{"epoch": 1, "loss": 0.5}]}
+STATE = {
+    "recipe": {"name": "plain"},
+    "condition": {"slug": "gbn"},
+    "seed": 1,
+    "model": {"weight": torch.arange(300.0)},
+    "optimizer": {},
+    "history": [{"epoch": 1, "loss": 0.5}],
+}
 
 
 def same(state):
     return state is not None and torch.equal(state["model"]["weight"], STATE["model"]["weight"])
 
 
+def full(descriptor):
+    raise OSError("no space left")
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_whole(path, b"first")
-
-    def full(descriptor):
-        raise OSError("no space left")
-
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         write_whole(path, b"second")
@@ -87,9 +94,29 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, p
     write_checkpoint(tmp_path, {**STATE, "history": []})
     content = (tmp_path / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) * part // 20])
-    assert read_checkpoint(tmp_path, report=True)["history"] == STATE["history"]
+    assert read_checkpoint(tmp_path)["history"] == STATE["history"]
+    assert read_checkpoint(tmp_path, resume=True)["history"] == STATE["history"]
     assert "checkpoint.pt is damaged" in capsys.readouterr().err
-    (tmp_path / "checkpoint-before.pt").write_bytes(b"")
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, monkeypatch):
+    """Nor when the next cannot be written."""
+    write_checkpoint(tmp_path, STATE)
+    write_checkpoint(tmp_path, {**STATE, "history": []})
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    assert same(read_checkpoint(tmp_path, resume=True))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(tmp_path, STATE)
+    assert read_checkpoint(tmp_path)["history"] == STATE["history"]
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    assert read_checkpoint(tmp_path, resume=True) is None
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3), STATE["model"]], ids=["tensor", "weights"])
+def test_another_file_of_torchs_is_no_checkpoint(tmp_path, other):
+    torch.save(other, tmp_path / "checkpoint.pt")
     assert read_checkpoint(tmp_path) is None
 
 
@@ -101,7 +128,7 @@ class Harmful:
 def test_a_checkpoint_that_carries_code_is_passed_over_unread(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(serialised(lambda file: torch.save({"model": Harmful()}, file)))
-    assert read_checkpoint(tmp_path, report=True) is None
+    assert read_checkpoint(tmp_path, resume=True) is None
     assert "UnpicklingError" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()
 
