@@ -11,9 +11,9 @@ from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -58,22 +58,24 @@ def run_study(
 
     Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
     `jobs` processes (by default and at most one a core) train side by side, each with one thread; on a GPU the runs
-    take turns.
+    take turns, if `jobs` does not say otherwise.
 
     Inside `joblib.parallel_config(backend="dask")` or `"ray"` the runs go to that cluster instead, `jobs` of them at a
     time (by default as many as it has workers). Its workers need s6lib and the digits, but no disk shared with this
     process, which writes the folder; so a run there has no checkpoint, and one that is lost starts again.
 
-    Raises StudyError, before anything is trained, if the device is missing, `out` cannot be written, another study is
-    at work in it, it holds runs of this recipe name trained otherwise, or a link in it leads elsewhere. Raises
-    RunsFailed after all runs that could finish have.
+    Raises, before anything is trained, StudyError if a seed is not a whole number, two conditions share a name, the
+    device is missing, `out` cannot be written, another study is at work in it, it holds runs of this recipe name
+    trained otherwise, or a link in it leads elsewhere; MnistError if the digits are missing; DamagedFile if a finished
+    run is damaged. Raises RunsFailed after all runs that could finish have.
     """
+    seeds, conditions = _distinct(seeds, conditions)
     local = isinstance(get_active_backend()[0], LokyBackend | SequentialBackend)
     if local:
         device = _resolve_device(device)
         jobs = min(jobs or (cpu_count() if device == "cpu" else 1), cpu_count())
     with _only_study_in(Path(out)):
-        runs = [(condition, seed) for seed in dict.fromkeys(seeds) for condition in dict.fromkeys(conditions)]
+        runs = [(condition, seed) for seed in seeds for condition in conditions]
         _refuse_links(Path(out), [run_folder(out, recipe, *run) for run in runs])
         _refuse_other_training(out, recipe, conditions)
         if local:
@@ -84,6 +86,18 @@ def run_study(
     if failures:
         raise RunsFailed("\n".join(failures))
     return Study(out, recipe.name)
+
+
+def _distinct(seeds: Sequence[int], conditions: Sequence[Condition]) -> tuple[list[int], list[Condition]]:
+    """Each seed and condition once. Raises StudyError for what would give a run no folder of its own."""
+    for seed in seeds:
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+            raise StudyError(f"a seed is a whole number from 0, not {seed!r}")
+    distinct = list(dict.fromkeys(conditions))
+    slugs = [condition.slug for condition in distinct]
+    if len(set(slugs)) < len(slugs):
+        raise StudyError(f"two different conditions share the name of a folder: {', '.join(slugs)}; rename one")
+    return list(dict.fromkeys(int(seed) for seed in seeds)), distinct
 
 
 def _train_runs(
@@ -197,8 +211,10 @@ def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence
     """Raise StudyError if a run under `out` was trained by other settings than those now asked for."""
     asked = {condition.slug: asdict(condition) for condition in conditions}
     for folder in sorted((Path(out) / recipe.name).glob("*/seed-*")):
-        about = _about(folder) if is_complete(folder) else read_checkpoint(folder)
-        if about is None:
+        if is_complete(folder):
+            run = _described(folder)
+            about = {"recipe": asdict(run.recipe), "condition": asdict(run.condition)}
+        elif (about := read_checkpoint(folder)) is None:
             continue
         wanted = {**asdict(recipe), **asked.get(folder.parent.name, about["condition"])}
         found = {**about["recipe"], **about["condition"]}
@@ -209,18 +225,6 @@ def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence
             raise StudyError(f"{folder} was trained with {'; '.join(different)}; ask for that, or for another folder")
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
-    about = read_about(folder)
-    try:
-        found = about["condition"]["slug"], f"seed-{about['seed']}"
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(f"{folder / 'run.json'} describes no run") from error
-    if found != (folder.parent.name, folder.name):
-        raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")
-    return about
-
-
 class _Described(NamedTuple):
     folder: Path
     recipe: Recipe
@@ -229,12 +233,16 @@ class _Described(NamedTuple):
 
 
 def _described(folder: Path) -> _Described:
-    """What a run folder holds, by its run.json."""
-    about = _about(folder)
+    """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
+    about = read_about(folder)
     try:
-        return _Described(folder, Recipe(**about["recipe"]), Condition(**about["condition"]), about["seed"])
+        run = _Described(folder, Recipe(**about["recipe"]), Condition(**about["condition"]), about["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from error
+    found = run.condition.slug, f"seed-{run.seed}"
+    if found != (folder.parent.name, folder.name):
+        raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")
+    return run
 
 
 class Study:
@@ -275,13 +283,8 @@ class Study:
     @cached_property
     def history(self) -> pd.DataFrame:
         """A row an epoch of every run: condition, seed, and the columns of history.csv (accuracies from 0 to 1)."""
-        parts = []
-        for (condition, seed), folder in self.folders.items():
-            table = pd.read_csv(read_result(folder, "history.csv"))
-            table.insert(0, "condition", condition)
-            table.insert(1, "seed", seed)
-            parts.append(table)
-        return pd.concat(parts, ignore_index=True)
+        tables = {run: pd.read_csv(read_result(folder, "history.csv")) for run, folder in self.folders.items()}
+        return pd.concat(tables, names=["condition", "seed"]).reset_index(["condition", "seed"]).reset_index(drop=True)
 
     def summary(self) -> pd.DataFrame:
         """A row a run: last-epoch accuracy, the best epoch beside it, training accuracy and seconds.
@@ -311,7 +314,7 @@ class Study:
         content = read_result(path.parent, path.name)
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
-        except (UnpicklingError, RuntimeError, TypeError, AttributeError) as error:
+        except Exception as error:  # a dozen kinds, by what the file is instead
             raise DamagedFile(f"{path} is not a state_dict of {self.recipe.network}, and is not trusted") from error
         return model.eval()
 
@@ -320,7 +323,7 @@ class Study:
         path = self._folder(condition, seed) / "predictions.npy"
         try:
             return np.load(read_result(path.parent, path.name), allow_pickle=False)
-        except ValueError as error:
+        except Exception as error:
             raise DamagedFile(f"{path} is not an array of numbers, and is not trusted") from error
 
     def _folder(self, condition: str, seed: int) -> Path:

@@ -37,6 +37,27 @@ def test_a_finished_run_is_not_repeated(tiny_study, capsys):
     assert_same_study(again, tiny_study)
 
 
+@pytest.mark.parametrize("seed", [-1, True, 1.0, "1", None])
+def test_a_seed_that_is_no_whole_number_is_refused(tmp_path, seed):
+    with pytest.raises(StudyError, match="a seed is a whole number from 0"):
+        run_study(TINY, (GBN,), (1, seed), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_of_numpy_are_seeds(tmp_path):
+    """A stopped run with one goes on, and a finished run is written: JSON knows no int64."""
+    recipe = replace(TINY, epochs=1, train_images=64)
+    study = run_study(recipe, (GBN,), np.arange(1, 3), tmp_path, jobs=1, show_progress=False)
+    assert [*study.folders] == [("gbn", 1), ("gbn", 2)]
+    assert_same_study(run_study(recipe, (GBN,), (1, 2), tmp_path, show_progress=False), study)
+
+
+def test_two_conditions_of_one_name_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="share the name of a folder: gbn, l1-bn, gbn"):
+        run_study(TINY, (GBN, L1_BN, replace(GBN, num_splits=8)), (1,), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("recipe", "conditions", "difference"),
     [

@@ -118,19 +118,28 @@ def test_a_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist, 
 # --- strangers' files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["code", "another network", "a tensor", "no archive"])
+@pytest.mark.parametrize("kind", ["code", "another network", "a tensor", "no archive", "nothing", "junk"])
 def test_a_strangers_weights_are_refused_though_their_digests_fit(copy, monkeypatch, tmp_path, kind):
     content = {
         "code": serialised(lambda file: torch.save({"weight": Harmful()}, file)),
         "another network": serialised(lambda file: torch.save({"weight": torch.zeros(1)}, file)),
         "a tensor": serialised(lambda file: torch.save(torch.zeros(1), file)),
         "no archive": b"import os",
+        "nothing": b"",
+        "junk": b"junk",
     }[kind]
     rewrite(run_folder(copy, TINY, GBN, 1), "weights.pt", content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DamagedFile, match=r"weights\.pt is not a state_dict of PlainNet, and is not trusted"):
         Study(copy).model("gbn", 1)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"junk"])
+def test_a_strangers_predictions_are_refused_if_they_are_none(copy, content):
+    rewrite(run_folder(copy, TINY, GBN, 1), "predictions.npy", content)
+    with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
+        Study(copy).predictions("gbn", 1)
 
 
 def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatch, tmp_path):
