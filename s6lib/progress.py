@@ -97,10 +97,10 @@ def _show_bars(updates: Iterator[list[Change]], done: int, epochs: int, runs: in
 def _show_lines(updates: Iterator[list[Change]], done: int, epochs: int, runs: int) -> None:
     begun, done_before = time.monotonic(), done
     for label, before, epoch, accuracy in itertools.chain.from_iterable(updates):
+        done += epoch - before
         if not epoch:
             continue
-        done += epoch - before
-        seconds = (time.monotonic() - begun) / (done - done_before) * (runs * epochs - done)
+        seconds = (time.monotonic() - begun) / max(1, done - done_before) * (runs * epochs - done)
         line = f"{label}: epoch {epoch}/{epochs}, validation accuracy {accuracy:.2%}"
         left = f"{done}/{runs * epochs} epochs, {tqdm.format_interval(seconds)} left"
         print(f"{line}; {left}", file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import s6lib.progress
-from s6lib.progress import progress
+from s6lib.progress import Change, _show_lines, progress
 from s6lib.run import COLUMNS
 
 
@@ -33,6 +34,14 @@ def test_lines_in_a_pipe(histories, capsys):
         r"GBN, seed 2: epoch 1/4, validation accuracy 97.00%; 5/12 epochs, \d\d:\d\d left\n",
         printed,
     )
+
+
+def test_the_count_of_epochs_follows_a_run_that_fell_back(capsys):
+    """From epoch 2 to the one before, as when a checkpoint is damaged, and to none, as when it is deleted."""
+    falls = [[Change("GBN", before, epoch, 0.98)] for before, epoch in pairwise((2, 1, 2, 0, 1))]
+    _show_lines(iter(falls), done=2, epochs=4, runs=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"(\d)/4 epochs, \d\d:\d\d left", line)[1] for line in lines] == ["1", "2", "1"]
 
 
 def test_bars_in_a_terminal(histories, capsys, monkeypatch):
