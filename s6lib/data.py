@@ -39,7 +39,8 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
     The four archives in `root`/MNIST/raw are checked by MD5 and unpacked by torchvision, which downloads what is
     missing or damaged. Raises MnistError where that fails.
     """
-    raw = Path(root) / "MNIST" / "raw"
+    root = Path(root).expanduser()
+    raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     with FileLock(raw.parent / ".lock"):
         for name, md5 in MNIST.resources:
@@ -70,7 +71,7 @@ def _unpacked_whole(archive: Path, md5: str) -> bool:
 
 def normalise(images: Tensor) -> Tensor:
     """Grey levels 0 to 255, (N, 28, 28), as network input: float32 (N, 1, 28, 28), mean 0 and SD 1 over MNIST."""
-    return images.unsqueeze(1).float().sub_(255 * MEAN).div_(255 * STD)
+    return _grey(images).unsqueeze(1).sub_(255 * MEAN).div_(255 * STD)
 
 
 def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
@@ -86,18 +87,18 @@ def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
     turns = torch.polar(torch.ones_like(angles), angles).to(grid)
     sources = torch.view_as_real(grid * turns.view(-1, 1, 1))
     # Grid sampling pads with zeros: shift the grey levels so that zero is the fill.
-    shifted = images.unsqueeze(1).float().sub_(fill)
+    shifted = _grey(images).unsqueeze(1).sub_(fill)
     return F.grid_sample(shifted, sources, mode="nearest", align_corners=False).squeeze(1).add_(fill)
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
     """Multiply each image (N, H, W) by its own factor (N,), as torchvision does on uint8: clamped and floored."""
-    return images.float().mul_(factors.view(-1, 1, 1)).clamp_(0, 255).floor_()
+    return _grey(images).mul_(factors.view(-1, 1, 1)).clamp_(0, 255).floor_()
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Stretch each image (N, H, W) about its own mean by its own factor (N,), as torchvision does on uint8."""
-    images, factors = images.float(), factors.view(-1, 1, 1)
+    images, factors = _grey(images), factors.view(-1, 1, 1)
     means = images.mean(dim=(1, 2), keepdim=True)
     return images.mul_(factors).add_(means * (1 - factors)).clamp_(0, 255).floor_()
 
@@ -124,6 +125,11 @@ def batches(
         if jitter:
             batch = adjust_contrast(adjust_brightness(batch, brightness[part]), contrast[part])
         yield normalise(rotate(batch, angles[part])), labels[chosen]
+
+
+def _grey(images: Tensor) -> Tensor:
+    """A float32 copy, for what follows to work in place."""
+    return images.to(torch.float32, copy=True)
 
 
 def _uniform(count: int, generator: torch.Generator) -> Tensor:

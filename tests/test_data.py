@@ -103,6 +103,23 @@ def test_missing_and_damaged_archives_are_downloaded(archives, mirror, mnist):
     assert torch.equal(test.labels, mnist[1].labels)
 
 
+def test_the_home_folder_may_be_written_short(archives, no_network, mnist, monkeypatch):
+    root = archives.parents[1]
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.chdir(root)
+    assert torch.equal(load_mnist(f"~/{root.name}")[1].images, mnist[1].images)
+    assert not (root / "~").exists()
+
+
+@pytest.mark.parametrize("function", [normalise, rotate, adjust_brightness, adjust_contrast])
+def test_images_are_left_as_they_were(mnist, function):
+    images = mnist[0].images[:4].float()
+    before = images.clone()
+    changed = function(images) if function is normalise else function(images, torch.full((4,), 9.0))
+    assert torch.equal(images, before)
+    assert not torch.equal(changed.squeeze(1), before)
+
+
 def test_normalise_gives_mean_zero_and_deviation_one(mnist):
     images = normalise(mnist[0].images)
     assert images.shape == (60_000, 1, 28, 28)
