@@ -58,6 +58,28 @@ def test_sign_flip_is_the_count_over_all_signs(differences):
     assert sign_flip_p(differences) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_sign_flip_is_scipys(seed):
+    differences = np.random.default_rng(seed).normal(0.3, 1, size=9)
+    test = scipy.stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip_p(differences) == pytest.approx(test.pvalue, rel=1e-9)
+
+
+def test_sign_flip_sees_ties_of_decimals():
+    hundredths = [3, 1, -1, 1, 2, -3, 0, -3]
+    assert sign_flip_p(hundredths) == 1.0
+    assert sign_flip_p([value / 100 for value in hundredths]) == 1.0
+
+
+@pytest.mark.parametrize("n", [24, 122])
+def test_sign_flip_is_exact_for_many_seeds(n):
+    """Of n ones and some minus ones, the sum is binomial."""
+    differences = np.ones(n)
+    differences[: n // 3] = -1
+    expected = scipy.stats.binomtest(n // 3, n).pvalue
+    assert sign_flip_p(differences) == pytest.approx(expected, rel=1e-9)
+
+
 def test_mean_interval_is_near_students_on_normal_data():
     sample = scipy.stats.norm.ppf((np.arange(40) + 0.5) / 40)
     low, high = mean_interval(sample)
@@ -215,6 +237,15 @@ def test_the_best_must_beat_every_other(p_over_b, p_over_c, a_is_best, c_is_best
     comparisons = pd.DataFrame(rows, columns=["first", "second", "difference", "p_holm"])
     assert verdict_on_best(comparisons, "a", ["b", "c"]) == a_is_best
     assert verdict_on_best(comparisons, "c", ["a", "b"]) == c_is_best
+
+
+def test_what_was_not_compared_has_no_verdict():
+    with pytest.raises(ValueError, match="a comparison needs two conditions, and this study has a alone"):
+        paired_comparisons(FakeStudy({"a": [0.994, 0.995]}))
+    comparisons = paired_comparisons(FakeStudy({"a": [0.994, 0.995], "b": [0.995, 0.994]}))
+    for best, other in (("a", "c"), ("c", "b")):
+        with pytest.raises(ValueError, match=f"no comparison of {best} with {other}"):
+            verdict_on_best(comparisons, best, [other])
 
 
 def test_equal_conditions_win_by_turns():
