@@ -137,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _report_all(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.dir)
-    names = [name for name in RECIPES if (folder / name).is_dir()]
+    names = [name for name in RECIPES if any((folder / name).glob("*/seed-*/run.json"))]
     for name in names or [PLAIN.name]:
         _report(Study(folder, name), Path(arguments.images or folder / "images"))
 
@@ -157,17 +157,18 @@ def _report(study: Study, images: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks. Returns 0 when done, 1 if a run failed, 2 if the request is wrong."""
+    """Do what the command line asks, and return the exit code.
+
+    0 when done, 1 if a run failed or a file is damaged, missing or cannot be written, 2 if the request is wrong, 130
+    after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv or ["run"])
     try:
         _run(arguments) if arguments.command == "run" else _report_all(arguments)
-    except StudyError as error:
+    except (StudyError, MnistError, DamagedFile, OSError) as error:  # OSError: the disk is full, say
         print(f"python -m s6lib: {error}", file=sys.stderr)
-        return 2
-    except (MnistError, DamagedFile, OSError) as error:  # OSError: the disk is full, or a figure cannot be written
-        print(f"python -m s6lib: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, StudyError) else 1
     except RunsFailed as error:
         print(f"python -m s6lib: these runs failed, all others are complete:\n{error}", file=sys.stderr)
         return 1

@@ -21,6 +21,9 @@ def test_run_trains_reports_and_draws(tmp_path, capsys):
     table, _, _ = capsys.readouterr().out.partition("\n\n")
     assert table in printed.out
 
+    (tmp_path / "bottleneck" / "gbn" / "seed-1").mkdir(parents=True)  # begun, and stopped in its first epoch
+    assert main(["report", str(tmp_path)]) == 0
+
 
 @pytest.mark.parametrize(
     ("command", "message"),
