@@ -61,7 +61,7 @@ def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[floa
         _draw_curves(close, study, study.history.query("epoch > @epochs // 2"), column)
         first = epochs // 2 + 1
         for axes, start, title in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
-            axes.set(title=title, xlabel="epoch (vertical lines: learning rate falls)", ylabel="")
+            axes.set(title=title, xlabel="epoch (vertical lines: a new learning rate)", ylabel="")
             axes.set_xticks([epoch for epoch in range(1, epochs + 1, study.recipe.decay_epochs) if epoch >= start])
             axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
             if column.endswith("accuracy"):
@@ -140,7 +140,7 @@ def plot_ghost_means(activations: Tensor, splits: Sequence[int] = (1, 4, 16)) ->
     center, scale = activations.mean((0, 2, 3)), activations.std((0, 2, 3))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     with rc_context(STYLE):
-        panels = figure.subplots(1, len(splits), sharey=True)
+        panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
         for axes, count in zip(panels, splits, strict=True):
             ghosts = activations.tensor_split(count)
             for ghost in ghosts:
@@ -174,19 +174,16 @@ def plot_replication(study: Study) -> Figure:
     with rc_context(STYLE):
         axes = figure.subplots()
         for row in statistics.itertuples():
-            color = COLORS.get(row.condition)
-            below = row.Index + np.linspace(0.12, 0.34, row.n)  # one above the other, so that equal runs show
+            color = COLORS.get(row.condition, f"C{row.Index}")
+            below = row.Index + np.linspace(0.2, 0.42, row.n)  # one above the other, so that equal runs show
             axes.plot(table[row.condition], below, "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=3, solid_capstyle="butt")
             axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
-        axes.set_yticks(range(len(statistics)), statistics["label"])
-        axes.set_ylim(len(statistics) - 0.5, -0.5)
-        axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
-        _label_rows(axes, means)
+        _label_rows(axes, statistics["label"], means)
         n = statistics["n"].iloc[0]
         axes.set_title(f"{study.recipe.network}, {n} seeds: a dot is a run, a diamond the mean with its 95% interval")
     return figure
@@ -205,22 +202,22 @@ def plot_differences(study: Study) -> Figure:
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
             axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
         names = [f"{labels[row.first]}  minus  {labels[row.second]}" for row in comparisons.itertuples()]
-        axes.set_yticks(range(len(comparisons)), names)
-        axes.set_ylim(len(comparisons) - 0.5, -0.5)
-        axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
         beside = [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()]
-        _label_rows(axes, [text.replace("-", "\N{MINUS SIGN}") for text in beside])  # as wide as a plus
+        _label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
         n, found = comparisons["n"].iloc[0], (comparisons["p_holm"] <= 0.05).sum()
         axes.set_title(
-            f"{study.recipe.network}, {n} seeds: {found} of {len(names)} differences stand (p by Holm, 0.05)"
+            f"{study.recipe.network}, {n} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
         )
     return figure
 
 
-def _label_rows(axes: Axes, texts: Sequence[str]) -> None:
-    """Write a text right of the panel beside each row."""
+def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
+    """One row a name, the first on top, and a text right of the panel beside each."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
     for row, text in enumerate(texts):
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
 
@@ -239,11 +236,10 @@ def plot_split_sweep(study: Study) -> Figure:
         error = [statistics["mean"] - statistics["low"], statistics["high"] - statistics["mean"]]
         axes.errorbar(statistics["splits"], statistics["mean"], error, color=COLORS["gbn"], marker="D", capsize=4)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(
-            statistics["splits"], [f"{splits}\n({batch // splits})" for splits in statistics["splits"]], minor=False
-        )
+        axes.set_xticks(statistics["splits"], [f"{splits}\n({batch // splits})" for splits in statistics["splits"]])
         axes.set_xlabel("splits of the batch (images in each ghost batch); 1 is BatchNorm")
+        axes.set_ylabel("test accuracy at the last epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         n = statistics["n"].iloc[0]
-        axes.set_title(f"{study.recipe.network}, {n} seeds: test accuracy by number of ghost batches")
+        axes.set_title(f"{study.recipe.network}, {n} seeds: a dot is a run, a diamond the mean with its 95% interval")
     return figure

@@ -63,6 +63,8 @@ def test_ghost_means_are_those_of_the_parts():
     assert np.allclose(whole.get_lines()[0].get_ydata(), 0, atol=1e-6)
     expected = (activations[4:8].mean((0, 2, 3)) - activations.mean((0, 2, 3))) / activations.std((0, 2, 3))
     assert np.allclose(quarters.get_lines()[1].get_ydata(), expected, atol=1e-6)
+    (alone,) = plot_ghost_means(activations, (4,)).axes
+    assert np.array_equal(alone.get_lines()[1].get_ydata(), quarters.get_lines()[1].get_ydata())
 
 
 def test_confusion_shows_errors_alone():
@@ -86,6 +88,12 @@ def test_replication_shows_every_run_and_the_means_with_their_intervals(tiny_stu
         assert axes.texts[row.Index].get_text() == f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN", "GBN"]
     assert "2 seeds" in axes.get_title()
+
+
+def test_a_condition_without_a_colour_of_its_own_has_one_all_the_same(tiny_study, monkeypatch):
+    monkeypatch.delitem(COLORS, "gbn")
+    (axes,) = plot_replication(tiny_study).axes
+    assert len({line.get_color() for line in axes.get_lines()[3:6]}) == 1
 
 
 def test_differences_are_those_of_the_comparisons(tiny_study):
