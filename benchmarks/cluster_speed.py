@@ -20,7 +20,7 @@ from s6lib.run import COLUMNS, Run
 from s6lib.study import run_study
 
 ROUNDS, RUNS = 3, 1_000
-RECIPE = replace(PLAIN, epochs=1, train_images=25_600)
+RECIPE = replace(PLAIN, epochs=1)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def plot_replication(study: Study) -> Figure:
         axes = figure.subplots()
         for row in statistics.itertuples():
             color = COLORS.get(row.condition, f"C{row.Index}")
-            below = row.Index + np.linspace(0.2, 0.42, row.n)  # one above the other, so that equal runs show
+            below = row.Index + np.linspace(0.2, 0.38, row.n)  # one above the other, so that equal runs show
             axes.plot(table[row.condition], below, "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=3, solid_capstyle="butt")
             axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)

@@ -14,7 +14,7 @@ from s6lib.analysis import (
     seeds_needed,
     wilson_interval,
 )
-from s6lib.conditions import CONDITIONS, CONTROL, RECIPES
+from s6lib.conditions import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.data import PROJECT
 from s6lib.study import Study
 
@@ -63,8 +63,8 @@ def test_the_headline_is_what_the_results_say(replication):
     assert said[2] == f"{comparisons['difference'].abs().max():.2f}"
     assert said[3] == f"{comparisons['p_holm'].min():.2f}"
     assert comparisons["p_holm"].min() > 0.05
-    reach = re.search(r"differences reach from (-[\d.]+) to ([\d.]+) points", README)
-    assert reach.groups() == (f"{comparisons['low'].min():.2f}", f"{comparisons['high'].max():.2f}")
+    room = re.search(r"the intervals leave room for differences of up to ([\d.]+) points", README)[1]
+    assert room == f"{comparisons[['low', 'high']].abs().max().max():.2f}"
     p = friedmanchisquare(*outcomes(replication).T.to_numpy()).pvalue
     assert f"(Friedman's, thought of afterwards: p = {p:.3f})" in README
     hold_zero = ((comparisons["low"] <= 0) & (comparisons["high"] >= 0)).sum()
@@ -73,7 +73,7 @@ def test_the_headline_is_what_the_results_say(replication):
 
 def test_luck_alone_does_what_the_readme_says(replication):
     sd = run_sd(replication)
-    said = re.search(r"differ by an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", README, re.DOTALL)
+    said = re.search(r"scatter with an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", README, re.DOTALL)
     assert said.groups() == (f"{sd:.3f}", f"{equal_conditions(sd)[1]:.2f}")
 
 
@@ -101,6 +101,19 @@ def test_the_table_of_means_is_what_the_results_say(replication):
         for row in statistics.itertuples()
     ]
     assert rows == expected
+
+
+def test_three_seeds_of_another_network_and_of_the_splits_are_as_said():
+    bottleneck = condition_statistics(Study(PROJECT / "results", "bottleneck", conditions=SIX))
+    assert bottleneck["n"].tolist() == [3] * 6
+    highest, lowest = (bottleneck.loc[getattr(bottleneck["mean"], which)()] for which in ("idxmax", "idxmin"))
+    said = re.search(r"another: (.*) is the highest, ([\d.]+)%, and (.*) the\s+lowest, ([\d.]+)%", README).groups()
+    assert said == (highest["label"], f"{highest['mean']:.2f}", lowest["label"], f"{lowest['mean']:.2f}")
+
+    sweep = condition_statistics(Study(PROJECT / "results", conditions=SPLIT_SWEEP)).set_index("condition")
+    assert sweep["n"].tolist() == [3] * 4
+    said = re.search(r"up to 8 \(([\d.]+)%\), and falls\s+to ([\d.]+)% with 32", README).groups()
+    assert said == (f"{sweep.loc['gbn-8', 'mean']:.2f}", f"{sweep.loc['gbn-32', 'mean']:.2f}")
 
 
 def test_a_second_seed_moves_the_accuracies_as_said():
