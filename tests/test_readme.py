@@ -71,6 +71,19 @@ def test_the_headline_is_what_the_results_say(replication):
     assert f"95% intervals, of which {hold_zero} hold zero" in README
 
 
+def test_the_largest_difference_is_half_as_large_on_new_seeds(replication):
+    largest = paired_comparisons(replication).query("first == 'l2-bn' and second == 'gbn'")["difference"].item()
+    chosen = [condition for condition in CONDITIONS if condition.slug in ("l2-bn", "gbn")]
+    (new,) = paired_comparisons(Study(PROJECT / "results", conditions=chosen, seeds=range(11, 21))).itertuples()
+    said = re.search(
+        r"on (\d+) new seeds the largest\s+difference, L2 \+ BN over GBN, is half as large, ([\d.]+) points, and does "
+        r"not pass the one test that was fixed before they were\s+run \(p = ([\d.]+)\)",
+        README,
+    )
+    assert said.groups() == (str(new.n), f"{new.difference:.2f}", f"{new.p:.2f}")
+    assert new.difference == pytest.approx(largest / 2, rel=0.01)
+
+
 def test_luck_alone_does_what_the_readme_says(replication):
     sd = run_sd(replication)
     said = re.search(r"scatter with an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", README, re.DOTALL)
