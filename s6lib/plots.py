@@ -61,7 +61,7 @@ def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[floa
         _draw_curves(close, study, study.history.query("epoch > @epochs // 2"), column)
         first = epochs // 2 + 1
         for axes, start, title in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
-            axes.set(title=title, xlabel="epoch (vertical lines: a new learning rate)", ylabel="")
+            axes.set(title=title, xlabel="epoch (lines: a new learning rate)", ylabel="")
             axes.set_xticks([epoch for epoch in range(1, epochs + 1, study.recipe.decay_epochs) if epoch >= start])
             axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
             if column.endswith("accuracy"):
