@@ -69,7 +69,7 @@ def run_study(
     trained otherwise, or a link in it leads elsewhere; MnistError if the digits are missing; DamagedFile if a finished
     run is damaged. Raises RunsFailed after all runs that could finish have.
     """
-    seeds, conditions = _distinct(seeds, conditions)
+    seeds, conditions = _distinct(list(seeds), conditions)
     local = isinstance(get_active_backend()[0], LokyBackend | SequentialBackend)
     if local:
         device = _resolve_device(device)

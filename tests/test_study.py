@@ -49,7 +49,7 @@ def test_seeds_of_numpy_are_seeds(tmp_path):
     recipe = replace(TINY, epochs=1, train_images=64)
     study = run_study(recipe, (GBN,), np.arange(1, 3), tmp_path, jobs=1, show_progress=False)
     assert [*study.folders] == [("gbn", 1), ("gbn", 2)]
-    assert_same_study(run_study(recipe, (GBN,), (1, 2), tmp_path, show_progress=False), study)
+    assert_same_study(run_study(recipe, (GBN,), iter((1, 2)), tmp_path, show_progress=False), study)
 
 
 def test_two_conditions_of_one_name_are_refused(tmp_path):
