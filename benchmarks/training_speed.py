@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, cpu_count, delayed
+from loky import cpu_count, get_reusable_executor
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
@@ -22,7 +22,7 @@ from torchvision import datasets, transforms
 from s6lib.conditions import ALL_CONDITIONS, CONTROL, PLAIN
 from s6lib.data import DATA, FILL, MEAN, STD
 from s6lib.models import Dropout, PlainNet
-from s6lib.run import train_run
+from s6lib.run import Run, train_run
 
 ROUNDS = 7
 IMAGES = 12_800
@@ -58,7 +58,7 @@ def usual_recipe(loader_processes: int) -> float:
 def one_run(slug: str) -> tuple[float, float]:
     """Images a second of a run of the study, and the peak memory of its process in GB."""
     with TemporaryDirectory() as folder:
-        (row,) = train_run(SHORT, ALL_CONDITIONS[slug], 1, Path(folder), DEVICE).history
+        (row,) = train_run(Run(SHORT, ALL_CONDITIONS[slug], 1), Path(folder), DEVICE).history
     # Linux's own figure: the one of getrusage remembers the process that started this one.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return IMAGES / row["seconds"], int(peak[1]) / 1e6
@@ -66,7 +66,7 @@ def one_run(slug: str) -> tuple[float, float]:
 
 def whole_study() -> tuple[float, float]:
     """Images a second of as many runs side by side as the study would have, and the largest peak memory in GB."""
-    runs = Parallel(n_jobs=JOBS)(delayed(one_run)(CONTROL.slug) for _ in range(JOBS))
+    runs = list(get_reusable_executor(JOBS).map(one_run, [CONTROL.slug] * JOBS))
     return sum(speed for speed, _ in runs), max(memory for _, memory in runs)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     for number in range(1, ROUNDS + 1):
         usual, loading = usual_recipe(0), usual_recipe(2)
         study, memory = whole_study()
-        [(bn, _)], [(gbn, _)] = (Parallel(n_jobs=JOBS)([delayed(one_run)(slug)]) for slug in ("bn", "gbn"))
+        (bn, _), (gbn, _) = (get_reusable_executor(JOBS).submit(one_run, slug).result() for slug in ("bn", "gbn"))
         rounds.append((usual, loading, study, bn, gbn, memory))
         print(f"round {number} of {ROUNDS}: " + ", ".join(f"{value:.0f}" for value in rounds[-1][:-1]), flush=True)
     usual, loading, study, bn, gbn, memory = zip(*rounds, strict=True)

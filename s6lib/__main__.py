@@ -2,31 +2,35 @@
 
 import argparse
 import difflib
+import importlib.util
+import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from joblib import parallel_config
+from s6lib.errors import RunsFailed, S6Error, StudyError
 
-from s6lib.analysis import result_table
-from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Recipe
-from s6lib.data import MnistError, load_mnist
-from s6lib.files import DamagedFile
-from s6lib.plots import plot_accuracy, plot_loss, plot_misclassified, save
-from s6lib.study import RunsFailed, Study, StudyError, run_study
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from concurrent.futures import Executor
 
+    from s6lib.conditions import Condition, Recipe
+    from s6lib.study import Study
+
+RECIPE_NAMES = ("plain", "bottleneck")
+SLUGS = ("l1-bn", "l2-bn", "l1-l2-bn", "gbn", "l1-l2-gbn", "bn", "gbn-2", "gbn-8", "gbn-16", "gbn-32")
 DESCRIPTION = """\
 Train a 10k-parameter network on MNIST under five conditions (L1, L2, both, Ghost BatchNorm, all three) and compare.
 
   python -m s6lib                                   the five conditions, 25 epochs each, into runs/
   python -m s6lib run --conditions gbn bn --seeds 1 2 3
   python -m s6lib run --epochs 2 --train-images 6400 --out runs-short
-  python -m s6lib report results                    the table and the figures of a folder
+  python -m s6lib run --study mine.py --seeds 1 2 3 a file that defines RECIPE and CONDITIONS of your own
+  python -m s6lib report results                    the tables and the figures of a folder
 
 A run that was stopped goes on from its last whole epoch when the same command is given again.
 """
@@ -44,25 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="{run,report}", parser_class=_Parser)
 
     run = commands.add_parser("run", help="train (the default), then report")
-    run.add_argument(
-        "--recipe", type=_one_of(RECIPES), default=PLAIN, metavar="NAME", help="plain (default) or bottleneck"
-    )
+    run.add_argument("--study", metavar="FILE.py", help="a file that defines your own RECIPE and CONDITIONS")
+    run.add_argument("--recipe", metavar="NAME", help="plain (default) or bottleneck")
     run.add_argument(
         "--conditions",
         nargs="+",
-        type=_one_of(ALL_CONDITIONS),
-        default=CONDITIONS,
         metavar="SLUG",
-        help=f"which to train, of {', '.join(ALL_CONDITIONS)} (default: the first five)",
+        help=f"which to train, of {', '.join(SLUGS)} (default: the first five), or of your own",
     )
     run.add_argument("--seeds", nargs="+", type=_whole(0), default=[1], metavar="K", help="one run each (default: 1)")
     run.add_argument("--epochs", type=_whole(1), metavar="N", help="passes over the images (default: 25)")
     run.add_argument("--train-images", type=_whole(1), metavar="N", help="the first N of 60,000 (default: all)")
     run.add_argument("--out", default="runs", metavar="DIR", help="where the runs are kept (default: runs)")
     run.add_argument("--jobs", type=_whole(1), metavar="N", help="runs side by side (default: one a core; 1 on a GPU)")
-    run.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto (default) takes a GPU if it can"
-    )
+    run.add_argument("--device", default="auto", help="auto (default) takes a CUDA GPU if it can; cpu, cuda:1, mps")
     run.add_argument(
         "--cluster",
         type=_scheduler,
@@ -72,22 +71,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print the result tables of a folder and draw its figures")
     report.add_argument("dir", metavar="DIR", help="a folder that `run` filled")
+    report.add_argument("--study", metavar="FILE.py", help="the file of your own that was given to `run`")
     report.add_argument("--images", metavar="DIR", help="where the figures go (default: DIR/images)")
     return parser
 
 
-def _one_of(known: dict):
-    def parse(name: str):
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise argparse.ArgumentTypeError(f"{name!r} is not known; {hint}There are: {', '.join(known)}")
-        return known[name]
-
-    return parse
-
-
-def _whole(least: int):
+def _whole(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
@@ -102,58 +91,154 @@ def _scheduler(address: str) -> str:
     return address.replace("dask", "tcp", 1)
 
 
-@contextmanager
-def _cluster(scheduler: str | None) -> Iterator[None]:
-    """Within the block, joblib sends its work to a Dask scheduler, if there is one."""
-    if scheduler is None:
-        yield
-        return
+def _known(name: str, known: dict[str, Any]) -> Any:
+    """What a name stands for. Raises StudyError if nothing, with the name that was perhaps meant."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise StudyError(f"{name!r} is not known; {hint}There are: {', '.join(known)}")
+    return known[name]
+
+
+def _own(file: str) -> tuple["Recipe", list["Condition"]]:
+    """RECIPE and CONDITIONS of a user's file. Raises StudyError if it cannot be read or does not define them."""
+    from s6lib.conditions import Condition, Recipe
+
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    if not path.is_file() or spec is None:
+        raise StudyError(f"there is no Python file {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
-        backend = parallel_config(backend="dask", scheduler_host=scheduler)
-    except (ImportError, ValueError) as error:
-        raise StudyError('a cluster needs Dask: pip install "s6lib[cluster]"') from error
-    except OSError as error:
-        raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from error
-    with backend:
-        yield
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code: any
+        raise StudyError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    recipe, conditions = getattr(module, "RECIPE", None), getattr(module, "CONDITIONS", None)
+    if not isinstance(recipe, Recipe):
+        raise StudyError(f"{file} must define RECIPE, a s6lib.Recipe, not {recipe!r}")
+    if not isinstance(conditions, Sequence) or not all(isinstance(one, Condition) for one in conditions):
+        raise StudyError(f"{file} must define CONDITIONS, a tuple of s6lib.Condition, not {conditions!r}")
+    return recipe, list(conditions)
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
+def _asked(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
+    """The recipe and the conditions that a command line asks for."""
+    from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, RECIPES
+
+    if arguments.study is not None and arguments.recipe is not None:
+        raise StudyError("--study and --recipe both name a recipe; give one of them")
+    recipe, conditions = _known(arguments.recipe or "plain", RECIPES), list(CONDITIONS)
+    known = dict(ALL_CONDITIONS)
+    if arguments.study is not None:
+        recipe, conditions = _own(arguments.study)
+        known = {condition.slug: condition for condition in conditions}
+    if arguments.conditions is not None:
+        conditions = [_known(slug, known) for slug in arguments.conditions]
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
     try:
-        return replace(arguments.recipe, **{name: value for name, value in changes.items() if value is not None})
+        recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
         raise StudyError(str(error)) from error
+    return recipe, conditions
+
+
+@contextmanager
+def _cluster(scheduler: str | None) -> Iterator["Executor | None"]:
+    """The executor of a Dask scheduler, if one is named."""
+    if scheduler is None:
+        yield None
+        return
+    from s6lib.workers import dask_executor
+
+    with dask_executor(scheduler) as executor:
+        yield executor
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    recipe = _recipe(arguments)
-    with _cluster(arguments.cluster):
+    from s6lib.launch import run_study
+
+    recipe, conditions = _asked(arguments)
+    with _cluster(arguments.cluster) as executor:
         study = run_study(
-            recipe, arguments.conditions, arguments.seeds, arguments.out, jobs=arguments.jobs, device=arguments.device
+            recipe,
+            conditions,
+            arguments.seeds,
+            arguments.out,
+            jobs=arguments.jobs,
+            device=arguments.device,
+            executor=executor,
         )
     _report(study, Path(arguments.out) / "images")
 
 
 def _report_all(arguments: argparse.Namespace) -> None:
+    from s6lib.study import Study, recipes_in
+
     folder = Path(arguments.dir)
-    names = [name for name in RECIPES if any((folder / name).glob("*/seed-*/run.json"))]
-    for name in names or [PLAIN.name]:
-        _report(Study(folder, name), Path(arguments.images or folder / "images"))
+    own, conditions = _own(arguments.study) if arguments.study is not None else (None, [])
+    for name in recipes_in(folder) or [own.name if own else RECIPE_NAMES[0]]:
+        mine = own is not None and own.name == name
+        there = {path.parents[1].name for path in (folder / name).glob("*/seed-*/run.json")}
+        given = [condition for condition in conditions if condition.slug in there] if mine else []
+        slugs = [slug for slug in sorted(there) if slug not in {condition.slug for condition in given}]
+        study = Study(folder, own if mine else name, [*given, *slugs] if mine else None)
+        _report(study, Path(arguments.images or folder / "images"))
 
 
-def _report(study: Study, images: Path) -> None:
-    """Print the table of a study, and draw its two graphs and the errors of its GBN model."""
-    name = study.recipe.name
-    print(f"\n{study.recipe.network} ({name})\n{result_table(study).to_string(index=False)}\n")
-    figures = {"accuracy": plot_accuracy(study), "loss": plot_loss(study)}
-    if ("gbn", 1) in study.folders:
+def _report(study: "Study", images: Path) -> None:
+    """Print the tables of a study, and draw its figures: two graphs, a model's errors, and with more seeds two more."""
+    from s6lib import plots
+    from s6lib.analysis import misclassified, result_table
+    from s6lib.data import load_mnist
+    from s6lib.identity import Recorded, name_of
+
+    study.check()
+    name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
+    print(f"\n{title} ({name})\n{result_table(study).to_string(index=False)}\n")
+    figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
+    shown = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
+    if not isinstance(study.recipe.network, Recorded) and not isinstance(study.conditions[shown].norm, Recorded):
         _, test = load_mnist()
-        figures["misclassified_gbn"] = plot_misclassified(study, test)
+        wrong = misclassified(study.model(shown), test)
+        heading = f"{title}, {study.labels[shown]}"
+        figures[f"misclassified_{shown}"] = plots.plot_misclassified(wrong, test, heading)
+    figures |= _compared(study, title)
     for kind, figure in figures.items():
         path = images / f"{name}_{kind}.png"
-        save(figure, path)
+        plots.save(figure, path)
         print(path)
+
+
+def _compared(study: "Study", title: str) -> dict[str, Any]:
+    """Where every condition has the same two seeds or more: print means and differences, and return their figures."""
+    from s6lib import plots
+    from s6lib.statistics import condition_statistics, paired_comparisons
+
+    try:
+        outcomes = study.outcomes()
+    except ValueError as error:  # some condition lacks a seed
+        print(f"no comparison of conditions: {error}\n")
+        return {}
+    if len(outcomes) < 2:
+        return {}
+    print(f"test accuracy at the last epoch, %\n{condition_statistics(outcomes).round(3).to_string(index=False)}\n")
+    figures = {"replication": plots.plot_replication(outcomes, study.labels, title)}
+    if outcomes.shape[1] > 1:
+        columns = ["first", "second", "n", "difference", "low", "high", "p", "p_holm"]
+        print(f"paired differences, points\n{paired_comparisons(outcomes)[columns].round(3).to_string(index=False)}\n")
+        figures["differences"] = plots.plot_differences(outcomes, study.labels, title)
+    return figures
+
+
+def _stopped(arguments: argparse.Namespace) -> str:
+    """What Ctrl-C leaves, truly."""
+    if getattr(arguments, "cluster", None) is None:
+        return "Every finished epoch is kept: the same command goes on from there."
+    return (
+        "Every finished run is kept, and of the others their finished epochs if the workers share this disk: the same "
+        "command goes on from there."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,15 +251,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv or ["run"])
     try:
         _run(arguments) if arguments.command == "run" else _report_all(arguments)
-    except (StudyError, MnistError, DamagedFile, OSError) as error:  # OSError: the disk is full, say
-        print(f"python -m s6lib: {error}", file=sys.stderr)
-        return 2 if isinstance(error, StudyError) else 1
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, `head` say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except RunsFailed as error:
         print(f"python -m s6lib: these runs failed, all others are complete:\n{error}", file=sys.stderr)
         return 1
+    except (S6Error, OSError) as error:  # OSError: the disk is full, say
+        print(f"python -m s6lib: {error}", file=sys.stderr)
+        return 2 if isinstance(error, StudyError) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing more to stop
-        print("\nStopped. Every finished epoch is kept: the same command goes on from there.", file=sys.stderr)
+        print(f"\nStopped. {_stopped(arguments)}", file=sys.stderr)
         return 130
     return 0
 

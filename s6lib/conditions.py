@@ -1,16 +1,25 @@
-"""What a study compares (conditions) and how it trains (recipes)."""
+"""What a study compares (conditions), how it trains (recipes), and how the two are recorded."""
 
+import inspect
 import math
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from s6lib import models
+from s6lib.identity import Recorded, described, is_library, name_of
 from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
+from s6lib.train import l1_penalty, l2_penalty
+
+Norm = Callable[[int], nn.Module]  # makes the normalisation layer for a number of channels
+Penalty = Callable[[nn.Module], Tensor]  # what is added to the loss, from a model: a scalar
 
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
@@ -36,29 +45,128 @@ def _require_number(name: str, value: float, least: float, most: float = sys.flo
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of regularising: penalties and normalisation.
+    """One way of training: a name, and what it changes.
 
     Args:
         slug: name of its folder and on the command line.
-        label: name in tables and figures.
+        label: name in tables and figures; by default the slug.
         l1: weight of the sum of |w| over all trainable parameters, added to the loss.
         l2: weight of the sum of w^2, likewise.
         num_splits: ghost batches a batch, or None for BatchNorm2d.
+        norm: a normalisation of one's own instead: makes the layer for a number of channels.
+        penalty: a penalty of one's own, added to the loss: from the model, a scalar.
+        changes: settings of the recipe that are others for this condition, by name.
+
+    Raises ValueError for a value that makes no sense.
     """
 
     slug: str
-    label: str
+    label: str = ""
     l1: float = 0.0
     l2: float = 0.0
     num_splits: int | None = None
+    norm: Norm | None = None
+    penalty: Penalty | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _require_slug("slug", self.slug)
         _require(isinstance(self.label, str), "label", "text", self.label)
+        object.__setattr__(self, "label", self.label or self.slug)
         _require_number("l1", self.l1, 0)
         _require_number("l2", self.l2, 0)
         if self.num_splits is not None:
             _require_whole("num_splits", self.num_splits, 1)
+            _require(self.norm is None, "norm", "left out where num_splits is given", self.norm)
+        for name in ("norm", "penalty"):
+            value = getattr(self, name)
+            _require(value is None or callable(value), name, "a function or a class", value)
+        known = [setting.name for setting in fields(Recipe)[1:]]
+        sound = isinstance(self.changes, Mapping) and all(name in known for name in self.changes)
+        _require(sound, "changes", f"a dict of settings of the recipe, which are {', '.join(known)}", self.changes)
+
+    def penalty_of(self, model: nn.Module) -> Tensor | float:
+        """What this condition adds to the loss: its three penalties, a differentiable scalar, or 0 if it has none."""
+        penalty: Tensor | float = 0.0
+        if self.l1:
+            penalty = penalty + self.l1 * l1_penalty(model)
+        if self.l2:
+            penalty = penalty + self.l2 * l2_penalty(model)
+        if self.penalty is not None:
+            penalty = penalty + self.penalty(model)
+        return penalty
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a study trains, whatever its conditions change.
+
+    Args:
+        name: name of its folder and on the command line.
+        network: makes the network; called with `norm` and `dropout` where it takes them.
+        dropout: probability, for a network that takes it; None leaves the network's own.
+        epochs: passes over the training images.
+        train_images: how many of the 60,000, from the first.
+        batch_size: images a step.
+        learning_rate: of SGD, multiplied by `decay` after every `decay_epochs`.
+        momentum: of SGD.
+        rotation: largest angle of the augmentation, degrees.
+        jitter: largest relative change of brightness and of contrast.
+
+    Raises ValueError for a value that makes no sense, a dropout that the network does not take among them.
+    """
+
+    name: str
+    network: Callable[..., nn.Module]
+    dropout: float | None = None
+    epochs: int = 25
+    train_images: int = 60_000
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    decay: float = 0.1
+    decay_epochs: int = 6
+    momentum: float = 0.9
+    rotation: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_slug("name", self.name)
+        _require(callable(self.network), "network", "a class or function that makes a network", self.network)
+        if self.dropout is not None:
+            _require_number("dropout", self.dropout, 0, 1)
+        if self.dropout and not self.takes("dropout"):
+            raise ValueError(
+                f"dropout must be left out or 0, since {name_of(self.network)} takes none, not {self.dropout!r}"
+            )
+        _require_whole("epochs", self.epochs, 1)
+        _require_whole("train_images", self.train_images, 1, 60_000)
+        _require_whole("batch_size", self.batch_size, 1, 60_000)
+        _require_number("learning_rate", self.learning_rate, 0)
+        _require_number("decay", self.decay, 0, 1)
+        _require_whole("decay_epochs", self.decay_epochs, 1)
+        _require_number("momentum", self.momentum, 0, 1)
+        _require_number("rotation", self.rotation, 0, 180)
+        _require_number("jitter", self.jitter, 0, 1)
+
+    def takes(self, setting: str) -> bool:
+        """Whether the network is made with a keyword of this name."""
+        if isinstance(self.network, Recorded):
+            return True
+        if getattr(self.network, "__init__", None) is nn.Module.__init__:  # which takes any keyword, to refuse it later
+            return False
+        parameters = inspect.signature(self.network).parameters.values()
+        return any(parameter.name == setting or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+
+    def changed_by(self, condition: Condition) -> "Recipe":
+        """The recipe by which a condition trains. Raises ValueError if the two do not fit."""
+        try:
+            return replace(self, **condition.changes)
+        except ValueError as error:
+            raise ValueError(f"{condition.label} ({condition.slug}) with recipe {self.name}: {error}") from error
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 1."""
+        return self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)
 
 
 CONDITIONS = (
@@ -73,65 +181,93 @@ SPLIT_SWEEP = tuple(Condition(f"gbn-{splits}", f"GBN, {splits} splits", num_spli
 ALL_CONDITIONS = {condition.slug: condition for condition in (*CONDITIONS, CONTROL, *SPLIT_SWEEP)}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How every condition of a study is trained.
-
-    Args:
-        name: name of its folder and on the command line.
-        network: PlainNet or BottleneckNet.
-        dropout: probability in PlainNet.
-        epochs: passes over the training images.
-        train_images: how many of the 60,000, from the first.
-        batch_size: images a step.
-        learning_rate: of SGD, multiplied by `decay` after every `decay_epochs`.
-        momentum: of SGD.
-        rotation: largest angle of the augmentation, degrees.
-        jitter: largest relative change of brightness and of contrast.
-    """
-
-    name: str
-    network: str
-    dropout: float = 0.0
-    epochs: int = 25
-    train_images: int = 60_000
-    batch_size: int = 64
-    learning_rate: float = 0.01
-    decay: float = 0.1
-    decay_epochs: int = 6
-    momentum: float = 0.9
-    rotation: float = 0.0
-    jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require_slug("name", self.name)
-        _require(self.network in ("PlainNet", "BottleneckNet"), "network", "PlainNet or BottleneckNet", self.network)
-        _require_number("dropout", self.dropout, 0, 1)
-        _require_whole("epochs", self.epochs, 1)
-        _require_whole("train_images", self.train_images, 1, 60_000)
-        _require_whole("batch_size", self.batch_size, 1, 60_000)
-        _require_number("learning_rate", self.learning_rate, 0)
-        _require_number("decay", self.decay, 0, 1)
-        _require_whole("decay_epochs", self.decay_epochs, 1)
-        _require_number("momentum", self.momentum, 0, 1)
-        _require_number("rotation", self.rotation, 0, 180)
-        _require_number("jitter", self.jitter, 0, 1)
-
-    def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 1."""
-        return self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)
-
-
-PLAIN = Recipe("plain", "PlainNet", dropout=0.04, rotation=15.0)
-BOTTLENECK = Recipe("bottleneck", "BottleneckNet", rotation=7.0, jitter=0.1)
+PLAIN = Recipe("plain", PlainNet, dropout=0.04, rotation=15.0)
+BOTTLENECK = Recipe("bottleneck", BottleneckNet, dropout=0.0, rotation=7.0, jitter=0.1)
 RECIPES = {recipe.name: recipe for recipe in (PLAIN, BOTTLENECK)}
 
 
 def build_model(recipe: Recipe, condition: Condition) -> nn.Module:
-    """The recipe's network with the condition's normalisation, its weights drawn from torch's global generator."""
-    norm = nn.BatchNorm2d
+    """The network with the condition's normalisation, its weights drawn from torch's global generator.
+
+    Raises ValueError if the condition asks for a normalisation or a setting that the network does not take.
+    """
+    recipe = recipe.changed_by(condition)
+    norm = condition.norm
     if condition.num_splits is not None:
         norm = partial(GhostBatchNorm, num_splits=condition.num_splits)
-    if recipe.network == "PlainNet":
-        return PlainNet(norm, recipe.dropout)
-    return BottleneckNet(norm)
+    if norm is not None and not recipe.takes("norm"):
+        raise ValueError(
+            f"{condition.label} ({condition.slug}) needs a network that takes `norm`, the maker of the normalisation "
+            f"layer for a number of channels; {name_of(recipe.network)} does not"
+        )
+    arguments = {"norm": norm, "dropout": recipe.dropout if recipe.takes("dropout") else None}
+    return recipe.network(**{name: value for name, value in arguments.items() if value is not None})
+
+
+def try_out(recipe: Recipe, condition: Condition) -> None:
+    """Build the model and put two blank images through it, before hours are spent on it.
+
+    Raises ValueError, naming the condition, if that fails, the logits are not (2, 10), or the penalty is no scalar.
+    """
+    name = f"{condition.label} ({condition.slug}) with recipe {recipe.name}"
+    with torch.random.fork_rng([]):
+        try:
+            model = build_model(recipe, condition).eval()
+            logits, penalty = model(torch.zeros(2, 1, 28, 28)), torch.as_tensor(condition.penalty_of(model))
+        except Exception as error:  # of one's own code: any
+            raise ValueError(f"{name} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, 10):
+        shape = tuple(getattr(logits, "shape", ()))
+        raise ValueError(
+            f"{name}: the network must turn images (N, 1, 28, 28) into logits (N, 10), not {shape} for N = 2"
+        )
+    if penalty.shape != ():
+        raise ValueError(f"{name}: the penalty must be a scalar, not of shape {tuple(penalty.shape)}")
+
+
+# --- what run.json says ----------------------------------------------------------------------------------------------
+
+
+def recipe_entry(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON."""
+    return _entry({setting.name: getattr(recipe, setting.name) for setting in fields(recipe)})
+
+
+def condition_entry(condition: Condition) -> dict[str, Any]:
+    """A condition as JSON, what is not its own left out but for the settings of the five conditions."""
+    entry = {name: getattr(condition, name) for name in ("slug", "label", "l1", "l2", "num_splits")}
+    own = {"norm": condition.norm, "penalty": condition.penalty, "changes": _entry(condition.changes)}
+    return entry | _entry({name: value for name, value in own.items() if value})
+
+
+def _entry(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: described(value) if callable(value) else value for name, value in settings.items()}
+
+
+def recorded_recipe(entry: dict[str, Any]) -> Recipe:
+    """The recipe of an entry; a network of one's own can then be named, but not made."""
+    return Recipe(**_made(entry))
+
+
+def recorded_condition(entry: dict[str, Any]) -> Condition:
+    """The condition of an entry, likewise."""
+    made = _made(entry)
+    return Condition(**made | {"changes": _made(made.get("changes", {}))})
+
+
+def _made(entry: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(entry)
+    for name in {"network", "norm", "penalty"} & made.keys():
+        # What a stranger's run.json names is not imported: the networks of the library are all that a name can make.
+        known = isinstance(made[name], str) and made[name] in ("PlainNet", "BottleneckNet")
+        made[name] = getattr(models, made[name]) if known else Recorded(made[name])
+    return made
+
+
+def layers(recipe: Recipe, condition: Condition) -> list[str]:
+    """The layers of a model that is not wholly the library's own, for run.json; of the library's, none."""
+    things = (recipe.changed_by(condition).network, condition.norm)
+    if all(thing is None or is_library(thing) for thing in things):
+        return []
+    with torch.random.fork_rng([]):
+        return repr(build_model(recipe, condition)).splitlines()

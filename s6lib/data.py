@@ -1,7 +1,9 @@
 """MNIST as uint8 tensors on a device, batched augmentation, and the batches of an epoch."""
 
+import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets import MNIST
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
+
+from s6lib.errors import S6Error
 
 # A checkout carries the archives and the published results; an installed package works in the current folder.
 _CHECKOUT = Path(__file__).resolve().parents[1]
@@ -21,52 +25,94 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, on the scale 0 to 1
 FILL = 1  # the grey level, of 255, that rotation brings in from outside the image
 CLASS_NAMES = tuple(name.split(" - ")[1] for name in MNIST.classes)  # "zero" to "nine"
 
+_MD5 = dict(MNIST.resources)  # of the archives: training images, training labels, test images, test labels
+_CRC32 = {  # of what they hold, as each says in its last eight bytes (RFC 1952)
+    "train-images-idx3-ubyte.gz": 0xE9F4D8B3,
+    "train-labels-idx1-ubyte.gz": 0xE0CB4AD2,
+    "t10k-images-idx3-ubyte.gz": 0x91373BDF,
+    "t10k-labels-idx1-ubyte.gz": 0x4AB9EFF9,
+}
 
-class MnistError(RuntimeError):
+
+class MnistError(S6Error):
     """An archive is missing or damaged, and could not be downloaded; the message names it and the remedy."""
 
 
-class Split(NamedTuple):
+class Digits(NamedTuple):
     """Images uint8 (N, 28, 28), 0 = background, and their labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
 
 
-def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Split, Split]:
-    """The training and the test split of MNIST, 60,000 and 10,000 images, on `device`.
+def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
+    """The training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
 
-    The four archives in `root`/MNIST/raw are checked by MD5 and unpacked by torchvision, which downloads what is
-    missing or damaged. Raises MnistError where that fails.
+    Each of the four files in `root`/MNIST/raw is read unpacked or, if that is missing or damaged, from its archive,
+    which is then unpacked beside it where the folder can be written. Archives that are needed and not whole are
+    downloaded. Raises MnistError where that fails.
     """
-    root = Path(root).expanduser()
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    with FileLock(raw.parent / ".lock"):
-        for name, md5 in MNIST.resources:
-            # torchvision does not look again at what it once unpacked; without the file it starts from the archive.
-            if not _unpacked_whole(raw / name, md5):
-                (raw / name).with_suffix("").unlink(missing_ok=True)
-        try:
-            splits = [MNIST(root, train=train, download=True) for train in (True, False)]
-        except (RuntimeError, OSError, EOFError) as error:
-            damaged = [raw / name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
-            if not damaged:  # the disk is full, say: the error speaks for itself
-                raise
-            raise MnistError(
-                f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
-                "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network."
-            ) from error
-    train, test = (Split(split.data.to(device), split.targets.to(device)) for split in splits)
-    return train, test
+    raw = Path(root).expanduser() / "MNIST" / "raw"
+    contents = {raw / name: _content(raw / name) for name in _MD5}
+    missing = [archive for archive, content in contents.items() if content is None]
+    if missing:
+        _download(missing)
+        contents.update((archive, _content(archive)) for archive in missing)
+    train_images, train_labels, test_images, test_labels = map(_tensor, contents.values())
+    return (
+        Digits(train_images.to(device), train_labels.long().to(device)),
+        Digits(test_images.to(device), test_labels.long().to(device)),
+    )
 
 
-def _unpacked_whole(archive: Path, md5: str) -> bool:
-    """Whether the unpacked file beside an undamaged archive has the CRC-32 that ends the archive (RFC 1952)."""
+def _content(archive: Path) -> bytes | None:
+    """What the archive holds, from the unpacked file beside it or from itself; None if neither is whole."""
     unpacked = archive.with_suffix("")
-    if not (unpacked.is_file() and check_integrity(archive, md5)):
-        return False
-    return zlib.crc32(unpacked.read_bytes()) == int.from_bytes(archive.read_bytes()[-8:-4], "little")
+    if unpacked.is_file():
+        content = unpacked.read_bytes()
+        if zlib.crc32(content) == _CRC32[archive.name]:
+            return content
+    if not check_integrity(archive, _MD5[archive.name]):
+        return None
+    content = gzip.decompress(archive.read_bytes())
+    with suppress(OSError):  # a read-only folder or a full disk: the next load unpacks again
+        unpacked.write_bytes(content)
+    return content
+
+
+def _tensor(content: bytes) -> Tensor:
+    """The array of an idx file: the number of dimensions is its fourth byte, and their sizes, 4 bytes each, follow."""
+    dimensions = content[3]
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
+    return values.view(-1, 28, 28) if dimensions == 3 else values
+
+
+def _download(archives: list[Path]) -> None:
+    raw = archives[0].parent
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with FileLock(raw.parent / ".lock"):
+            for archive in archives:
+                _download_from_a_mirror(archive)
+    except (RuntimeError, OSError, EOFError) as error:
+        damaged = [archive for archive in archives if not check_integrity(archive, _MD5[archive.name])]
+        if not damaged:
+            raise
+        raise MnistError(
+            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
+            "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network. "
+            f"What failed: {error}"
+        ) from error
+
+
+def _download_from_a_mirror(archive: Path) -> None:
+    """Leave a whole archive as it is: another process may have brought it."""
+    for mirror in MNIST.mirrors:
+        try:
+            return download_url(f"{mirror}{archive.name}", archive.parent, archive.name, _MD5[archive.name])
+        except (RuntimeError, OSError, EOFError) as error:
+            failure = error
+    raise failure
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -104,15 +150,15 @@ def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def batches(
-    split: Split, batch_size: int, rotation: float, jitter: float, generator: torch.Generator
+    digits: Digits, batch_size: int, rotation: float, jitter: float, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch over `split` in random order, augmented: pairs of float32 (B, 1, 28, 28) and int64 (B,).
+    """One epoch over `digits` in random order, augmented: pairs of float32 (B, 1, 28, 28) and int64 (B,).
 
     Brightness and contrast factors are uniform in 1 ± `jitter`, angles in ± `rotation` degrees, one of each an image.
     All of them come from `generator`, on the CPU, so that they do not depend on the device; the last batch may be
     smaller.
     """
-    images, labels = split
+    images, labels = digits
     count, device = len(labels), labels.device
     order = torch.randperm(count, generator=generator)
     brightness, contrast = (1 + jitter * _uniform(count, generator) for _ in range(2))

@@ -12,13 +12,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from s6lib.errors import DamagedFile
+
 RESULTS = ("predictions.npy", "weights.pt", "history.csv")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the last epoch's, and the one to fall back on
 IDENTITY = {"recipe", "condition", "seed"}  # the entries by which a checkpoint is known to be one
-
-
-class DamagedFile(Exception):
-    """A file is not what was written; the message names it and the remedy."""
 
 
 def serialised(write: Callable[[BinaryIO], Any]) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class Dropout(nn.Dropout):
@@ -14,6 +14,8 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):  # a symbolic trace, which could not follow the mode: a node, as torch's own
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
             return super().forward(input)
         count = input.numel()

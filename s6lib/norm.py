@@ -1,13 +1,16 @@
 """Ghost Batch Normalization: BatchNorm whose training statistics come from parts of the batch."""
 
+import warnings
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class GhostBatchNorm(_BatchNorm):
@@ -24,6 +27,12 @@ class GhostBatchNorm(_BatchNorm):
 
     In evaluation, and with one split, it is BatchNorm. Parameters and buffers are BatchNorm's own, so a state_dict
     moves strictly between BatchNorm and GhostBatchNorm, with any number of splits, in both directions.
+
+    torch.fx sees one node in it, as in torch's own layers, that goes on to follow `train` and `eval`.
+
+    In distributed training each process cuts its own part of the batch, and nothing is to be synchronised. Keep ghost
+    layers from `torch.nn.SyncBatchNorm.convert_sync_batchnorm`: it replaces every kind of BatchNorm, and without a
+    word leaves layers that have no ghosts.
 
     When it helps, by the literature: large batches cut into ghosts of 16 to 32 get back the generalization of small
     ones (arXiv:1705.08741); at small and medium batch sizes it regularises, worth 0 to 1 point of accuracy
@@ -63,16 +72,22 @@ class GhostBatchNorm(_BatchNorm):
         """Turn every BatchNorm1d, 2d and 3d in `module`, itself included, into a ghost one, in place; return it.
 
         The layers stay the same objects, with their parameters, buffers, settings and hooks: an optimizer that holds
-        them goes on. SyncBatchNorm, InstanceNorm and subclasses with a forward of their own are left alone; layers
-        that are ghosts already get the new number of splits.
+        them goes on. Layers that are ghosts already get the new number of splits. SyncBatchNorm, lazy layers and
+        subclasses, which may compute otherwise, are left alone; a UserWarning names them. Another says that there was
+        nothing to convert.
         """
         _check_num_splits(num_splits)
-        for layer in module.modules():
-            if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        found, left = False, []
+        for name, layer in module.named_modules():
+            if type(layer) in _CONVERTIBLE:
                 layer._revert_to = type(layer)
                 layer.__class__ = cls
             if isinstance(layer, cls):
                 layer.num_splits = num_splits
+                found = True
+            elif isinstance(layer, _BatchNorm):
+                left.append(f"{name or 'the module itself'} ({type(layer).__name__})")
+        _warn_of_unconverted(module, found, left)
         return module
 
     @classmethod
@@ -89,6 +104,8 @@ class GhostBatchNorm(_BatchNorm):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):  # a symbolic trace, which could not follow the sizes and the mode
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         self._check_input_dim(input)
         samples = input.shape[0]
         splits = min(self.num_splits, samples)
@@ -101,31 +118,40 @@ class GhostBatchNorm(_BatchNorm):
                 f"a ghost batch of one value a channel has no variance: N = {samples} with num_splits = "
                 f"{self.num_splits}; use at most {samples // 2} splits, or larger batches"
             )
+        if not self.track_running_stats:
+            return torch.cat([self._normalise(ghost) for ghost in input.split(sizes)])
         # A momentum of 1 makes batch_norm leave a ghost's mean and unbiased variance in the buffers it is given.
-        statistics = torch.zeros(2, splits, self.num_features, device=input.device, dtype=self._statistics_dtype())
+        statistics = torch.zeros(2, splits, self.num_features, device=input.device, dtype=self.running_mean.dtype)
         ghosts = [
-            F.batch_norm(ghost, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+            self._normalise(ghost, mean, variance)
             for ghost, mean, variance in zip(input.split(sizes), *statistics, strict=True)
         ]
-        if self.track_running_stats:
-            self._update_running_statistics(statistics, [size * values for size in sizes])
+        self._update_running_statistics(statistics, [size * values for size in sizes])
         return torch.cat(ghosts)
+
+    def _normalise(self, ghost: Tensor, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
+        return F.batch_norm(ghost, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
 
     @torch.no_grad()
     def _update_running_statistics(self, statistics: Tensor, counts: list[int]) -> None:
+        """One momentum step toward the ghosts' means and unbiased variances, together (2, splits, C)."""
         degrees = [count - 1 for count in counts]
-        weights = statistics.new_tensor([[n / sum(counts) for n in counts], [n / sum(degrees) for n in degrees]])
-        mean, variance = (statistics * weights.unsqueeze(2)).sum(1)
+        # The weights are Python's numbers: as a tensor they would be copied to a GPU, and the CPU would wait for it.
+        if counts[0] == counts[-1]:
+            weighted = statistics * (1 / len(counts))
+        else:
+            weighted = statistics.clone()  # backward refuses `statistics` once changed in place
+            larger = counts.count(counts[0])  # sizes differ by one at most, and the larger come first
+            for ghosts, numbers in zip(weighted, (counts, degrees), strict=True):
+                ghosts[:larger].mul_(numbers[0] / sum(numbers))
+                ghosts[larger:].mul_(numbers[-1] / sum(numbers))
+        mean, variance = weighted.sum(1)
         self.num_batches_tracked.add_(1)
         step = self.momentum
         if step is None:  # a cumulative average
             step = self.num_batches_tracked.to(mean.dtype).reciprocal()
         self.running_mean.lerp_(mean, step)
         self.running_var.lerp_(variance, step)
-
-    def _statistics_dtype(self) -> torch.dtype:
-        like = self.running_mean if self.track_running_stats else self.weight
-        return torch.float32 if like is None else like.dtype
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
@@ -138,3 +164,18 @@ class GhostBatchNorm(_BatchNorm):
 def _check_num_splits(num_splits: int) -> None:
     if type(num_splits) is not int or num_splits < 1:
         raise ValueError(f"num_splits must be a whole number from 1, not {num_splits!r}")
+
+
+def _warn_of_unconverted(module: nn.Module, found: bool, left: list[str]) -> None:
+    if left:
+        message = (
+            f"left without ghost batches: {', '.join(left)}; convert takes nn.BatchNorm1d, 2d and 3d themselves, not "
+            "what derives from them: replace these layers by such, and let lazy ones see a batch, before you convert"
+        )
+    elif not found:
+        message = (
+            f"nothing to convert: {type(module).__name__} holds no nn.BatchNorm1d, 2d or 3d; pass a model that does"
+        )
+    else:
+        return
+    warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,6 +1,6 @@
 """Every figure, one function each. They return a `matplotlib.figure.Figure`; `save` writes it as a PNG at 2x."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from s6lib.analysis import condition_statistics, misclassified, outcomes, paired_comparisons
-from s6lib.data import CLASS_NAMES, Split
-from s6lib.study import Study
+from s6lib.data import CLASS_NAMES, Digits
+from s6lib.statistics import condition_statistics, paired_comparisons
 
-# Okabe and Ito's palette, told apart by colour-blind readers; a condition has its colour in every figure.
+# Okabe and Ito's palette, told apart by colour-blind readers; a condition of the study has its colour in every figure.
 COLORS = {
     "l1-bn": "#0072B2",
     "l2-bn": "#E69F00",
@@ -39,59 +38,81 @@ def save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
-def plot_accuracy(study: Study) -> Figure:
-    """Validation accuracy of every condition by epoch, with the second half of the training closer up.
+def colors_of(slugs: Sequence[str]) -> dict[str, str]:
+    """A colour for each condition: its own, or one that no other has."""
+    more = (color for color in sns.color_palette("husl", max(1, len(slugs))).as_hex())
+    return {slug: COLORS.get(slug) or next(more) for slug in slugs}
+
+
+def plot_accuracy(history: pd.DataFrame, title: str = "") -> Figure:
+    """Test accuracy of every condition by epoch, with the second half of the training closer up.
 
     Several seeds of a condition appear as their mean, in a band from the lowest to the highest.
+
+    Args:
+        history: a row an epoch, as `Study.history` gives it: condition, label, epoch, lr, and what is drawn.
     """
-    return _plot_curves(study, "val_accuracy", "validation accuracy", "{:.2%}".format)
+    return _plot_curves(history, "val_accuracy", f"{title}: test accuracy", "{:.2%}".format)
 
 
-def plot_loss(study: Study) -> Figure:
-    """Validation cross-entropy, without penalties, of every condition by epoch, as in `plot_accuracy`."""
-    return _plot_curves(study, "val_loss", "validation loss (cross-entropy without penalty)", "{:.4f}".format)
+def plot_loss(history: pd.DataFrame, title: str = "") -> Figure:
+    """Test cross-entropy, without penalties, of every condition by epoch, as in `plot_accuracy`."""
+    return _plot_curves(history, "val_loss", f"{title}: test loss (cross-entropy without penalty)", "{:.4f}".format)
 
 
-def _plot_curves(study: Study, column: str, name: str, formatted: Callable[[float], str]) -> Figure:
-    epochs = study.recipe.epochs
+def _plot_curves(history: pd.DataFrame, column: str, title: str, formatted: Callable[[float], str]) -> Figure:
+    epochs = int(history["epoch"].max())
+    first = epochs // 2 + 1
     figure = Figure(figsize=(10, 5), layout="constrained")
     with rc_context(STYLE):
         whole, close = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_curves(whole, study, study.history, column)
-        _draw_curves(close, study, study.history.query("epoch > @epochs // 2"), column)
-        first = epochs // 2 + 1
-        for axes, start, title in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
-            axes.set(title=title, xlabel="epoch (lines: a new learning rate)", ylabel="")
-            axes.set_xticks([epoch for epoch in range(1, epochs + 1, study.recipe.decay_epochs) if epoch >= start])
+        for axes, start, name in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
+            _draw_curves(axes, history[history["epoch"] >= start], column)
+            axes.set(title=name, xlabel="epoch", ylabel="")
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
             if column.endswith("accuracy"):
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
-        last = study.history.query("epoch == @epochs").groupby("condition")[column].mean()
-        labels = [f"{study.conditions[slug].label}\n{formatted(last[slug])}" for slug in study.conditions]
-        legend = {"loc": "outside lower center", "ncols": min(6, len(labels)), "frameon": False}
-        figure.legend(whole.get_lines(), labels, title="condition, and its value at the last epoch", **legend)
-        figure.suptitle(f"{study.recipe.network}: {name}")
+        _mark_new_rate(whole, history)
+        conditions = history.groupby("condition", sort=False)
+        ends = conditions.apply(lambda rows: rows.loc[rows["epoch"] == rows["epoch"].max(), column].mean())
+        labels = [f"{rows['label'].iloc[0]}\n{formatted(ends[slug])}" for slug, rows in conditions]
+        legend = {
+            "loc": "outside lower center",
+            "ncols": min(6 if len(labels) <= 6 else 5, len(labels)),
+            "frameon": False,
+        }
+        seeds = history["seed"].nunique()
+        name = f"condition, and its value at the last epoch ({seeds} seed{'s: mean, lowest and highest' * (seeds > 1)})"
+        figure.legend(whole.get_lines()[: len(labels)], labels, title=name, **legend)
+        figure.suptitle(title)
     return figure
 
 
-def _draw_curves(axes: Axes, study: Study, history: pd.DataFrame, column: str) -> None:
-    for slug, condition in study.conditions.items():
-        sns.lineplot(
-            history[history["condition"] == slug],
-            x="epoch",
-            y=column,
-            color=COLORS.get(slug),
-            linestyle="-" if condition.num_splits is None else "--",
-            linewidth=1.8,
-            errorbar=("pi", 100),
-            ax=axes,
-        )
+def _draw_curves(axes: Axes, history: pd.DataFrame, column: str) -> None:
+    colors = colors_of(list(history["condition"].unique()))
+    for slug, rows in history.groupby("condition", sort=False):
+        line = {"color": colors[slug], "linestyle": "--" if "GBN" in rows["label"].iloc[0] else "-", "linewidth": 1.8}
+        marker = "o" if rows["epoch"].nunique() == 1 else None
+        sns.lineplot(rows, x="epoch", y=column, errorbar=("pi", 100), marker=marker, ax=axes, **line)
+
+
+def _mark_new_rate(axes: Axes, history: pd.DataFrame) -> None:
+    """An arrow where the learning rate changes first, if it does."""
+    rates = history.groupby("epoch")["lr"].first()
+    changed = rates.index[rates.diff().fillna(0) != 0]
+    if len(changed):
+        place = (changed[0] - 0.5, 0.02)
+        arrow = {"arrowstyle": "->", "color": "#666666"}
+        there = axes.get_xaxis_transform()
+        axes.annotate("", place, (place[0], 0.14), xycoords=there, textcoords=there, arrowprops=arrow)
+        axes.text(place[0] + 0.3, 0.1, "lower learning rate", transform=there, fontsize=10, color="#666666")
 
 
 def plot_digits(images: Tensor, titles: Sequence[str], columns: int, title: str = "") -> Figure:
-    """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its own title."""
-    rows = -(-len(images) // columns)
-    lines = 1 + max(text.count("\n") for text in titles)
+    """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its title; of none, a figure that says so."""
+    rows = max(1, -(-len(images) // columns))
+    lines = 1 + max((text.count("\n") for text in titles), default=0)
     figure = Figure(
         figsize=(1.6 * columns, rows * (1.35 + 0.2 * lines) + 0.35 * title.count("\n") + 0.4), layout="constrained"
     )
@@ -102,29 +123,32 @@ def plot_digits(images: Tensor, titles: Sequence[str], columns: int, title: str 
         for axes, image, text in zip(grid, images, titles, strict=False):
             axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
             axes.set_title(text, fontsize=10)
-        figure.suptitle(title)
+        figure.suptitle(title if len(images) else f"{title}\nno images to show".strip())
     return figure
 
 
-def plot_misclassified(study: Study, test: Split, condition: str = "gbn", seed: int = 1, count: int = 25) -> Figure:
-    """The first `count` test images that a saved model gets wrong: actual and predicted class, and its confidence."""
-    wrong = misclassified(study.model(condition, seed), test)
+def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", count: int = 25) -> Figure:
+    """The first `count` digits that a model gets wrong: actual and predicted class, and its confidence.
+
+    Args:
+        wrong: a row an error of the model on `digits`, as `misclassified` gives it.
+    """
     shown = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in shown.itertuples()]
     title = (
-        f"{study.recipe.network}, {study.conditions[condition].label}: {len(shown)} of its {len(wrong)} errors "
-        f"on {len(test.labels):,} test digits\nactual class, taken for predicted class (confidence)"
+        f"{title}: {len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} digits\n"
+        "actual class, taken for predicted class (confidence)"
     )
-    return plot_digits(test.images[shown["image"].tolist()], titles, columns=5, title=title)
+    return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=title)
 
 
-def plot_class_balance(train: Split, test: Split) -> Figure:
-    """How many digits of each class the two splits hold."""
+def plot_class_balance(train: Digits, test: Digits) -> Figure:
+    """How many digits of each class the two parts of MNIST hold."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     with rc_context(STYLE):
-        for axes, split, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
-            axes.bar(CLASS_NAMES, split.labels.bincount().numpy(), color=COLORS["l1-bn"])
-            axes.set(title=f"{len(split.labels):,} {name} digits", ylabel="digits of the class")
+        for axes, digits, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
+            axes.bar(CLASS_NAMES, digits.labels.bincount().numpy(), color=COLORS["l1-bn"])
+            axes.set(title=f"{len(digits.labels):,} {name} digits", ylabel="digits of the class")
             axes.tick_params("x", rotation=45)
             axes.grid(visible=False, axis="x")
     return figure
@@ -152,11 +176,10 @@ def plot_ghost_means(activations: Tensor, splits: Sequence[int] = (1, 4, 16)) ->
     return figure
 
 
-def plot_confusion(matrix: np.ndarray, title: str = "") -> Figure:
+def plot_confusion(matrix: np.ndarray, title: str = "", ax: Axes | None = None) -> Figure:
     """Errors by actual and predicted class; the correct predictions, on the diagonal, are left blank."""
-    figure = Figure(figsize=(7, 5.6), layout="constrained")
     with rc_context(STYLE):
-        axes = figure.subplots()
+        axes = _panel((7, 5.6), ax)
         labels = {"xticklabels": CLASS_NAMES, "yticklabels": CLASS_NAMES, "cbar_kws": {"label": "errors"}}
         # Nothing on the diagonal, and no zeros: what remains to be read is the errors.
         hidden = np.eye(10, dtype=bool) | (matrix == 0)
@@ -164,53 +187,73 @@ def plot_confusion(matrix: np.ndarray, title: str = "") -> Figure:
         axes.set(xlabel="predicted", ylabel="actual", title=title)
         axes.tick_params("x", rotation=45)
         axes.tick_params("y", rotation=0)
-    return figure
+    return axes.figure
 
 
-def plot_replication(study: Study) -> Figure:
-    """Every run of every condition as a dot, and the mean of each condition with its 95% interval."""
-    table, statistics = outcomes(study) / 100, condition_statistics(study)
-    figure = Figure(figsize=(10, 1.2 + 0.6 * len(statistics)), layout="constrained")
+def _panel(size: tuple[float, float], ax: Axes | None) -> Axes:
+    """The panel to draw on: the one given, or that of a new figure."""
+    return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
+
+
+def plot_replication(
+    outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Every run of every condition as a dot, and the mean of each condition with its 95% t interval.
+
+    Args:
+        outcomes: accuracies in percent, a row a seed, a column a condition.
+        labels: the conditions' names; by default those of the columns.
+    """
+    statistics = condition_statistics(outcomes)
+    colors = colors_of(list(outcomes))
     with rc_context(STYLE):
-        axes = figure.subplots()
+        axes = _panel((10, 1.2 + 0.6 * len(statistics)), ax)
         for row in statistics.itertuples():
-            color = COLORS.get(row.condition, f"C{row.Index}")
+            color = colors[row.condition]
             below = row.Index + np.linspace(0.2, 0.38, row.n)  # one above the other, so that equal runs show
-            axes.plot(table[row.condition], below, "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
+            axes.plot(outcomes[row.condition], below, "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=3, solid_capstyle="butt")
             axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
-        _label_rows(axes, statistics["label"], means)
-        n = statistics["n"].iloc[0]
-        axes.set_title(f"{study.recipe.network}, {n} seeds: a dot is a run, a diamond the mean with its 95% interval")
-    return figure
+        _label_rows(axes, [_label(slug, labels) for slug in outcomes], means)
+        axes.set_title(f"{title}, {len(outcomes)} seeds: a dot is a run, a diamond the mean with its 95% interval")
+    return axes.figure
 
 
-def plot_differences(study: Study) -> Figure:
-    """Forest plot of the paired differences between all conditions, those that Holm's correction leaves in colour."""
-    comparisons = paired_comparisons(study)
-    labels = {slug: condition.label for slug, condition in study.conditions.items()}
-    figure = Figure(figsize=(10, 1.2 + 0.36 * len(comparisons)), layout="constrained")
+def plot_differences(
+    outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Forest plot of the paired differences between all conditions, those that Holm's correction leaves in colour.
+
+    Args: as in `plot_replication`.
+    """
+    comparisons = paired_comparisons(outcomes)
     with rc_context(STYLE):
-        axes = figure.subplots()
+        axes = _panel((10, 1.2 + 0.36 * len(comparisons)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in comparisons.itertuples():
             color = COLORS["gbn"] if row.p_holm <= 0.05 else COLORS["bn"]
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
             axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
-        names = [f"{labels[row.first]}  minus  {labels[row.second]}" for row in comparisons.itertuples()]
+        names = [
+            f"{_label(row.first, labels)}  minus  {_label(row.second, labels)}" for row in comparisons.itertuples()
+        ]
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
         beside = [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()]
         _label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
-        n, found = comparisons["n"].iloc[0], (comparisons["p_holm"] <= 0.05).sum()
+        found = (comparisons["p_holm"] <= 0.05).sum()
         axes.set_title(
-            f"{study.recipe.network}, {n} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
+            f"{title}, {len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
         )
-    return figure
+    return axes.figure
+
+
+def _label(slug: str, labels: Mapping[str, str] | None) -> str:
+    return slug if labels is None else labels[slug]
 
 
 def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
@@ -222,24 +265,30 @@ def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
 
 
-def plot_split_sweep(study: Study) -> Figure:
-    """Accuracy by the number of ghost batches, 1 being BatchNorm: every run, and the means with their 95% intervals."""
-    statistics = condition_statistics(study)
-    statistics["splits"] = [study.conditions[slug].num_splits or 1 for slug in statistics["condition"]]
+def plot_split_sweep(
+    outcomes: pd.DataFrame, splits: Mapping[str, int], batch_size: int, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Accuracy by the number of ghost batches, 1 being BatchNorm: every run, and the means with their 95% intervals.
+
+    Args:
+        outcomes: accuracies in percent, a row a seed, a column a condition.
+        splits: the number of ghost batches of each condition.
+        batch_size: images in a batch.
+    """
+    statistics = condition_statistics(outcomes)
+    statistics["splits"] = statistics["condition"].map(splits)
     statistics = statistics.sort_values("splits", ignore_index=True)
-    table, batch = outcomes(study) / 100, study.recipe.batch_size
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
     with rc_context(STYLE):
-        axes = figure.subplots()
+        axes = _panel((8, 4.2), ax)
         for row in statistics.itertuples():
-            axes.plot([row.splits] * row.n, table[row.condition], "o", color=COLORS["gbn"], alpha=0.45, markersize=6)
+            dots = {"color": COLORS["gbn"], "alpha": 0.45, "markersize": 6}
+            axes.plot([row.splits] * row.n, outcomes[row.condition], "o", **dots)
         error = [statistics["mean"] - statistics["low"], statistics["high"] - statistics["mean"]]
         axes.errorbar(statistics["splits"], statistics["mean"], error, color=COLORS["gbn"], marker="D", capsize=4)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(statistics["splits"], [f"{splits}\n({batch // splits})" for splits in statistics["splits"]])
+        axes.set_xticks(statistics["splits"], [f"{count}\n({batch_size // count})" for count in statistics["splits"]])
         axes.set_xlabel("splits of the batch (images in each ghost batch); 1 is BatchNorm")
         axes.set_ylabel("test accuracy at the last epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
-        n = statistics["n"].iloc[0]
-        axes.set_title(f"{study.recipe.network}, {n} seeds: a dot is a run, a diamond the mean with its 95% interval")
-    return figure
+        axes.set_title(f"{title}, {len(outcomes)} seeds: a dot is a run, a diamond the mean with its 95% interval")
+    return axes.figure

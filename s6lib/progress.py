@@ -25,8 +25,8 @@ class Change(NamedTuple):
 
 
 @contextmanager
-def progress(histories: dict[str, Path], epochs: int) -> Iterator[None]:
-    """While the block lasts, show how runs of `epochs` epochs get on: a label each, and the history.csv that it grows.
+def progress(histories: dict[str, Path], epochs: dict[str, int]) -> Iterator[None]:
+    """While the block lasts, show how runs get on: for each label, the history.csv that grows, and its epochs in all.
 
     Nothing is asked of the workers: what it shows is the files that they write when an epoch ends.
     """
@@ -35,7 +35,7 @@ def progress(histories: dict[str, Path], epochs: int) -> Iterator[None]:
     done = sum(max(0, epoch) for epoch, _ in seen.values())
     watcher = threading.Thread(
         target=_show_bars if sys.stderr.isatty() or _in_notebook() else _show_lines,
-        args=(_changes(histories, seen, epochs, finished), done, epochs, len(histories)),
+        args=(_changes(histories, seen, epochs, finished), done, epochs),
         daemon=True,
     )
     watcher.start()
@@ -61,7 +61,7 @@ def _last_epoch(history: Path) -> tuple[int, float]:
 
 
 def _changes(
-    histories: dict[str, Path], seen: dict[str, tuple[int, float]], epochs: int, finished: threading.Event
+    histories: dict[str, Path], seen: dict[str, tuple[int, float]], epochs: dict[str, int], finished: threading.Event
 ) -> Iterator[list[Change]]:
     """Twice a second, and once more when all is finished, what has changed since."""
     while True:
@@ -69,7 +69,7 @@ def _changes(
         changes = []
         for label, path in histories.items():
             before, _ = seen[label]
-            if before < epochs and (now := _last_epoch(path)) not in (seen[label], NOT_BEGUN):
+            if before < epochs[label] and (now := _last_epoch(path)) not in (seen[label], NOT_BEGUN):
                 seen[label] = now
                 changes.append(Change(label, max(0, before), *now))
         yield changes
@@ -77,30 +77,30 @@ def _changes(
             return
 
 
-def _show_bars(updates: Iterator[list[Change]], done: int, epochs: int, runs: int) -> None:
+def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int]) -> None:
     bars: dict[str, tqdm] = {}
-    with tqdm(total=runs * epochs, initial=done, desc="all runs", unit="epoch") as overall:
+    with tqdm(total=sum(epochs.values()), initial=done, desc="all runs", unit="epoch") as overall:
         for changes in updates:
             for label, before, epoch, accuracy in changes:
                 if label not in bars:
-                    bars[label] = tqdm(total=epochs, initial=before, desc=label, unit="epoch", leave=False)
+                    bars[label] = tqdm(total=epochs[label], initial=before, desc=label, unit="epoch", leave=False)
                 bars[label].set_postfix_str(f"validation accuracy {accuracy:.2%}" if epoch else "", refresh=False)
                 bars[label].update(epoch - before)
                 overall.update(epoch - before)
-                if epoch == epochs:
+                if epoch == epochs[label]:
                     bars[label].close()
             overall.refresh()  # the time left goes on between epochs
         for bar in bars.values():
             bar.close()
 
 
-def _show_lines(updates: Iterator[list[Change]], done: int, epochs: int, runs: int) -> None:
-    begun, done_before = time.monotonic(), done
+def _show_lines(updates: Iterator[list[Change]], done: int, epochs: dict[str, int]) -> None:
+    begun, done_before, total = time.monotonic(), done, sum(epochs.values())
     for label, before, epoch, accuracy in itertools.chain.from_iterable(updates):
         done += epoch - before
         if not epoch:
             continue
-        seconds = (time.monotonic() - begun) / max(1, done - done_before) * (runs * epochs - done)
-        line = f"{label}: epoch {epoch}/{epochs}, validation accuracy {accuracy:.2%}"
-        left = f"{done}/{runs * epochs} epochs, {tqdm.format_interval(seconds)} left"
+        seconds = (time.monotonic() - begun) / max(1, done - done_before) * (total - done)
+        line = f"{label}: epoch {epoch}/{epochs[label]}, validation accuracy {accuracy:.2%}"
+        left = f"{done}/{total} epochs, {tqdm.format_interval(seconds)} left"
         print(f"{line}; {left}", file=sys.stderr, flush=True)

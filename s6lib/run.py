@@ -1,12 +1,14 @@
 """One run: a condition trained with a seed, its checkpoints, and the folder that it leaves."""
 
 import ctypes
+import os
 import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +18,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from s6lib.conditions import Condition, Recipe, build_model
-from s6lib.data import Split, batches, load_mnist
+from s6lib.conditions import Condition, Recipe, build_model, condition_entry, layers, recipe_entry
+from s6lib.data import Digits, batches, load_mnist
+from s6lib.errors import RunError
 from s6lib.files import read_checkpoint, remove_parts, serialised, write_checkpoint, write_results, write_whole
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
 
@@ -27,119 +30,157 @@ _ONE_RUN = threading.Lock()
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
 
 
-class RunError(Exception):
-    """A run that cannot go on; the message names condition, seed, and the cause."""
+@dataclass(frozen=True)
+class Run:
+    """What is trained: a condition, by a recipe, with a seed."""
+
+    recipe: Recipe
+    condition: Condition
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.condition.label} ({self.condition.slug}), seed {self.seed}"
+
+    @cached_property
+    def settings(self) -> Recipe:
+        """The recipe, with the condition's changes."""
+        return self.recipe.changed_by(self.condition)
+
+    def folder(self, out: str | Path) -> Path:
+        """Where it is kept under `out`."""
+        return Path(out) / self.recipe.name / self.condition.slug / f"seed-{self.seed}"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """By what it is known, as JSON: recipe, condition and seed, and the layers of a model of one's own.
+
+        It travels with the run: where the source of a network is not to be had, what it was is still known.
+        """
+        about = {"recipe": recipe_entry(self.recipe), "condition": condition_entry(self.condition), "seed": self.seed}
+        own = layers(self.recipe, self.condition)
+        return about | ({"layers": own} if own else {})
 
 
-class Run(NamedTuple):
+class Trained(NamedTuple):
     """What training leaves.
 
     history: a row an epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
     weights: the state_dict, on the CPU.
     predictions: uint8 (10000,), the class of each test image.
-    machine: device, processor and library versions.
+    machines: where it was trained, one after the other: device, processor, library versions, host and process.
     """
 
     history: History
     weights: dict[str, Tensor]
     predictions: np.ndarray
-    machine: dict[str, str]
+    machines: list[dict[str, Any]]
 
 
-def train_run(
-    recipe: Recipe,
-    condition: Condition,
-    seed: int,
-    folder: Path | None = None,
-    device: str = "cpu",
-) -> Run:
-    """Train one condition with one seed; with a `folder`, go on from its checkpoint and renew it at each epoch's end.
+def train_run(run: Run, folder: Path | None = None, device: str | torch.device = "cpu") -> Trained:
+    """Train a run; with a `folder`, go on from its checkpoint and renew it at each epoch's end.
 
     All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
     not. Raises RunError when the loss is not finite, or the checkpoint is another run's.
     """
     _keep_freed_memory()
-    with _ONE_RUN, _reproducible():
+    device, settings = torch.device(device), run.settings
+    with _ONE_RUN, _reproducible(device):
         train, test = load_mnist(device=device)
-        train = Split(train.images[: recipe.train_images], train.labels[: recipe.train_images])
-        _seed(seed, 0)
-        model = build_model(recipe, condition).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, fused=True)
-        identity = _identity(recipe, condition, seed)
-        history = [] if folder is None else _resume(folder, identity, model, optimizer)
-        for epoch in range(len(history) + 1, recipe.epochs + 1):
+        train = Digits(train.images[: settings.train_images], train.labels[: settings.train_images])
+        _seed(run.seed, 0, device)
+        # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
+        layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        model = build_model(run.recipe, run.condition).to(device, memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate, settings.momentum, fused=True)
+        state = {**run.identity, "history": [], "machines": []}
+        if folder is not None:
+            _resume(folder, run, state, model, optimizer)
+        history, machines = state["history"], state["machines"]
+        here = _machine(device)
+        machines[:] = [machine for machine in machines if machine != here] + [here]
+        for epoch in range(len(history) + 1, settings.epochs + 1):
             try:
-                history.append(_epoch(recipe, condition, seed, epoch, model, optimizer, train, test))
+                history.append(_epoch(run, epoch, model, optimizer, (train, test)))
             except NonFiniteLoss as error:
                 raise RunError(
-                    f"{condition.label} ({condition.slug}), seed {seed}: the loss is not finite at epoch {epoch}, step "
-                    f"{error.step}; lower the learning rate or the penalties"
+                    f"{run}: the loss is not finite at epoch {epoch}, step {error.step}; lower the learning rate or "
+                    "the penalties"
                 ) from error
             if folder is not None:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-                write_checkpoint(folder, {**identity, **state})
+                write_checkpoint(folder, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
                 write_whole(folder / "history.csv", _history_csv(history))
         predictions = evaluate(model, test).predictions.numpy()
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    return Run(history, weights, predictions, _machine(device))
+    return Trained(history, weights, predictions, machines)
 
 
 def _epoch(
-    recipe: Recipe,
-    condition: Condition,
-    seed: int,
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: Split,
-    test: Split,
+    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, digits: tuple[Digits, Digits]
 ) -> dict[str, float]:
-    lr = optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(epoch)
-    generator = _seed(seed, epoch)
+    (train, test), settings = digits, run.settings
+    lr = optimizer.param_groups[0]["lr"] = settings.learning_rate_at(epoch)
+    generator = _seed(run.seed, epoch, train.labels.device)
     begun = time.perf_counter()
-    training = train_epoch(
-        model,
-        batches(train, recipe.batch_size, recipe.rotation, recipe.jitter, generator),
-        optimizer,
-        condition.l1,
-        condition.l2,
-    )
+    augmented = batches(train, settings.batch_size, settings.rotation, settings.jitter, generator)
+    training = train_epoch(model, augmented, optimizer, run.condition.penalty_of)
     seconds = time.perf_counter() - begun
     validation = evaluate(model, test)
     if not np.isfinite(validation.loss):  # the last step's update was too large
-        raise NonFiniteLoss(step=-(-len(train.labels) // recipe.batch_size))
+        raise NonFiniteLoss(step=-(-len(train.labels) // settings.batch_size))
     row = (epoch, lr, *training, validation.loss, validation.accuracy, seconds)
     return dict(zip(COLUMNS, row, strict=True))
 
 
-def _seed(seed: int, epoch: int) -> torch.Generator:
-    """Seed torch (initial weights, dropout) and return a generator for the batches, from the pair alone.
+def _seed(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+    """Seed torch (initial weights, dropout) and return a generator for the batches, from seed and epoch alone.
 
     Two words of one SeedSequence, so that the two streams, and those of other pairs, have nothing in common.
     """
     for_torch, for_batches = np.random.SeedSequence((seed, epoch)).generate_state(2).tolist()
-    torch.manual_seed(for_torch)
+    torch.default_generator.manual_seed(for_torch)
+    if device.type != "cpu":  # torch.manual_seed would also reseed, later, a GPU that is not used here
+        torch.manual_seed(for_torch)
     return torch.Generator().manual_seed(for_batches)
 
 
 @contextmanager
-def _reproducible() -> Iterator[None]:
-    """One thread, deterministic full-precision kernels, no denormals; the caller's generators are left alone.
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """One thread, deterministic full-precision kernels, no denormals; the caller's settings and generators come back.
 
     A network this small gains nothing from a second thread, while the sums of several threads depend on their number.
     """
-    threads = torch.get_num_threads()
+    threads, flushing = torch.get_num_threads(), _denormals_are_flushed()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
-    # An idle GPU is not woken for its generator.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # an idle GPU is not woken
     try:
-        with torch.random.fork_rng(devices), exact:
+        with torch.random.fork_rng(devices), _exact_convolutions() if device.type == "cuda" else nullcontext():
             yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushing)
         torch.set_num_threads(threads)
+
+
+def _denormals_are_flushed() -> bool:
+    return bool(torch.tensor(2.0**-120) * 2.0**-20 == 0)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """cuDNN's deterministic kernels in full float32, by whichever of torch's two interfaces to TF32 there is."""
+    cudnn = torch.backends.cudnn
+    holder, name, exact = cudnn, "allow_tf32", False
+    if hasattr(cudnn, "conv"):  # to mix the two interfaces is an error in torch
+        holder, name, exact = cudnn.conv, "fp32_precision", "ieee"
+    wanted = [(cudnn, "benchmark", False), (cudnn, "deterministic", True), (holder, name, exact)]
+    before = [getattr(place, setting) for place, setting, _ in wanted]
+    try:
+        for place, setting, value in wanted:
+            setattr(place, setting, value)
+        yield
+    finally:
+        for (place, setting, _), value in zip(wanted, before, strict=True):
+            setattr(place, setting, value)
 
 
 def _keep_freed_memory() -> None:
@@ -155,52 +196,100 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**28)
 
 
-def _machine(device: str) -> dict[str, str]:
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
+def _machine(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {"device": device, "processor": processor, **versions, "numpy": np.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+    }
+    place = {"host": platform.node(), "process": os.getpid()}
+    return {
+        "device": str(device),
+        "processor": processor,
+        "core": _core(),
+        **versions,
+        "numpy": np.__version__,
+        **place,
+    }
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
-def save_run(folder: Path, recipe: Recipe, condition: Condition, seed: int, run: Run) -> None:
+def _core() -> str:
+    """Family, model, stepping and caches: processors that share a name have trained to other last digits."""
+    names = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
+    cpuinfo = _cpuinfo()
+    words = [f"{word}{cpuinfo[name]}" for name, word in names.items() if name in cpuinfo]
+    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    words += [
+        f"L{(cache / 'level').read_text().strip()} {(cache / 'type').read_text().strip().lower()} "
+        f"{(cache / 'size').read_text().strip()}"
+        for cache in caches
+        if all((cache / name).exists() for name in ("level", "type", "size"))
+    ]
+    return ", ".join(words) or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first core; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().partition("\n\n")[0] if path.exists() else ""
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def save_run(folder: Path, run: Run, trained: Trained) -> None:
     """Write a finished run to its folder."""
-    about = {**_identity(recipe, condition, seed), **run.machine}
-    about["seconds"] = round(sum(row["seconds"] for row in run.history), 1)
+    *earlier, last = trained.machines
+    about = {**run.identity, **last, **({"earlier": earlier} if earlier else {})}
+    about["seconds"] = round(sum(row["seconds"] for row in trained.history), 1)
     results = {
-        "predictions.npy": serialised(lambda file: np.save(file, run.predictions)),
-        "weights.pt": serialised(lambda file: torch.save(run.weights, file)),
-        "history.csv": _history_csv(run.history),
+        "predictions.npy": serialised(lambda file: np.save(file, trained.predictions)),
+        "weights.pt": serialised(lambda file: torch.save(trained.weights, file)),
+        "history.csv": _history_csv(trained.history),
     }
     write_results(folder, about, results)
 
 
-def _identity(recipe: Recipe, condition: Condition, seed: int) -> dict[str, Any]:
-    return {"recipe": asdict(recipe), "condition": asdict(condition), "seed": seed}
-
-
-def _resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
-    """Bring model and optimizer to where the checkpoint in `folder` is, if there is one, and return its history."""
+def _resume(folder: Path, run: Run, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Bring state, model and optimizer to where the checkpoint in `folder` is, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder)
-    history: History = []
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is not None:
-        if any(checkpoint.get(name) != value for name, value in identity.items()):
+        if differences(checkpoint, run.identity):
             raise RunError(f"the checkpoint in {folder} is of another run; delete it, and the run starts again")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        history = checkpoint["history"]
-    write_whole(folder / "history.csv", _history_csv(history))
-    return history
+        state.update({name: checkpoint.get(name, []) for name in ("history", "machines")})
+    write_whole(folder / "history.csv", _history_csv(state["history"]))
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """In what a recorded run differs from the one that is wanted, in words; a label is but a name, and is let pass."""
+    said = []
+    for name in wanted:
+        old, new = found.get(name), wanted[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            said += differences(old, {**dict.fromkeys(old), **new})
+        elif name != "label" and old != new:
+            said.append(_difference(name, old, new))
+    return said
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Of a source or of layers, the first line that differs."""
+    if name == "source" and isinstance(old, str) and isinstance(new, str):
+        old, new = old.splitlines(), new.splitlines()
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = next((a, b) for a, b in zip([*old, None], [*new, None], strict=False) if a != b)
+        old, new = old and old.strip(), new and new.strip()
+    return f"{name} = {old!r}, not {new!r}"
 
 
 def _history_csv(history: History) -> bytes:

@@ -1,248 +1,50 @@
-"""The one loop over conditions and seeds, and a reader for the folder that it fills."""
+"""A reader for the folder that a study fills."""
 
-import os
 import re
-import signal
-import sys
-import threading
-import time
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import BrokenExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
-from functools import cached_property, partial
+from collections.abc import Collection, Iterable
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
-from joblib import Parallel, cpu_count, delayed
-from joblib.parallel import LokyBackend, SequentialBackend, get_active_backend
 from torch import nn
 
-from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, build_model
-from s6lib.data import load_mnist
-from s6lib.files import DamagedFile, is_complete, read_about, read_checkpoint, read_result
-from s6lib.progress import progress
-from s6lib.run import Run, RunError, save_run, train_run
-
-POOLS = 4  # one worker may die by chance; who loses this many has too little memory
-WORKERS_DIE = (
-    "worker processes were killed again and again, {runs} runs are not finished: is memory short (a worker needs about "
-    "1 GB)? Every finished epoch is kept: give the same command again, with fewer jobs"
+from s6lib.conditions import (
+    ALL_CONDITIONS,
+    CONDITIONS,
+    PLAIN,
+    RECIPES,
+    Condition,
+    Recipe,
+    build_model,
+    condition_entry,
+    recipe_entry,
+    recorded_condition,
+    recorded_recipe,
 )
+from s6lib.errors import DamagedFile, StudyError
+from s6lib.files import RESULTS, read_about, read_result
+from s6lib.identity import name_of
+from s6lib.run import COLUMNS, differences
 
 
-class StudyError(Exception):
-    """A request that cannot be met; the message says what was wrong and what to do."""
+def recipes_in(folder: str | Path) -> list[str]:
+    """The names of the recipes of which a folder holds a complete run, the built-in ones first."""
+    names = {path.parents[2].name for path in Path(folder).glob("*/*/seed-*/run.json")}
+    return [name for name in RECIPES if name in names] + sorted(names - RECIPES.keys())
 
 
-class RunsFailed(Exception):
-    """Some runs of a study failed, each named in the message; the others are complete."""
+class _Found(NamedTuple):
+    """A complete run, as its run.json describes it."""
 
-
-def run_study(
-    recipe: Recipe = PLAIN,
-    conditions: Sequence[Condition] = CONDITIONS,
-    seeds: Sequence[int] = (1,),
-    out: str | Path = "runs",
-    *,
-    jobs: int | None = None,
-    device: str = "auto",
-    show_progress: bool = True,
-) -> "Study":
-    """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open the result.
-
-    Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
-    `jobs` processes (by default and at most one a core) train side by side, each with one thread; on a GPU the runs
-    take turns, if `jobs` does not say otherwise.
-
-    Inside `joblib.parallel_config(backend="dask")` or `"ray"` the runs go to that cluster instead, `jobs` of them at a
-    time (by default as many as it has workers). Its workers need s6lib and the digits, but no disk shared with this
-    process, which writes the folder; so a run there has no checkpoint, and one that is lost starts again.
-
-    Raises, before anything is trained, StudyError if a seed is not a whole number, two conditions share a name, the
-    device is missing, `out` cannot be written, another study is at work in it, it holds runs of this recipe name
-    trained otherwise, or a link in it leads elsewhere; MnistError if the digits are missing; DamagedFile if a finished
-    run is damaged. Raises RunsFailed after all runs that could finish have.
-    """
-    seeds, conditions = _distinct(list(seeds), conditions)
-    local = isinstance(get_active_backend()[0], LokyBackend | SequentialBackend)
-    if local:
-        device = _resolve_device(device)
-        jobs = min(jobs or (cpu_count() if device == "cpu" else 1), cpu_count())
-    with _only_study_in(Path(out)):
-        runs = [(condition, seed) for seed in seeds for condition in conditions]
-        _refuse_links(Path(out), [run_folder(out, recipe, *run) for run in runs])
-        _refuse_other_training(out, recipe, conditions)
-        if local:
-            load_mnist()  # downloaded and unpacked once, before many processes ask for it
-        waiting = [run for run in runs if not is_complete(run_folder(out, recipe, *run))]
-        with _shown(out, recipe, waiting) if show_progress else nullcontext():
-            failures = _train_runs(out, recipe, waiting, device, jobs or -1, local)
-    if failures:
-        raise RunsFailed("\n".join(failures))
-    return Study(out, recipe.name)
-
-
-def _distinct(seeds: Sequence[int], conditions: Sequence[Condition]) -> tuple[list[int], list[Condition]]:
-    """Each seed and condition once. Raises StudyError for what would give a run no folder of its own."""
-    for seed in seeds:
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-            raise StudyError(f"a seed is a whole number from 0, not {seed!r}")
-    distinct = list(dict.fromkeys(conditions))
-    slugs = [condition.slug for condition in distinct]
-    if len(set(slugs)) < len(slugs):
-        raise StudyError(f"two different conditions share the name of a folder: {', '.join(slugs)}; rename one")
-    return list(dict.fromkeys(int(seed) for seed in seeds)), distinct
-
-
-def _train_runs(
-    out: str | Path, recipe: Recipe, runs: list[tuple[Condition, int]], device: str, jobs: int, local: bool
-) -> list[str]:
-    """The loop: train each run, wherever joblib sends it, and save it when it comes back. Returns what failed."""
-    follow = {"initializer": _follow, "initargs": (os.getpid(),)} if local else {}
-    parallel = partial(Parallel, n_jobs=jobs, batch_size=1, return_as="generator_unordered", **follow)
-    failures: list[str] = []
-    waiting = list(runs)
-    for pools_left in reversed(range(POOLS)):
-        try:
-            for condition, seed, run in parallel()(
-                delayed(_try_run)(recipe, *run, device, run_folder(out, recipe, *run) if local else None)
-                for run in tuple(waiting)
-            ):
-                waiting.remove((condition, seed))
-                failures += _saved(run_folder(out, recipe, condition, seed), recipe, condition, seed, run)
-            break
-        except BrokenExecutor:  # a worker was killed, and joblib ended the others with it
-            if pools_left:
-                print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
-            else:
-                failures.append(WORKERS_DIE.format(runs=len(waiting)))
-    return failures
-
-
-def _saved(folder: Path, recipe: Recipe, condition: Condition, seed: int, run: Run | str) -> list[str]:
-    """Save a run, and return the reasons why it failed, if it did."""
-    if isinstance(run, str):
-        return [run]
-    try:
-        save_run(folder, recipe, condition, seed, run)
-    except OSError as error:
-        return [_failure(condition, seed, error)]
-    return []
-
-
-def _shown(out: str | Path, recipe: Recipe, runs: list[tuple[Condition, int]]) -> AbstractContextManager[None]:
-    histories = {f"{c.label}, seed {seed}": run_folder(out, recipe, c, seed) / "history.csv" for c, seed in runs}
-    return progress(histories, recipe.epochs)
-
-
-def run_folder(out: str | Path, recipe: Recipe, condition: Condition, seed: int) -> Path:
-    """Where a run is kept."""
-    return Path(out) / recipe.name / condition.slug / f"seed-{seed}"
-
-
-def _try_run(
-    recipe: Recipe, condition: Condition, seed: int, device: str, folder: Path | None
-) -> tuple[Condition, int, Run | str]:
-    """A run, or the reason why it failed: an exception would end the other runs too.
-
-    It keeps its checkpoints in the folder. Without one it is on another machine, which has a device of its own.
-    """
-    try:
-        return condition, seed, train_run(recipe, condition, seed, folder, _resolve_device(device))
-    except RunError as error:
-        return condition, seed, str(error)
-    except Exception as error:
-        return condition, seed, _failure(condition, seed, error)
-
-
-def _failure(condition: Condition, seed: int, error: Exception) -> str:
-    return f"{condition.label} ({condition.slug}), seed {seed}: {type(error).__name__}: {error}"
-
-
-def _follow(driver: int) -> None:
-    """From now on, in a worker process: leave Ctrl-C to the driver, and end when the driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == driver:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _resolve_device(device: str) -> str:
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if not available.get(device):
-        usable = ", ".join(name for name in available if available[name])
-        raise StudyError(f"device {device!r} is not available here; use auto or one of: {usable}")
-    return device
-
-
-@contextmanager
-def _only_study_in(out: Path) -> Iterator[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
-    except OSError as error:
-        raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from error
-    with lock:
-        yield
-
-
-def _refuse_links(out: Path, folders: list[Path]) -> None:
-    """Raise StudyError if a symbolic link under `out`, perhaps a stranger's, would have a run written elsewhere."""
-    for folder in folders:
-        if not folder.resolve().is_relative_to(out.resolve()):
-            raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
-
-
-def _refuse_other_training(out: str | Path, recipe: Recipe, conditions: Sequence[Condition]) -> None:
-    """Raise StudyError if a run under `out` was trained by other settings than those now asked for."""
-    asked = {condition.slug: asdict(condition) for condition in conditions}
-    for folder in sorted((Path(out) / recipe.name).glob("*/seed-*")):
-        if is_complete(folder):
-            run = _described(folder)
-            about = {"recipe": asdict(run.recipe), "condition": asdict(run.condition)}
-        elif (about := read_checkpoint(folder)) is None:
-            continue
-        wanted = {**asdict(recipe), **asked.get(folder.parent.name, about["condition"])}
-        found = {**about["recipe"], **about["condition"]}
-        different = [
-            f"{name} = {found.get(name)!r}, not {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
-        ]
-        if different:
-            raise StudyError(f"{folder} was trained with {'; '.join(different)}; ask for that, or for another folder")
-
-
-class _Described(NamedTuple):
     folder: Path
+    about: dict[str, Any]
     recipe: Recipe
     condition: Condition
     seed: int
-
-
-def _described(folder: Path) -> _Described:
-    """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
-    about = read_about(folder)
-    try:
-        run = _Described(folder, Recipe(**about["recipe"]), Condition(**about["condition"]), about["seed"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from error
-    found = run.condition.slug, f"seed-{run.seed}"
-    if found != (folder.parent.name, folder.name):
-        raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")
-    return run
 
 
 class Study:
@@ -250,53 +52,85 @@ class Study:
 
     Args:
         folder: what `run_study` was given as `out`.
-        recipe: name of the recipe.
-        conditions, seeds: look at these alone; by default at all.
+        recipe: the recipe or its name. For `model`, a network of one's own needs the recipe itself.
+        conditions: look at these alone, conditions or their slugs; by default at all. What is one's own in a condition
+            needs the condition itself, likewise.
+        seeds: look at these alone, or at this one; by default at all.
 
-    Raises StudyError if there is no such run, or the runs are of different recipes; DamagedFile if a file is not what
-    was written.
+    Raises StudyError if there is no such run, or runs of one name were trained differently, or otherwise than what is
+    given here; DamagedFile if a file is not what was written.
+
+    Attributes:
+        recipe, conditions (by slug), runs (pairs of slug and seed), seeds.
     """
 
     def __init__(
         self,
         folder: str | Path = "runs",
-        recipe: str = PLAIN.name,
-        conditions: Collection[Condition] | None = None,
-        seeds: Collection[int] | None = None,
+        recipe: str | Recipe = PLAIN.name,
+        conditions: Condition | str | Collection[Condition | str] | None = None,
+        seeds: Iterable[int] | int | None = None,
     ) -> None:
-        if not re.fullmatch("[a-z0-9-]+", recipe):
-            raise StudyError(f"{recipe!r} is not the name of a recipe; there are: {', '.join(RECIPES)}")
-        runs = [_described(path.parent) for path in (Path(folder) / recipe).glob("*/seed-*/run.json")]
-        runs = [run for run in runs if conditions is None or run.condition in conditions]
-        runs = [run for run in runs if seeds is None or run.seed in seeds]
+        name = recipe.name if isinstance(recipe, Recipe) else recipe
+        if not (isinstance(name, str) and re.fullmatch("[a-z0-9-]+", name)):
+            raise StudyError(f"a recipe is a Recipe or its name, such as {PLAIN.name!r}, not {recipe!r}")
+        self.folder = Path(folder)
+        if isinstance(conditions, Condition | str):
+            conditions = [conditions]
+        found = [_found(path.parent) for path in (self.folder / name).glob("*/seed-*/run.json")]
+        runs = _chosen(found, conditions, seeds)
         if not runs:
-            raise StudyError(f"no complete {recipe} run in {folder}; train some: python -m s6lib run --recipe {recipe}")
-        for run in runs:
-            if run.recipe != runs[0].recipe:
-                raise StudyError(f"{run.folder} and {runs[0].folder} are not of one study: their recipes differ")
-        order = list(dict.fromkeys([*ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
+            there = ", ".join(sorted({f"{run.condition.slug} {run.seed}" for run in found})) or "none"
+            raise StudyError(
+                f"no complete {name} run of those asked for in {folder} (there are: {there}); train some, by run_study "
+                "or python -m s6lib run"
+            )
+        given = {condition.slug: condition for condition in conditions or () if isinstance(condition, Condition)}
+        _require_one_training(runs, recipe, given)
+        order = list(dict.fromkeys([*given, *ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
         runs.sort(key=lambda run: (order.index(run.condition.slug), run.seed))
-        self.recipe = runs[0].recipe
+        self.recipe = recipe if isinstance(recipe, Recipe) else runs[0].recipe
         self.conditions = {run.condition.slug: run.condition for run in runs}
-        self.folders = {(run.condition.slug, run.seed): run.folder for run in runs}
+        self.conditions.update({slug: given[slug] for slug in self.conditions if slug in given})
+        self._found = {(run.condition.slug, run.seed): run for run in runs}
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Slug and seed of each run, by condition."""
+        return list(self._found)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of which there is a run, in order."""
+        return sorted({seed for _, seed in self._found})
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The conditions' labels by slug."""
+        return {slug: condition.label for slug, condition in self.conditions.items()}
+
+    def history(self) -> pd.DataFrame:
+        """A row an epoch of every run: condition, label, seed, and the columns of history.csv (accuracies 0 to 1)."""
+        return self._history.copy()
 
     @cached_property
-    def history(self) -> pd.DataFrame:
-        """A row an epoch of every run: condition, seed, and the columns of history.csv (accuracies from 0 to 1)."""
-        tables = {run: pd.read_csv(read_result(folder, "history.csv")) for run, folder in self.folders.items()}
-        return pd.concat(tables, names=["condition", "seed"]).reset_index(["condition", "seed"]).reset_index(drop=True)
+    def _history(self) -> pd.DataFrame:
+        tables = {run: self._read_history(*run) for run in self._found}
+        table = pd.concat(tables, names=["condition", "seed"]).reset_index(["condition", "seed"]).reset_index(drop=True)
+        table.insert(1, "label", table["condition"].map(self.labels))
+        return table
 
     def summary(self) -> pd.DataFrame:
         """A row a run: last-epoch accuracy, the best epoch beside it, training accuracy and seconds.
 
         The last epoch is the result. The best one was chosen on the test images, and so flatters.
         """
-        runs = self.history.groupby(["condition", "seed"], sort=False)
+        runs = self._history.groupby(["condition", "seed"], sort=False)
         last = runs.last()
-        best = self.history.loc[runs["val_accuracy"].idxmax()].set_index(["condition", "seed"])
+        best = self._history.loc[runs["val_accuracy"].idxmax()].set_index(["condition", "seed"])
         table = pd.DataFrame(
             {
-                "label": [self.conditions[slug].label for slug, _ in last.index],
+                "label": last["label"],
                 "accuracy": last["val_accuracy"],
                 "loss": last["val_loss"],
                 "best_accuracy": best["val_accuracy"],
@@ -307,27 +141,127 @@ class Study:
         )
         return table.reset_index()
 
-    def model(self, condition: str, seed: int = 1) -> nn.Module:
-        """The saved model of a run, on the CPU, in evaluation mode."""
-        path = self._folder(condition, seed) / "weights.pt"
-        model = build_model(self.recipe, self.conditions[condition])
-        content = read_result(path.parent, path.name)
+    def outcomes(self) -> pd.DataFrame:
+        """Test accuracy at the last epoch in percent, which is what is compared: a row a seed, a column a condition.
+
+        Raises ValueError if a condition lacks a seed that another has, since comparisons are paired by seed.
+        """
+        table = self.summary().pivot(index="seed", columns="condition", values="accuracy")[list(self.conditions)]
+        missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if np.isnan(table.loc[seed, slug])]
+        if missing:
+            raise ValueError(f"comparisons are paired by seed, and these runs are missing: {', '.join(missing)}")
+        return (10_000 * table).round() / 100  # a digit is 0.01 points
+
+    def about(self) -> pd.DataFrame:
+        """What run.json says of each run, a row a run: device, processor, versions, seconds and what else it holds."""
+        left_out = {"recipe", "condition", "seed", "sha256"}
+        rows = [
+            {"condition": slug, "seed": seed, **{k: v for k, v in found.about.items() if k not in left_out}}
+            for (slug, seed), found in self._found.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def model(self, condition: str | Condition, seed: int | None = None) -> nn.Module:
+        """The saved model of a run, by default of the condition's first seed, on the CPU, in evaluation mode."""
+        found = self._run(condition, seed)
+        content = read_result(found.folder, "weights.pt")
+        try:
+            model = build_model(self.recipe, self.conditions[found.condition.slug])
+        except ValueError as error:  # of one's own, and known by name alone
+            raise StudyError(str(error)) from error
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         except Exception as error:  # a dozen kinds, by what the file is instead
-            raise DamagedFile(f"{path} is not a state_dict of {self.recipe.network}, and is not trusted") from error
+            network = name_of(self.recipe.network)
+            path = found.folder / "weights.pt"
+            raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from error
         return model.eval()
 
-    def predictions(self, condition: str, seed: int = 1) -> np.ndarray:
-        """The saved class of each test image, uint8 (10000,)."""
-        path = self._folder(condition, seed) / "predictions.npy"
+    def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
+        """The saved class of each test image, uint8 (10000,), by default of the condition's first seed."""
+        folder = self._run(condition, seed).folder
         try:
-            return np.load(read_result(path.parent, path.name), allow_pickle=False)
-        except Exception as error:
-            raise DamagedFile(f"{path} is not an array of numbers, and is not trusted") from error
+            return np.load(read_result(folder, "predictions.npy"), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise DamagedFile(f"{folder / 'predictions.npy'} is not an array of numbers, and is not trusted") from error
 
-    def _folder(self, condition: str, seed: int) -> Path:
-        if (condition, seed) not in self.folders:
-            known = ", ".join(f"{slug} {k}" for slug, k in self.folders)
-            raise StudyError(f"no complete run of condition {condition!r}, seed {seed}; there are: {known}")
-        return self.folders[condition, seed]
+    def check(self) -> None:
+        """Read every file of every run. Raises DamagedFile if one is missing or not what was written."""
+        for found in self._found.values():
+            for name in RESULTS:
+                read_result(found.folder, name)
+
+    def run_folder(self, condition: str | Condition, seed: int | None = None) -> Path:
+        """Where a run is kept."""
+        return self._run(condition, seed).folder
+
+    def _read_history(self, condition: str, seed: int) -> pd.DataFrame:
+        folder = self._found[condition, seed].folder
+        try:
+            table = pd.read_csv(read_result(folder, "history.csv"))
+        except pd.errors.ParserError as error:
+            raise DamagedFile(f"{folder / 'history.csv'} is no table") from error
+        except pd.errors.EmptyDataError:
+            table = pd.DataFrame()
+        if tuple(table.columns) != COLUMNS or table.empty:
+            raise DamagedFile(f"{folder / 'history.csv'} is not a history of a run: {', '.join(COLUMNS)}")
+        return table
+
+    def _run(self, condition: str | Condition, seed: int | None) -> _Found:
+        slug = condition.slug if isinstance(condition, Condition) else condition
+        seeds = [k for known, k in self._found if known == slug and seed in (None, k)]
+        if not seeds:
+            known = ", ".join(f"{slug} {k}" for slug, k in self._found)
+            asked = "" if seed is None else f", seed {seed}"
+            raise StudyError(f"no complete run of condition {slug!r}{asked}; there are: {known}")
+        return self._found[slug, seeds[0]]
+
+
+def first_runs(folder: str | Path) -> list[Study]:
+    """What one student sees: of each recipe in a folder one run of each of the five conditions, or of those there."""
+    studies = []
+    for name in recipes_in(folder):
+        whole = Study(folder, name)
+        five = [condition.slug for condition in CONDITIONS if condition.slug in whole.conditions]
+        studies.append(Study(folder, name, five or None, whole.seeds[0]))
+    return studies
+
+
+def _found(folder: Path) -> _Found:
+    """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
+    about = read_about(folder)
+    try:
+        recipe, condition = recorded_recipe(about["recipe"]), recorded_condition(about["condition"])
+        run = _Found(folder, about, recipe, condition, about["seed"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from error
+    found = run.recipe.name, run.condition.slug, f"seed-{run.seed}"
+    if found != folder.parts[-3:]:
+        raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")
+    return run
+
+
+def _chosen(
+    found: list[_Found], conditions: Collection[Condition | str] | None, seeds: Iterable[int] | int | None
+) -> list[_Found]:
+    slugs = None if conditions is None else {c.slug if isinstance(c, Condition) else c for c in conditions}
+    wanted = None if seeds is None else {seeds} if isinstance(seeds, Integral) else set(seeds)
+    return [
+        run
+        for run in found
+        if (slugs is None or run.condition.slug in slugs) and (wanted is None or run.seed in wanted)
+    ]
+
+
+def _require_one_training(runs: list[_Found], recipe: str | Recipe, given: dict[str, Condition]) -> None:
+    """Raise StudyError if recipe or a condition differ between runs, or from what the caller has given."""
+    wanted = recipe_entry(recipe) if isinstance(recipe, Recipe) else runs[0].about["recipe"]
+    conditions = {slug: condition_entry(condition) for slug, condition in given.items()}
+    for run in runs:
+        condition = conditions.setdefault(run.condition.slug, run.about["condition"])
+        different = differences(run.about, {"recipe": wanted, "condition": condition})
+        if different:
+            raise StudyError(
+                f"{run.folder} was trained with {'; '.join(different)}: it is not of one study with the others, or not "
+                "what is asked for"
+            )

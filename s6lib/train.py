@@ -1,13 +1,13 @@
 """One epoch of training, one evaluation, and the two penalties."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s6lib.data import Split, normalise
+from s6lib.data import Digits, normalise
 
 
 class NonFiniteLoss(RuntimeError):
@@ -52,10 +52,9 @@ def train_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
-    l1: float = 0.0,
-    l2: float = 0.0,
+    penalty_of: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
 ) -> Training:
-    """Train once over `batches`, pairs of images (B, 1, 28, 28) and labels (B,), with the two penalties.
+    """Train once over `batches`, pairs of images (B, 1, 28, 28) and labels (B,), on cross-entropy plus a penalty.
 
     The metrics are those of the training pass itself, dropout and augmentation on. They are summed on the device and
     read once, since reading them at each step would make a GPU wait; so NonFiniteLoss too comes when the epoch ends.
@@ -69,11 +68,7 @@ def train_epoch(
     for images, labels in batches:
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
-        penalty = torch.zeros_like(loss)
-        if l1:
-            penalty = penalty + l1 * l1_penalty(model)
-        if l2:
-            penalty = penalty + l2 * l2_penalty(model)
+        penalty = torch.zeros_like(loss) + penalty_of(model)
         optimizer.zero_grad()
         (loss + penalty).backward()
         optimizer.step()
@@ -95,9 +90,9 @@ def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 250) -> T
     return torch.cat([model(normalise(part)) for part in images.split(batch_size)])
 
 
-def evaluate(model: nn.Module, split: Split) -> Evaluation:
-    """Loss and accuracy of the model on all of `split`, and its predictions."""
-    logits = predict_logits(model, split.images)
+def evaluate(model: nn.Module, digits: Digits) -> Evaluation:
+    """Loss and accuracy of the model on all of `digits`, and its predictions."""
+    logits = predict_logits(model, digits.images)
     predictions = logits.argmax(1)
-    accuracy = int((predictions == split.labels).sum()) / len(split.labels)
-    return Evaluation(float(F.cross_entropy(logits, split.labels)), accuracy, predictions.to("cpu", torch.uint8))
+    accuracy = int((predictions == digits.labels).sum()) / len(digits.labels)
+    return Evaluation(float(F.cross_entropy(logits, digits.labels)), accuracy, predictions.to("cpu", torch.uint8))

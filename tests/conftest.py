@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from s6lib.conditions import CONDITIONS, PLAIN
 from s6lib.data import load_mnist
-from s6lib.study import run_study
+from s6lib.launch import run_study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)  # a second thread gains nothing here, and loses much beside the tests' other processes

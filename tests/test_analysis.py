@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from s6lib.analysis import (
@@ -9,7 +8,6 @@ from s6lib.analysis import (
     confusion_matrix,
     misclassified,
     result_table,
-    wilson_interval,
     wrong_in_every_run,
 )
 from s6lib.conditions import CONDITIONS, PLAIN
@@ -72,13 +70,5 @@ def test_wrong_in_every_run(tiny_study, mnist):
     labels = mnist[1].labels.numpy()
     wrong = wrong_in_every_run(tiny_study, labels)
     assert 0 < len(wrong) < 10_000
-    for condition, seed in tiny_study.folders:
+    for condition, seed in tiny_study.runs:
         assert (tiny_study.predictions(condition, seed)[wrong] != labels[wrong]).all()
-
-
-@pytest.mark.parametrize(("hits", "images"), [(9945, 10_000), (10_000, 10_000), (0, 20), (81, 263)])
-def test_wilson_interval_is_the_closed_form(hits, images):
-    z, p = scipy.stats.norm.ppf(0.975), hits / images
-    center = (p + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * (p * (1 - p) / images + z * z / (4 * images**2)) ** 0.5
-    assert wilson_interval(p, images) == pytest.approx((center - half, center + half), abs=1e-12)

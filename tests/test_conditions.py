@@ -4,7 +4,24 @@ import pytest
 import torch
 from torch import nn
 
-from s6lib.conditions import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe, build_model
+from s6lib.conditions import (
+    ALL_CONDITIONS,
+    BOTTLENECK,
+    CONDITIONS,
+    CONTROL,
+    PLAIN,
+    Condition,
+    Recipe,
+    build_model,
+    condition_entry,
+    layers,
+    recipe_entry,
+    recorded_condition,
+    recorded_recipe,
+    try_out,
+)
+from s6lib.identity import Recorded
+from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
 
 
@@ -22,8 +39,8 @@ def test_the_five_conditions_are_the_designs():
 
 
 def test_recipes_are_the_designs():
-    assert Recipe("plain", "PlainNet", 0.04, 25, 60_000, 64, 0.01, 0.1, 6, 0.9, 15.0, 0.0) == PLAIN
-    same_but = {"name": "bottleneck", "network": "BottleneckNet", "dropout": 0.0, "rotation": 7.0, "jitter": 0.1}
+    assert Recipe("plain", PlainNet, 0.04, 25, 60_000, 64, 0.01, 0.1, 6, 0.9, 15.0, 0.0) == PLAIN
+    same_but = {"name": "bottleneck", "network": BottleneckNet, "dropout": 0.0, "rotation": 7.0, "jitter": 0.1}
     assert replace(PLAIN, **same_but) == BOTTLENECK
 
 
@@ -60,7 +77,8 @@ def test_normalisation_layers_are_the_conditions():
     [
         {"epochs": 0}, {"epochs": True}, {"epochs": 2.0}, {"train_images": 60_001}, {"train_images": 0},
         {"batch_size": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1}, {"dropout": 1.5}, {"momentum": 2},
-        {"rotation": float("inf")}, {"jitter": -0.1}, {"decay_epochs": 0}, {"network": "ResNet"}, {"name": "../plain"},
+        {"rotation": float("inf")}, {"jitter": -0.1}, {"decay_epochs": 0}, {"network": "PlainNet"},
+        {"name": "../plain"},
     ],
 )  # fmt: skip
 def test_recipe_refuses_what_makes_no_sense(change):
@@ -72,8 +90,100 @@ def test_recipe_refuses_what_makes_no_sense(change):
 @pytest.mark.parametrize(
     "change",
     [{"l1": -1}, {"l2": float("nan")}, {"l1": float("inf")}, {"num_splits": 0}, {"num_splits": 1.5},
+     {"norm": 4}, {"penalty": 1e-4}, {"changes": {"colour": 1}}, {"changes": {"name": "other"}}, {"changes": None},
      {"slug": ".."}, {"slug": "a/b"}, {"slug": ""}, {"slug": "gbn\n"}],
 )  # fmt: skip
 def test_condition_refuses_what_makes_no_sense(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))} must be "):
         replace(Condition("new", "New"), **change)
+
+
+class Own(nn.Module):
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class WithoutNorm(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :10]
+
+
+OWN = Recipe("own", Own, epochs=1, train_images=640)
+GROUPS = Condition("groups", norm=lambda channels: nn.GroupNorm(2, channels))
+
+
+def test_a_network_and_a_normalisation_of_ones_own():
+    kinds = [type(layer) for layer in build_model(OWN, GROUPS).modules()]
+    assert nn.GroupNorm in kinds
+    assert nn.BatchNorm2d not in kinds
+    assert any("GroupNorm" in line for line in layers(OWN, GROUPS))
+    assert any("GroupNorm" in line for line in layers(PLAIN, GROUPS))
+    assert layers(PLAIN, CONTROL) == []
+
+
+def test_a_condition_changes_any_setting_of_the_recipe():
+    wild = Condition("wild", changes={"dropout": 0.5, "batch_size": 256, "network": PlainNet, "epochs": 3})
+    changed = OWN.changed_by(wild)
+    assert changed == replace(OWN, dropout=0.5, batch_size=256, network=PlainNet, epochs=3)
+    assert {layer.p for layer in build_model(OWN, wild).modules() if isinstance(layer, nn.Dropout)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "condition", "said"),
+    [
+        (BOTTLENECK, Condition("drop", changes={"dropout": 0.5}), "since BottleneckNet takes none, not 0.5"),
+        (PLAIN, Condition("none", changes={"epochs": 0}), "epochs must be a whole number from 1"),
+        (Recipe("bare", WithoutNorm), GROUPS, "needs a network that takes `norm`"),
+        (Recipe("bare", WithoutNorm), ALL_CONDITIONS["gbn"], "needs a network that takes `norm`"),
+        (Recipe("odd", lambda: nn.Flatten()), CONTROL, r".*logits \(N, 10\), not \(2, 784\)"),
+        (Recipe("none", lambda: None), CONTROL, "cannot be built: AttributeError"),
+        (PLAIN, Condition("many", penalty=lambda model: torch.ones(3)), "the penalty must be a scalar, not of shape"),
+        (PLAIN, Condition("bad", penalty=lambda model: 1 / 0), "cannot be built: ZeroDivisionError"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_names_the_condition(recipe, condition, said):
+    with pytest.raises(ValueError, match=rf"^{condition.label} \({condition.slug}\).*{said}"):
+        try_out(recipe, condition)
+
+
+def test_a_recipe_refuses_a_dropout_that_its_network_does_not_take():
+    with pytest.raises(ValueError, match=r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"):
+        replace(BOTTLENECK, dropout=0.5)
+
+
+def test_trying_out_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    try_out(PLAIN, CONTROL)
+    layers(OWN, GROUPS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_penalties_add_up():
+    model = build_model(PLAIN, CONTROL)
+    ones = Condition("ones", l1=2.0, l2=3.0, penalty=lambda model: torch.tensor(5.0))
+    weights = torch.cat([weight.flatten() for weight in model.parameters()])
+    assert ones.penalty_of(model).item() == pytest.approx((2 * weights.abs().sum() + 3 * (weights**2).sum() + 5).item())
+    assert CONTROL.penalty_of(model) == 0
+
+
+def test_a_label_is_the_slug_if_there_is_none():
+    assert Condition("groups").label == "groups"
+
+
+@pytest.mark.parametrize("condition", [*ALL_CONDITIONS.values(), GROUPS, Condition("wild", changes={"dropout": 0.0})])
+def test_what_is_recorded_can_be_read_again(condition):
+    entry = condition_entry(condition)
+    again = recorded_condition(entry)
+    assert condition_entry(again) == entry
+    assert again == condition or isinstance(again.norm, Recorded)
+    assert recipe_entry(recorded_recipe(recipe_entry(OWN))) == recipe_entry(OWN)
+    assert recorded_recipe(recipe_entry(PLAIN)) == PLAIN
+
+
+def test_what_is_known_by_name_alone_cannot_be_made():
+    with pytest.raises(ValueError, match=r"Own is known from run\.json alone, .* give the recipe and the conditions"):
+        build_model(recorded_recipe(recipe_entry(OWN)), CONTROL)

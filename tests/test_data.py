@@ -1,5 +1,8 @@
+import errno
 import gzip
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -8,13 +11,14 @@ import torch
 import torchvision.transforms.v2.functional as torchvision_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torchvision.datasets import MNIST
 
 from s6lib.data import (
     CLASS_NAMES,
     DATA,
+    Digits,
     MnistError,
-    Split,
     adjust_brightness,
     adjust_contrast,
     batches,
@@ -24,6 +28,7 @@ from s6lib.data import (
 )
 
 ARCHIVES = [name for name, _ in MNIST.resources]
+UNPACKED = [name.removesuffix(".gz") for name in ARCHIVES]
 
 
 @pytest.fixture
@@ -51,10 +56,81 @@ def test_mnist_has_the_official_counts(mnist):
     assert CLASS_NAMES[::9] == ("zero", "nine")
 
 
+def assert_same_digits(loaded, mnist):
+    for digits, others in zip(loaded, mnist, strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(digits, others, strict=True))
+
+
 def test_archives_unpack_offline(archives, no_network, mnist):
-    train, test = load_mnist(archives.parents[1])
-    assert torch.equal(test.images, mnist[1].images)
-    assert torch.equal(train.labels, mnist[0].labels)
+    assert_same_digits(load_mnist(archives.parents[1]), mnist)
+    assert sorted(path.name for path in archives.iterdir()) == sorted([*ARCHIVES, *UNPACKED])
+    theirs = [MNIST(archives.parents[1], train=train) for train in (True, False)]
+    assert_same_digits([Digits(digits.data, digits.targets) for digits in theirs], mnist)
+
+
+def test_unpacked_files_need_no_archives(archives, no_network, mnist):
+    load_mnist(archives.parents[1])
+    for name in ARCHIVES:
+        (archives / name).unlink()
+    assert_same_digits(load_mnist(archives.parents[1]), mnist)
+
+
+def test_damaged_unpacked_files_without_archives_are_kept(archives, no_network):
+    load_mnist(archives.parents[1])
+    for name in ARCHIVES:
+        (archives / name).unlink()
+    for name in UNPACKED:
+        with (archives / name).open("ab") as file:
+            file.write(b"more")
+    with pytest.raises(MnistError, match=", ".join(str(archives / name) for name in ARCHIVES)):
+        load_mnist(archives.parents[1])
+    assert sorted(path.name for path in archives.iterdir()) == sorted(UNPACKED)
+
+
+READ_ONLY = """\
+set -e
+mount -t tmpfs none {folder}
+cp -r {source} {folder}
+mount -o remount,ro {folder}
+if touch {folder}/file 2>/dev/null; then exit 1; fi
+echo mounted
+{python} -c "from s6lib.data import load_mnist; print(*(len(digits.labels) for digits in load_mnist('{folder}')))"
+"""
+
+
+@pytest.mark.parametrize("kept", ["*.gz", "*-ubyte", "*"])
+def test_a_read_only_folder_will_do(archives, tmp_path, kept):
+    load_mnist(archives.parents[1])
+    for path in set(archives.iterdir()) - set(archives.glob(kept)):
+        path.unlink()
+    script = READ_ONLY.format(folder=tmp_path / "disk", source=tmp_path / "MNIST", python=sys.executable)
+    (tmp_path / "disk").mkdir()
+    try:
+        done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare is not here")
+    if "mounted" not in done.stdout:
+        pytest.skip("this user may not mount a tmpfs")
+    assert done.stdout == "mounted\n60000 10000\n", done.stderr
+
+
+def test_a_missing_archive_in_a_read_only_folder_is_named(archives, monkeypatch):
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    (archives / ARCHIVES[2]).unlink()
+    monkeypatch.setattr("s6lib.data.FileLock", read_only)
+    with pytest.raises(MnistError, match=rf"failed: {archives / ARCHIVES[2]}\. .*What failed: .*Read-only file system"):
+        load_mnist(archives.parents[1])
+
+
+def test_a_full_disk_hinders_the_unpacking_alone(archives, monkeypatch, mnist):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert_same_digits(load_mnist(archives.parents[1]), mnist)
+    assert not list(archives.glob("*-ubyte"))
 
 
 def test_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist):
@@ -98,9 +174,7 @@ def mirror(monkeypatch):
 def test_missing_and_damaged_archives_are_downloaded(archives, mirror, mnist):
     (archives / ARCHIVES[1]).unlink()
     (archives / ARCHIVES[3]).write_bytes(gzip.compress(b"not MNIST"))
-    train, test = load_mnist(archives.parents[1])
-    assert torch.equal(train.labels, mnist[0].labels)
-    assert torch.equal(test.labels, mnist[1].labels)
+    assert_same_digits(load_mnist(archives.parents[1]), mnist)
 
 
 def test_the_home_folder_may_be_written_short(archives, no_network, mnist, monkeypatch):
@@ -159,19 +233,19 @@ def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
 
 
 def test_batches_hold_every_image_once_with_its_label(mnist):
-    split = Split(mnist[0].images[:150], torch.arange(150))
-    parts = list(batches(split, 64, rotation=0.0, jitter=0.0, generator=torch.Generator().manual_seed(1)))
+    digits = Digits(mnist[0].images[:150], torch.arange(150))
+    parts = list(batches(digits, 64, rotation=0.0, jitter=0.0, generator=torch.Generator().manual_seed(1)))
     assert [len(labels) for _, labels in parts] == [64, 64, 22]
     images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     assert labels.sort().values.tolist() == list(range(150))
     assert labels.tolist() != list(range(150))
-    assert torch.equal(images, normalise(split.images[labels]))
+    assert torch.equal(images, normalise(digits.images[labels]))
 
 
 def test_batches_come_from_the_generator_alone(mnist):
     def drawn(seed):
-        split = Split(mnist[0].images[:100], mnist[0].labels[:100])
-        return torch.cat([images for images, _ in batches(split, 64, 15.0, 0.1, torch.Generator().manual_seed(seed))])
+        digits = Digits(mnist[0].images[:100], mnist[0].labels[:100])
+        return torch.cat([images for images, _ in batches(digits, 64, 15.0, 0.1, torch.Generator().manual_seed(seed))])
 
     torch.manual_seed(1)
     first = drawn(3)
@@ -181,7 +255,18 @@ def test_batches_come_from_the_generator_alone(mnist):
 
 
 def test_each_image_of_a_batch_has_its_own_augmentation(mnist):
-    same = Split(mnist[0].images[:1].expand(64, -1, -1), torch.zeros(64, dtype=torch.int64))
+    same = Digits(mnist[0].images[:1].expand(64, -1, -1), torch.zeros(64, dtype=torch.int64))
     for rotation, jitter in ((15.0, 0.0), (0.0, 0.1)):
         ((images, _),) = batches(same, 64, rotation, jitter, torch.Generator().manual_seed(1))
         assert len(images.flatten(1).unique(dim=0)) > 40  # small angles may agree to the pixel
+
+
+def test_batches_stay_on_the_device_of_the_digits():
+    """A GPU of which torch computes shapes and devices alone."""
+    with FakeTensorMode():
+        images = torch.zeros(100, 28, 28, dtype=torch.uint8, device="cuda")
+        digits = Digits(images, torch.zeros(100, dtype=torch.int64, device="cuda"))
+        parts = list(batches(digits, 64, 15.0, 0.1, torch.Generator()))
+        parts += [(function(images, torch.ones(100, device="cuda")),) for function in (rotate, adjust_brightness)]
+    assert [tuple(images.shape) for images, *_ in parts[:2]] == [(64, 1, 28, 28), (36, 1, 28, 28)]
+    assert {tensor.device.type for part in parts for tensor in part} == {"cuda"}

@@ -1,7 +1,12 @@
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from s6lib.__main__ import main
+from s6lib.__main__ import RECIPE_NAMES, SLUGS, main
+from s6lib.conditions import ALL_CONDITIONS, RECIPES
 from s6lib.data import MnistError
 
 
@@ -28,12 +33,9 @@ def test_run_trains_reports_and_draws(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["run", "--recipe", "plian"], "'plian' is not known; did you mean 'plain'?"),
-        (["run", "--conditions", "gnb"], "'gnb' is not known; did you mean 'gbn'?"),
         (["run", "--epochs", "0"], "'0' is not a whole number from 1"),
         (["run", "--seeds", "-1"], "'-1' is not a whole number from 0"),
         (["run", "--jobs", "two"], "'two' is not a whole number from 1"),
-        (["run", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["walk"], "invalid choice: 'walk'"),
         (["report"], "arguments are required: DIR"),
     ],
@@ -52,7 +54,12 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(command, message, capsys):
     ("command", "message"),
     [
         (["run", "--train-images", "60001"], "train_images must be a whole number from 1 to 60000, not 60001"),
-        (["report", "nowhere"], "no complete plain run in nowhere; train some"),
+        (["run", "--recipe", "plian"], "'plian' is not known; did you mean 'plain'?"),
+        (["run", "--conditions", "gnb"], "'gnb' is not known; did you mean 'gbn'?"),
+        (["run", "--device", "tpu"], "device 'tpu' is not available here; use auto or one of: cpu"),
+        (["run", "--study", "nowhere.py"], "there is no Python file nowhere.py"),
+        (["run", "--study", "mine.py", "--recipe", "plain"], "--study and --recipe both name a recipe"),
+        (["report", "nowhere"], "no complete plain run of those asked for in nowhere"),
         pytest.param(
             ["run", "--device", "cuda"],
             "device 'cuda' is not available here",
@@ -79,7 +86,7 @@ def test_missing_digits_are_one_line_and_exit_code_1(tmp_path, capsys, monkeypat
     def missing(*_):
         raise MnistError("archive missing")
 
-    monkeypatch.setattr("s6lib.study.load_mnist", missing)
+    monkeypatch.setattr("s6lib.launch.load_mnist", missing)
     assert main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.endswith("python -m s6lib: archive missing\n")
 
@@ -92,3 +99,88 @@ def test_help_names_the_commands_and_the_conditions(capsys):
     printed = capsys.readouterr().out
     assert "python -m s6lib report results" in printed
     assert "l1-l2-gbn" in printed
+
+
+OWN = """
+from torch import nn
+from s6lib import CONTROL, Condition, Recipe
+
+class Tiny(nn.Sequential):
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__(nn.Conv2d(1, 4, 5, 3), norm(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+RECIPE = Recipe("tiny", Tiny, epochs=1, train_images=640)
+CONDITIONS = (CONTROL, Condition("groups", "GroupNorm", norm=lambda channels: nn.GroupNorm(2, channels)))
+"""
+
+
+def test_a_study_of_ones_own_runs_and_is_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    assert main(["run", "--study", "mine.py", "--seeds", "1", "2", "--jobs", "2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Tiny (tiny)" in printed
+    assert "paired differences" in printed
+    kinds = ("accuracy", "loss", "misclassified_bn", "replication", "differences")
+    assert {path.name for path in (tmp_path / "runs/images").iterdir()} == {f"tiny_{kind}.png" for kind in kinds}
+    assert main(["report", "runs", "--study", "mine.py", "--images", "with"]) == 0
+    assert capsys.readouterr().out.replace("with/", "runs/images/") == printed
+    assert main(["report", "runs", "--images", "without"]) == 0  # all but what needs the network itself
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {
+        f"tiny_{kind}.png" for kind in kinds if not kind.startswith("misclassified")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1 / 0", "mine.py cannot be imported: ZeroDivisionError"),
+        ("", "mine.py must define RECIPE, a s6lib.Recipe, not None"),
+        ("from s6lib import PLAIN as RECIPE", "mine.py must define CONDITIONS, a tuple of s6lib.Condition, not None"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_none_is_one_line(tmp_path, capsys, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(text)
+    assert main(["run", "--study", "mine.py"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_seeds_and_another_condition_are_reported_for_what_was_asked(tmp_path, capsys):
+    """The README's own sequence: first the study, then two conditions with more seeds."""
+    short = ["--epochs", "1", "--train-images", "640", "--jobs", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["run", "--conditions", "l1-bn", "gbn", *short]) == 0
+    assert main(["run", "--conditions", "gbn", "bn", "--seeds", "1", "2", *short]) == 0
+    assert "GBN" in capsys.readouterr().out
+    assert (tmp_path / "images" / "plain_differences.png").exists()
+    assert main(["report", str(tmp_path)]) == 0
+    assert "no comparison of conditions: comparisons are paired by seed, and these runs are missing" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", ["predictions.npy", "weights.pt", "history.csv"])
+def test_a_report_checks_every_file(tiny_study, tmp_path, capsys, name):
+    copy = shutil.copytree(tiny_study.folder, tmp_path / "copy")
+    path = copy / "plain" / "gbn" / "seed-2" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(["report", str(copy)]) == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_a_report_whose_reader_has_read_enough_ends_without_a_word(tiny_study, tmp_path):
+    copy = shutil.copytree(tiny_study.folder, tmp_path / "copy")
+    script = f"{sys.executable} -m s6lib report {copy} | true"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_help_is_quick_since_it_imports_no_torch():
+    script = "import sys, s6lib.__main__, s6lib; assert 'torch' not in sys.modules; s6lib.GhostBatchNorm"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_help_names_the_recipes_and_conditions_that_there_are():
+    assert tuple(RECIPES) == RECIPE_NAMES
+    assert tuple(ALL_CONDITIONS) == SLUGS

@@ -1,12 +1,16 @@
 import re
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 from torchsummary import summary
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from s6lib.conditions import CONDITIONS, PLAIN, RECIPES, build_model
 from s6lib.models import BottleneckNet, Dropout, PlainNet, receptive_fields
+from s6lib.norm import GhostBatchNorm
 
 PLAIN_LAYERS = """
 Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -
@@ -83,6 +87,49 @@ def test_receptive_fields_are_where_gradients_reach(network):
         output = chain(images)
         output[0, 0, output.shape[2] // 2, output.shape[3] // 2].backward()
         assert int((images.grad[0, 0] != 0).any(0).sum()) == size
+
+
+@pytest.mark.parametrize("network", [PlainNet, BottleneckNet])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(GhostBatchNorm, num_splits=4)], ids=["batch", "ghost"])
+class TestFeatures:
+    """torchvision's feature extractors, which trace a network in both modes."""
+
+    def test_nodes_are_the_layers_and_features_those_of_hooks(self, network, norm):
+        torch.manual_seed(1)
+        model = network(norm).eval()
+        names = [f"layers.{number}" for number in range(len(model.layers))]
+        assert get_graph_node_names(model) == (["images", *names, "flatten"],) * 2
+        # What an in-place ReLU is given is gone after it, for an extractor as for a hook without a copy.
+        names = [name for name, following in pairwise([*names, ""]) if not is_relu(model, following)]
+        extractor = create_feature_extractor(model, names)
+        hooked = {}
+        for name in names:
+            hook = partial(lambda name, layer, args, output: hooked.update({name: output}), name)
+            model.get_submodule(name).register_forward_hook(hook)
+        images = torch.randn(5, 1, 28, 28)
+        model(images)
+        features = extractor(images)
+        assert all(torch.equal(features[name], hooked[name]) for name in names)
+
+    @pytest.mark.parametrize("samples", [9, 64])
+    def test_an_extractor_trains_as_the_network(self, network, norm, samples):
+        torch.manual_seed(1)
+        model = network(norm)
+        extractor = create_feature_extractor(model, ["flatten"])
+        extractor.load_state_dict(model.state_dict())
+        images, outputs = torch.randn(samples, 1, 28, 28), []
+        for part, call in ((model, model), (extractor, lambda images: extractor(images)["flatten"])):
+            torch.manual_seed(2)
+            outputs.append(call(images))
+            outputs[-1].square().sum().backward()
+            assert part.training
+        assert torch.equal(*outputs)
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), extractor.buffers(), strict=True))
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), extractor.parameters(), strict=True))
+
+
+def is_relu(model, name):
+    return bool(name) and isinstance(model.get_submodule(name), nn.ReLU)
 
 
 class TestDropout:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from s6lib.norm import GhostBatchNorm
 
@@ -150,7 +152,62 @@ def test_evaluation_is_batchnorm_to_the_bit_and_changes_nothing(batch, affine):
     assert all(torch.equal(before[name], value) for name, value in ghost.state_dict().items())
 
 
+class Operations(TorchDispatchMode):
+    """Collects the names of the operations that torch executes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 class TestTraining:
+    @pytest.mark.parametrize("splits", [2, 3, 4, 7])
+    @pytest.mark.parametrize("samples", [7, 32, 37, 64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_running_statistics_are_the_weighted_ghosts_to_the_bit(self, samples, splits, dtype):
+        """The weights as the published runs had them: a tensor, multiplied element by element."""
+        torch.manual_seed(1)
+        ghost = randomised(GhostBatchNorm(5, splits, dtype=dtype))
+        images = 1 + 3 * torch.randn(samples, 5, 4, 4, dtype=dtype)
+        parts, statistics = images.tensor_split(splits), torch.zeros(2, splits, 5, dtype=dtype)
+        for part, mean, variance in zip(parts, *statistics, strict=True):
+            F.batch_norm(part, mean, variance, training=True, momentum=1.0)
+        counts = [part[:, 0].numel() for part in parts]
+        degrees = [count - 1 for count in counts]
+        weights = torch.tensor([[n / sum(numbers) for n in numbers] for numbers in (counts, degrees)], dtype=dtype)
+        mean, variance = (statistics * weights.unsqueeze(2)).sum(1)
+        expected = ghost.running_mean.lerp(mean, 0.1), ghost.running_var.lerp(variance, 0.1)
+        ghost(images)
+        assert torch.equal(ghost.running_mean, expected[0])
+        assert torch.equal(ghost.running_var, expected[1])
+
+    @pytest.mark.parametrize("samples", [64, 62])
+    @pytest.mark.parametrize("track", [True, False])
+    def test_no_number_is_copied_to_the_device(self, samples, track):
+        """A copy from the host would make a GPU wait, and keep the layer out of a CUDA graph."""
+        ghost, images = GhostBatchNorm(3, 4, track_running_stats=track), torch.randn(samples, 3, 4, 4)
+        with Operations() as operations:
+            ghost(images)
+        assert operations.names.count("native_batch_norm") == 4
+        assert not {"lift_fresh", "_to_copy", "copy_", "_local_scalar_dense"} & set(operations.names)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("layer_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("track", [True, False])
+    def test_takes_the_dtypes_that_batchnorm_takes(self, dtype, layer_dtype, affine, track):
+        images = torch.randn(8, 3, 4, 4).to(dtype)
+        options = {"affine": affine, "track_running_stats": track, "dtype": layer_dtype}
+        try:
+            expected = torch.cat([nn.BatchNorm2d(3, **options)(part) for part in images.chunk(4)])
+        except RuntimeError:
+            return
+        assert torch.equal(GhostBatchNorm(3, 4, **options)(images), expected)
+
     @pytest.mark.parametrize("splits", [2, 4, 8, 16])
     def test_running_mean_does_not_depend_on_the_splits(self, splits):
         torch.manual_seed(1)
@@ -351,6 +408,30 @@ class TestCompiled:
             torch.testing.assert_close(a, b)
 
 
+class TestTraced:
+    """By torch.fx, which torchvision's feature extractors are made with."""
+
+    def test_features_are_those_of_hooks(self):
+        torch.manual_seed(1)
+        model, name = GhostBatchNorm.convert(resnet18(), 4).eval(), "layer2.0.downsample.1"
+        extractor, hooked, images = create_feature_extractor(model, [name]), [], torch.randn(6, 3, 32, 32)
+        model.get_submodule(name).register_forward_hook(lambda layer, args, output: hooked.append(output))
+        model(images)
+        assert torch.equal(extractor(images)[name], hooked[0])
+
+    def test_trains_at_any_batch_size_and_follows_the_mode(self):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), randomised(GhostBatchNorm(3, 4)), nn.ReLU())
+        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+        for other in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+            ours = copy.deepcopy(model)
+            for train, samples in ((True, 8), (True, 11), (False, 3), (True, 1)):
+                images = torch.randn(samples, 1, 6, 6)
+                assert torch.equal(other.train(train)(images), ours.train(train)(images))
+            assert all(torch.equal(a, b) for a, b in zip(other.buffers(), ours.buffers(), strict=True))
+            assert other.state_dict().keys() == ours.state_dict().keys()
+
+
 class TestRefusals:
     @pytest.mark.parametrize("splits", [0, -1, 1.5, True, "4", None])
     def test_a_number_of_splits_that_is_none(self, splits):
@@ -455,14 +536,36 @@ class TestConversion:
             def forward(self, input):
                 return input
 
+        class SameNorm(nn.BatchNorm2d):
+            pass
+
         shared = nn.BatchNorm2d(3)
-        others = [nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, affine=True), nn.GroupNorm(1, 3), OwnNorm(3)]
+        others = [nn.InstanceNorm2d(3, affine=True), nn.GroupNorm(1, 3)]
+        others += [nn.SyncBatchNorm(3), OwnNorm(3), nn.Sequential(SameNorm(3)), nn.LazyBatchNorm2d()]
         model = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()), *others)
         kinds = [type(layer) for layer in others]
-        GhostBatchNorm.convert(model, 2)
+        with pytest.warns(UserWarning, match="left without ghost batches") as warned:
+            GhostBatchNorm.convert(model, 2)
+        names = "4 (SyncBatchNorm), 5 (OwnNorm), 6.0 (SameNorm), 7 (LazyBatchNorm2d);"
+        assert names in str(warned.pop().message)
+        assert not warned.list
         assert model[0] is model[1][0]
         assert isinstance(model[0], GhostBatchNorm)
         assert [type(layer) for layer in others] == kinds
+
+    def test_a_warning_where_nothing_is_converted(self):
+        with pytest.warns(UserWarning, match="nothing to convert: Sequential holds no nn.BatchNorm1d, 2d or 3d; pass"):
+            GhostBatchNorm.convert(nn.Sequential(nn.Linear(2, 2)), 4)
+        with pytest.warns(UserWarning, match=r"left without ghost batches: the module itself \(LazyBatchNorm2d\); "):
+            GhostBatchNorm.convert(nn.LazyBatchNorm2d(), 4)
+
+    def test_convert_sync_batchnorm_takes_the_ghosts_away(self):
+        """As the docstring warns: torch asks a layer for nothing but what every BatchNorm has."""
+        model = nn.Sequential(randomised(GhostBatchNorm(3, 4)))
+        state = copy.deepcopy(model.state_dict())
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert type(converted[0]) is nn.SyncBatchNorm
+        assert all(torch.equal(state[name], value) for name, value in converted.state_dict().items())
 
     def test_twice_is_once_and_the_splits_can_change(self):
         model = nn.Sequential(nn.BatchNorm2d(3), GhostBatchNorm(3, 2))

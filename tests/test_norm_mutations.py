@@ -7,7 +7,7 @@ import test_norm
 
 from s6lib.data import PROJECT
 
-AVERAGE = "mean, variance = (statistics * weights.unsqueeze(2)).sum(1)"
+AVERAGE = "mean, variance = weighted.sum(1)"
 DEFINITION = test_norm.test_equals_the_definition_over_steps
 MUTATIONS = {
     "ghosts in another order": ("torch.cat(ghosts)", "torch.cat(ghosts[::-1])", DEFINITION),
@@ -24,7 +24,8 @@ MUTATIONS = {
     ),
     "output not normalised": ("return torch.cat(ghosts)", "return input + 0", DEFINITION),
     "weight not applied": ("variance, self.weight, self.bias", "variance, None, self.bias", DEFINITION),
-    "uneven ghosts weigh the same": ("n / sum(counts) for n in counts", "1 / len(counts) for n in counts", DEFINITION),
+    "uneven ghosts weigh the same": ("if counts[0] == counts[-1]:", "if True:", DEFINITION),
+    "larger ghosts taken for the last": ("counts.count(counts[0])", "counts.count(counts[-1])", DEFINITION),
     "variance weighted by n": ("[count - 1 for count", "[count for count", DEFINITION),
     "ghosts in evaluation": (
         "not self.training or splits <= 1",

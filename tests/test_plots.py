@@ -1,15 +1,18 @@
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from s6lib.analysis import condition_statistics, outcomes, paired_comparisons
+from s6lib.analysis import misclassified
 from s6lib.plots import (
     COLORS,
     plot_accuracy,
     plot_class_balance,
     plot_confusion,
     plot_differences,
+    plot_digits,
     plot_ghost_means,
     plot_loss,
     plot_misclassified,
@@ -17,26 +20,28 @@ from s6lib.plots import (
     plot_split_sweep,
     save,
 )
+from s6lib.statistics import condition_statistics, paired_comparisons
 
 
 @pytest.mark.parametrize(("plot", "column"), [(plot_accuracy, "val_accuracy"), (plot_loss, "val_loss")])
 def test_curves_show_every_condition_with_its_colour_and_dash(tiny_study, plot, column):
-    figure = plot(tiny_study)
+    figure = plot(tiny_study.history(), "PlainNet")
     whole, close = figure.axes
     assert [text.get_text().splitlines()[0] for text in figure.legends[0].get_texts()] == ["L1 + BN", "GBN"]
     for line, slug, dash in zip(whole.get_lines(), ("l1-bn", "gbn"), ("-", "--"), strict=True):
         assert line.get_color() == COLORS[slug]
         assert line.get_linestyle() == dash
-        means = tiny_study.history[tiny_study.history["condition"] == slug].groupby("epoch")[column].mean()
+        means = tiny_study.history()[tiny_study.history()["condition"] == slug].groupby("epoch")[column].mean()
         assert line.get_ydata().tolist() == pytest.approx(means.tolist())
     assert len(close.get_lines()) == 2
-    last = tiny_study.history.query("epoch == 2 and condition == 'gbn'")[column].mean()
+    last = tiny_study.history().query("epoch == 2 and condition == 'gbn'")[column].mean()
     shown = figure.legends[0].get_texts()[1].get_text().splitlines()[1]
     assert shown == (f"{last:.2%}" if column == "val_accuracy" else f"{last:.4f}")
 
 
 def test_misclassified_names_both_classes_of_25_digits(tiny_study, mnist):
-    figure = plot_misclassified(tiny_study, mnist[1])
+    wrong = misclassified(tiny_study.model("gbn"), mnist[1])
+    figure = plot_misclassified(wrong, mnist[1], "GBN")
     titles = [axes.get_title() for axes in figure.axes]
     assert len(titles) == 25
     assert all(", taken for\n" in title and title.endswith("%)") for title in titles)
@@ -45,7 +50,7 @@ def test_misclassified_names_both_classes_of_25_digits(tiny_study, mnist):
 
 def test_saved_figures_are_sharp_and_the_same_each_time(tiny_study, tmp_path):
     for name in ("a", "b"):
-        save(plot_accuracy(tiny_study), tmp_path / "new" / f"{name}.png")
+        save(plot_accuracy(tiny_study.history()), tmp_path / "new" / f"{name}.png")
     a, b = (tmp_path / "new" / f"{name}.png" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
     assert matplotlib.image.imread(a).shape[:2] == (1000, 2000)
@@ -76,12 +81,13 @@ def test_confusion_shows_errors_alone():
 
 
 def test_replication_shows_every_run_and_the_means_with_their_intervals(tiny_study):
-    (axes,) = plot_replication(tiny_study).axes
-    statistics, hits = condition_statistics(tiny_study), outcomes(tiny_study)
+    (axes,) = plot_replication(tiny_study.outcomes(), tiny_study.labels).axes
+    outcomes = tiny_study.outcomes()
+    statistics = condition_statistics(outcomes)
     lines = axes.get_lines()
     for row in statistics.itertuples():
         dots, interval, mean = lines[3 * row.Index : 3 * row.Index + 3]
-        assert dots.get_xdata().tolist() == (hits[row.condition] / 100).tolist()
+        assert dots.get_xdata().tolist() == outcomes[row.condition].tolist()
         assert list(interval.get_xdata()) == [row.low, row.high]
         assert mean.get_xdata() == [row.mean]
         assert {line.get_color() for line in (dots, interval, mean)} == {COLORS[row.condition]}
@@ -92,13 +98,13 @@ def test_replication_shows_every_run_and_the_means_with_their_intervals(tiny_stu
 
 def test_a_condition_without_a_colour_of_its_own_has_one_all_the_same(tiny_study, monkeypatch):
     monkeypatch.delitem(COLORS, "gbn")
-    (axes,) = plot_replication(tiny_study).axes
+    (axes,) = plot_replication(tiny_study.outcomes(), tiny_study.labels).axes
     assert len({line.get_color() for line in axes.get_lines()[3:6]}) == 1
 
 
 def test_differences_are_those_of_the_comparisons(tiny_study):
-    (axes,) = plot_differences(tiny_study).axes
-    (row,) = paired_comparisons(tiny_study).itertuples()
+    (axes,) = plot_differences(tiny_study.outcomes(), tiny_study.labels).axes
+    (row,) = paired_comparisons(tiny_study.outcomes()).itertuples()
     _, interval, mean = axes.get_lines()
     assert list(interval.get_xdata()) == [row.low, row.high]
     assert mean.get_xdata() == [row.difference]
@@ -108,9 +114,37 @@ def test_differences_are_those_of_the_comparisons(tiny_study):
 
 
 def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
-    (axes,) = plot_split_sweep(tiny_study).axes
-    means = condition_statistics(tiny_study).set_index("condition")["mean"]
+    (axes,) = plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1, "gbn": 4}, 64).axes
+    means = condition_statistics(tiny_study.outcomes()).set_index("condition")["mean"]
     curve = axes.containers[0].lines[0]
     assert curve.get_xdata().tolist() == [1, 4]
     assert curve.get_ydata().tolist() == [means["l1-bn"], means["gbn"]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n(64)", "4\n(16)"]
+
+
+def test_a_figure_of_no_images_says_so(mnist):
+    none = mnist[1].images[:0]
+    assert "no images" in plot_digits(none, [], columns=5).get_suptitle()
+    wrong = pd.DataFrame({"image": [], "actual": [], "predicted": [], "confidence": []}).astype({"image": int})
+    assert "0 of its 0 errors" in plot_misclassified(wrong, mnist[1]).get_suptitle()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 25])
+def test_curves_of_any_length_and_of_ones_own_conditions(epochs):
+    rows = [
+        {"condition": slug, "label": slug, "seed": 1, "epoch": epoch, "lr": 0.1 / epoch, "val_accuracy": 0.9}
+        for slug in ("mine", "yours", "bn")
+        for epoch in range(1, epochs + 1)
+    ]
+    whole, _ = plot_accuracy(pd.DataFrame(rows), "Own").axes
+    assert len({line.get_color() for line in whole.get_lines()[:3]}) == 3
+    said = [text.get_text() for text in whole.texts]
+    assert ("lower learning rate" in said) == (epochs > 1)
+
+
+@pytest.mark.parametrize("plot", [plot_replication, plot_differences])
+def test_a_panel_may_be_given(tiny_study, plot):
+    figure = Figure()
+    panel = figure.subplots(1, 2)[1]
+    assert plot(tiny_study.outcomes(), ax=panel) is figure
+    assert panel.get_lines()

@@ -68,7 +68,11 @@ def test_a_cost_of_ghost_batches_is_said_to_be_one():
 
 def test_what_the_page_says_of_seeds_1_to_10():
     seeds = range(1, 11)
-    found = answer(read(PROJECT / "results", FACTORIAL, seeds), read(PROJECT / "results", PENALTIES, seeds)).set_index("question").round(3)
+    found = (
+        answer(read(PROJECT / "results", FACTORIAL, seeds), read(PROJECT / "results", PENALTIES, seeds))
+        .set_index("question")
+        .round(3)
+    )
     assert found.loc["G", ["mean", "low_95", "high_95", "p", "p_holm"]].tolist() == [0.044, 0.004, 0.084, 0.047, 0.094]
     assert found.loc["P", ["mean", "low_95", "high_95"]].tolist() == [0.028, -0.006, 0.062]
 

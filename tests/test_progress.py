@@ -23,10 +23,10 @@ def histories(tmp_path):
 
 
 def test_lines_in_a_pipe(histories, capsys):
-    with progress(histories, epochs=4):
+    with progress(histories, dict.fromkeys(histories, 4)):
         write(histories["GBN, seed 1"], 0.98, 0.985, 0.99, 0.9944)
         write(histories["GBN, seed 2"])
-    with progress(histories, epochs=4):
+    with progress(histories, dict.fromkeys(histories, 4)):
         write(histories["GBN, seed 2"], 0.97)
     printed = capsys.readouterr().err
     assert re.fullmatch(
@@ -39,14 +39,14 @@ def test_lines_in_a_pipe(histories, capsys):
 def test_the_count_of_epochs_follows_a_run_that_fell_back(capsys):
     """From epoch 2 to the one before, as when a checkpoint is damaged, and to none, as when it is deleted."""
     falls = [[Change("GBN", before, epoch, 0.98)] for before, epoch in pairwise((2, 1, 2, 0, 1))]
-    _show_lines(iter(falls), done=2, epochs=4, runs=1)
+    _show_lines(iter(falls), done=2, epochs={"GBN": 4})
     lines = capsys.readouterr().err.splitlines()
     assert [re.search(r"(\d)/4 epochs, \d\d:\d\d left", line)[1] for line in lines] == ["1", "2", "1"]
 
 
 def test_bars_in_a_terminal(histories, capsys, monkeypatch):
     monkeypatch.setattr(s6lib.progress.sys.stderr, "isatty", lambda: True, raising=False)
-    with progress(histories, epochs=4):
+    with progress(histories, dict.fromkeys(histories, 4)):
         write(histories["GBN, seed 1"], 0.98, 0.985, 0.99, 0.9944)
         write(histories["GBN, seed 3"])
     printed = capsys.readouterr().err
@@ -57,11 +57,11 @@ def test_bars_in_a_terminal(histories, capsys, monkeypatch):
 
 
 def test_nothing_to_do_prints_no_line(capsys):
-    with progress({}, epochs=4):
+    with progress({}, {}):
         pass
     assert capsys.readouterr().err == ""
 
 
 def test_it_ends_with_an_error_in_the_block(histories):
-    with pytest.raises(KeyboardInterrupt), progress(histories, epochs=4):
+    with pytest.raises(KeyboardInterrupt), progress(histories, dict.fromkeys(histories, 4)):
         raise KeyboardInterrupt

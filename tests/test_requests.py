@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import s6lib.__main__
+import s6lib.launch
 from s6lib.conditions import ALL_CONDITIONS, CONTROL, PLAIN, RECIPES, Condition
-from s6lib.study import StudyError
+from s6lib.errors import StudyError
 
 WORDS = st.one_of(
     st.sampled_from(
@@ -31,6 +32,7 @@ OPTIONS = st.sampled_from(
         "--device",
         "--cluster",
         "--images",
+        "--study",
         "--help",
         "-x",
     ]
@@ -52,7 +54,7 @@ def test_every_command_line_ends_with_an_exit_code_and_a_line(command, options):
     argv = [*command, *(word for option in options for word in option)]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(s6lib.__main__, "run_study", study_not_run)
+        patch.setattr(s6lib.launch, "run_study", study_not_run)
         patch.setattr(s6lib.__main__, "_cluster", lambda scheduler: contextlib.nullcontext())
         try:
             code = s6lib.__main__.main(argv)
@@ -98,7 +100,7 @@ def test_every_field_is_sound_or_refused_by_name(thing, data):
         assert refusal.startswith(f"{name} must be ")
         assert refusal.endswith(f"not {value!r}")
     else:
-        assert getattr(made, name) == value
+        assert getattr(made, name) == (value or thing.slug if name == "label" else value)
         assert hash(made) is not None
         if isinstance(made, Condition):
             assert made.l1 >= 0

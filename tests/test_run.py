@@ -8,8 +8,9 @@ import torch
 from conftest import GBN, L1_BN, TINY
 
 import s6lib.run
+from s6lib.errors import RunError
 from s6lib.files import is_complete, read_about, read_checkpoint
-from s6lib.run import COLUMNS, RunError, save_run, train_run
+from s6lib.run import COLUMNS, Run, save_run, train_run
 
 
 class Stopped(BaseException):
@@ -26,7 +27,7 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    return train_run(TINY, GBN, 1)
+    return train_run(Run(TINY, GBN, 1))
 
 
 def test_run_holds_what_the_design_says(undisturbed):
@@ -34,7 +35,7 @@ def test_run_holds_what_the_design_says(undisturbed):
     assert [row["epoch"] for row in undisturbed.history] == [1, 2]
     assert undisturbed.predictions.dtype == np.uint8
     assert undisturbed.predictions.shape == (10_000,)
-    assert undisturbed.machine["device"] == "cpu"
+    assert undisturbed.machines[0]["device"] == "cpu"
 
 
 def test_predictions_and_accuracy_agree(undisturbed, mnist):
@@ -46,10 +47,10 @@ def test_randomness_comes_from_the_seed_alone(undisturbed):
     torch.manual_seed(99)
     torch.set_num_threads(2)
     state = torch.get_rng_state()
-    assert_same_run(train_run(TINY, GBN, 1), undisturbed)
+    assert_same_run(train_run(Run(TINY, GBN, 1)), undisturbed)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == 2
-    assert train_run(TINY, GBN, 2).history != undisturbed.history
+    assert train_run(Run(TINY, GBN, 2)).history != undisturbed.history
 
 
 def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
@@ -63,7 +64,7 @@ def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
 
     monkeypatch.setattr(s6lib.run, "batches", spy)
     once = replace(TINY, epochs=1)
-    runs = [train_run(once, condition, 1) for condition in (L1_BN, GBN)]
+    runs = [train_run(Run(once, condition, 1)) for condition in (L1_BN, GBN)]
     for (images, labels), (others, other_labels) in zip(drawn[:10], drawn[10:], strict=True):
         assert torch.equal(images, others)
         assert torch.equal(labels, other_labels)
@@ -84,9 +85,9 @@ def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_pa
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(Stopped):
-        train_run(TINY, GBN, 1, tmp_path)
+        train_run(Run(TINY, GBN, 1), tmp_path)
     monkeypatch.undo()
-    assert_same_run(train_run(TINY, GBN, 1, tmp_path), undisturbed)
+    assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
 
 
 def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
@@ -98,21 +99,21 @@ def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
     original = s6lib.run.train_epoch
     monkeypatch.setattr(s6lib.run, "train_epoch", stop_at_epoch_2)
     with pytest.raises(Stopped):
-        train_run(TINY, GBN, 1, tmp_path)
+        train_run(Run(TINY, GBN, 1), tmp_path)
     (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half a file")
 
     epochs = []
     monkeypatch.setattr(s6lib.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
-    assert_same_run(train_run(TINY, GBN, 1, tmp_path), undisturbed)
+    assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
     assert len(epochs) == 1
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
-    train_run(TINY, GBN, 1, tmp_path)
+    train_run(Run(TINY, GBN, 1), tmp_path)
     assert read_checkpoint(tmp_path)["recipe"]["epochs"] == 2
     assert not is_complete(tmp_path)
-    save_run(tmp_path, TINY, GBN, 1, undisturbed)
+    save_run(tmp_path, Run(TINY, GBN, 1), undisturbed)
     assert is_complete(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "history.csv", "weights.pt", "predictions.npy"}
     about = json.loads((tmp_path / "run.json").read_text())
@@ -127,7 +128,7 @@ def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path, monkeypatch):
     monkeypatch.setattr(type(TINY), "learning_rate_at", lambda _, epoch: 0.01 if epoch == 1 else 1e30)
     with pytest.raises(RunError, match=r"GBN \(gbn\), seed 1: the loss is not finite at epoch 2, step \d+; lower"):
-        train_run(TINY, GBN, 1, tmp_path)
+        train_run(Run(TINY, GBN, 1), tmp_path)
     assert (tmp_path / "history.csv").read_text().splitlines()[1].startswith("1,0.01,")
     assert read_checkpoint(tmp_path)["history"][0]["epoch"] == 1
 
@@ -136,23 +137,23 @@ def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
     original = s6lib.run.evaluate
     monkeypatch.setattr(s6lib.run, "evaluate", lambda *args: original(*args)._replace(loss=float("nan")))
     with pytest.raises(RunError, match="epoch 1, step 10"):
-        train_run(TINY, GBN, 1)
+        train_run(Run(TINY, GBN, 1))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_epoch_before_and_says_so(undisturbed, tmp_path, capfd, monkeypatch):
-    train_run(TINY, GBN, 1, tmp_path)
+    train_run(Run(TINY, GBN, 1), tmp_path)
     content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(content)
     epochs, original = [], s6lib.run.train_epoch
     monkeypatch.setattr(s6lib.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
-    assert_same_run(train_run(TINY, GBN, 1, tmp_path), undisturbed)
+    assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
     assert len(epochs) == 1
     assert "checkpoint.pt is damaged" in capfd.readouterr().err
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    train_run(TINY, GBN, 1, tmp_path)
+    train_run(Run(TINY, GBN, 1), tmp_path)
     for recipe, condition, seed in ((TINY, GBN, 2), (TINY, L1_BN, 1), (replace(TINY, epochs=3), GBN, 1)):
         with pytest.raises(RunError, match="is of another run; delete it"):
-            train_run(recipe, condition, seed, tmp_path)
+            train_run(Run(recipe, condition, seed), tmp_path)

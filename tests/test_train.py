@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s6lib.conditions import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, build_model
-from s6lib.data import Split, normalise
+from s6lib.conditions import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, build_model
+from s6lib.data import Digits, normalise
 from s6lib.train import NonFiniteLoss, evaluate, l1_penalty, l2_penalty, predict_logits, train_epoch
 
 
@@ -44,7 +44,7 @@ def test_epoch_equals_the_steps_done_by_hand(condition, batches):
     torch.manual_seed(1)
     ours, theirs = (build_model(BOTTLENECK, condition) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    training = train_epoch(ours, batches, sgd(ours), condition.l1, condition.l2)
+    training = train_epoch(ours, batches, sgd(ours), condition.penalty_of)
 
     optimizer = sgd(theirs)
     losses, penalties, hits = 0.0, 0.0, 0
@@ -71,7 +71,7 @@ def test_training_learns(mnist):
     optimizer = sgd(model)
     accuracies = [train_epoch(model, batches, optimizer).accuracy for _ in range(4)]
     assert accuracies[0] < 0.7 < 0.8 < accuracies[-1]
-    assert evaluate(model, Split(images, labels)).accuracy > 0.8
+    assert evaluate(model, Digits(images, labels)).accuracy > 0.8
 
 
 @pytest.mark.parametrize("bad", [1, 2, 3])
@@ -84,11 +84,11 @@ def test_a_loss_that_is_not_finite_names_its_step(model, batches, bad):
 
 def test_an_infinite_penalty_is_a_loss_that_is_not_finite(model, batches):
     with pytest.raises(NonFiniteLoss, match="step 1"):
-        train_epoch(model, batches, sgd(model), l1=1e39)
+        train_epoch(model, batches, sgd(model), Condition("much", l1=1e38).penalty_of)
 
 
 def test_evaluation_is_torchs(model, mnist):
-    split = Split(*(tensor[:700] for tensor in mnist[1]))
+    split = Digits(*(tensor[:700] for tensor in mnist[1]))
     model.train()
     evaluation = evaluate(model, split)
     assert not model.training
@@ -102,6 +102,6 @@ def test_evaluation_is_torchs(model, mnist):
 
 def test_evaluation_changes_nothing(model, mnist):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(model, Split(*(tensor[:300] for tensor in mnist[1])))
+    evaluate(model, Digits(*(tensor[:300] for tensor in mnist[1])))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert isinstance(model, nn.Module)

@@ -17,8 +17,11 @@ from test_study import assert_same_study
 
 from s6lib.conditions import Condition
 from s6lib.data import PROJECT, MnistError, load_mnist
-from s6lib.files import RESULTS, DamagedFile, serialised, write_checkpoint, write_results
-from s6lib.study import RunsFailed, Study, StudyError, run_folder, run_study
+from s6lib.errors import DamagedFile, RunsFailed, StudyError
+from s6lib.files import RESULTS, serialised, write_checkpoint, write_results
+from s6lib.launch import run_study
+from s6lib.run import Run
+from s6lib.study import Study
 
 PLACES = 20
 
@@ -37,19 +40,19 @@ def damages(content: bytes, other: bytes, places: int) -> list[bytes]:
 @pytest.fixture
 def copy(tiny_study, tmp_path):
     """A study folder that may be changed."""
-    return shutil.copytree(tiny_study.folders["gbn", 1].parents[2], tmp_path / "copy")
+    return shutil.copytree(tiny_study.folder, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", [*RESULTS, "run.json"])
 def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, copy, name):
-    path = run_folder(copy, TINY, GBN, 2) / name
-    for damaged in damages(path.read_bytes(), (run_folder(copy, TINY, GBN, 1) / name).read_bytes(), PLACES):
+    path = Run(TINY, GBN, 2).folder(copy) / name
+    for damaged in damages(path.read_bytes(), (Run(TINY, GBN, 1).folder(copy) / name).read_bytes(), PLACES):
         path.write_bytes(damaged)
         refusal = ""
         try:
             study = Study(copy)
             study.model("gbn", 2), study.predictions("gbn", 2)
-            assert study.history.equals(tiny_study.history)
+            assert study.history().equals(tiny_study.history())
         except DamagedFile as error:
             refusal = str(error)
         assert str(path.parent) in refusal or name == "run.json"  # whose white space may change
@@ -59,7 +62,7 @@ def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, copy, name):
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_published_run_is_not_trained_again_though_a_file_is_damaged(copy, name):
-    path = run_folder(copy, TINY, GBN, 2) / name
+    path = Run(TINY, GBN, 2).folder(copy) / name
     path.write_bytes(b"damaged")
     run_study(TINY, (L1_BN, GBN), (1, 2), copy, jobs=1, show_progress=False)
     assert path.read_bytes() == b"damaged"
@@ -69,7 +72,7 @@ def test_a_published_run_is_not_trained_again_though_a_file_is_damaged(copy, nam
 def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, capsys, damage):
     once = replace(TINY, epochs=1, train_images=64)
     whole = run_study(once, (GBN,), (1,), tmp_path / "whole", jobs=1, show_progress=False)
-    folder = run_folder(tmp_path / "out", once, GBN, 1)
+    folder = Run(once, GBN, 1).folder(tmp_path / "out")
     folder.mkdir(parents=True)
     content = serialised(lambda file: torch.save({"model": Harmful()}, file)) if damage == "code" else b"damaged"
     for name in ("checkpoint.pt", "checkpoint-before.pt"):
@@ -80,7 +83,7 @@ def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, cap
 
 
 def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
-    folder = run_folder(tmp_path, TINY, GBN, 1)
+    folder = Run(TINY, GBN, 1).folder(tmp_path)
     folder.mkdir(parents=True)
     write_checkpoint(folder, {"recipe": asdict(TINY), "condition": asdict(GBN), "seed": 2})
     content = (folder / "checkpoint.pt").read_bytes()
@@ -128,7 +131,7 @@ def test_a_strangers_weights_are_refused_though_their_digests_fit(copy, monkeypa
         "nothing": b"",
         "junk": b"junk",
     }[kind]
-    rewrite(run_folder(copy, TINY, GBN, 1), "weights.pt", content)
+    rewrite(Run(TINY, GBN, 1).folder(copy), "weights.pt", content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DamagedFile, match=r"weights\.pt is not a state_dict of PlainNet, and is not trusted"):
         Study(copy).model("gbn", 1)
@@ -137,7 +140,7 @@ def test_a_strangers_weights_are_refused_though_their_digests_fit(copy, monkeypa
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"junk"])
 def test_a_strangers_predictions_are_refused_if_they_are_none(copy, content):
-    rewrite(run_folder(copy, TINY, GBN, 1), "predictions.npy", content)
+    rewrite(Run(TINY, GBN, 1).folder(copy), "predictions.npy", content)
     with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
         Study(copy).predictions("gbn", 1)
 
@@ -145,7 +148,7 @@ def test_a_strangers_predictions_are_refused_if_they_are_none(copy, content):
 def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatch, tmp_path):
     array = np.array([Harmful()], dtype=object)
     content = serialised(lambda file: np.save(file, array, allow_pickle=True))
-    rewrite(run_folder(copy, TINY, GBN, 1), "predictions.npy", content)
+    rewrite(Run(TINY, GBN, 1).folder(copy), "predictions.npy", content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
         Study(copy).predictions("gbn", 1)
@@ -157,7 +160,7 @@ def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatc
     [{"condition": None}, {"condition": {"slug": "gbn"}}, {"recipe": {"name": "plain"}}, {"recipe": []}],
 )
 def test_a_strangers_run_json_that_describes_no_run_is_named(copy, change):
-    folder = run_folder(copy, TINY, GBN, 1)
+    folder = Run(TINY, GBN, 1).folder(copy)
     about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
     write_results(folder, about | change, {name: (folder / name).read_bytes() for name in RESULTS})
     with pytest.raises(DamagedFile, match=r"run\.json describes no run"):
@@ -165,7 +168,7 @@ def test_a_strangers_run_json_that_describes_no_run_is_named(copy, change):
 
 
 def test_runs_of_different_recipes_are_not_one_study(copy):
-    folder = run_folder(copy, TINY, GBN, 1)
+    folder = Run(TINY, GBN, 1).folder(copy)
     about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
     about["recipe"]["epochs"] = 3
     write_results(folder, about, {name: (folder / name).read_bytes() for name in RESULTS})
@@ -207,7 +210,7 @@ def test_names_do_not_lead_out_of_the_folder(tiny_study, name):
     with pytest.raises(ValueError, match="must be lower-case words joined by hyphens"):
         Condition(name, "label")
     with pytest.raises(StudyError, match=r"is not the name of a recipe|no complete"):
-        Study(tiny_study.folders["gbn", 1].parents[2], name)
+        Study(tiny_study.folder, name)
 
 
 def test_no_step_pipes_a_download_into_a_shell():

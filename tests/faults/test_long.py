@@ -32,7 +32,7 @@ def test_many_runs_leave_no_open_files_and_no_process(tmp_path):
         end(process, 0)  # the pipe has closed: no process is left that holds it
     assert len(late) == len(early) == 3
     assert all(after <= before + 2 for before, after in zip(early, late, strict=True))
-    assert len(Study(tmp_path).folders) == runs
+    assert len(Study(tmp_path).runs) == runs
 
 
 def test_in_a_terminal_progress_is_bars(tmp_path):
@@ -60,7 +60,7 @@ def test_in_a_terminal_progress_is_bars(tmp_path):
 def test_in_jupyter_progress_is_bars_and_nothing_goes_wrong(tmp_path):
     source = (
         "from dataclasses import replace\nfrom s6lib.conditions import CONDITIONS, PLAIN\n"
-        "from s6lib.study import run_study\n"
+        "from s6lib.launch import run_study\n"
         f"run_study(replace(PLAIN, epochs=1, train_images=64), CONDITIONS[3:4], (1,), {str(tmp_path)!r}, jobs=1);"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
@@ -76,16 +76,16 @@ import resource
 from dataclasses import replace
 import s6lib.run
 from s6lib.conditions import CONDITIONS, PLAIN
-from s6lib.data import Split, load_mnist
+from s6lib.data import Digits, load_mnist
 train, test = load_mnist()
-test = Split(test.images[:1000], test.labels[:1000])
+test = Digits(test.images[:1000], test.labels[:1000])
 s6lib.run.load_mnist = lambda device: (train, test)
 peaks, evaluate = [], s6lib.run.evaluate
 def spied(*arguments):
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return evaluate(*arguments)
 s6lib.run.evaluate = spied
-s6lib.run.train_run(replace(PLAIN, train_images=640), CONDITIONS[0], 1)
+s6lib.run.train_run(s6lib.run.Run(replace(PLAIN, train_images=640), CONDITIONS[0], 1))
 print(peaks[5], peaks[-1])
 """
 

@@ -6,24 +6,26 @@ import random
 import shutil
 import signal
 import subprocess
-from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import GBN, TINY
+from conftest import GBN, L1_BN, TINY
 from processes import REQUEST, THOROUGH, command, complete, end, kill, started, wait_for
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
-from s6lib.study import RunsFailed, Study, run_study
+from s6lib.conditions import Condition
+from s6lib.errors import RunsFailed
+from s6lib.launch import run_study
+from s6lib.study import Study
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_study):
-    return Study(tiny_study.folders["gbn", 1].parents[2], seeds=(1,))
+    return Study(tiny_study.folder, seeds=(1,))
 
 
 def test_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
@@ -50,18 +52,21 @@ def test_a_worker_with_nothing_to_do_ends_with_its_driver(tmp_path):
         process.communicate(timeout=30)
 
 
-def test_workers_that_die_again_and_again_are_a_failure_with_a_remedy(tmp_path, monkeypatch, capsys):
-    """As the kernel ends them when memory is short."""
+DRIVER = os.getpid()
 
-    def dying(*arguments, **settings):
-        def run(tasks):
-            raise BrokenExecutor
 
-        return run
+def deadly(model):
+    """A penalty that ends the worker which computes it, as the kernel does when memory is short."""
+    if os.getpid() != DRIVER:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
 
-    monkeypatch.setattr("s6lib.study.Parallel", dying)
-    with pytest.raises(RunsFailed, match=r"2 runs are not finished: is memory short .* with fewer jobs"):
-        run_study(TINY, (GBN,), (1, 2), tmp_path, jobs=2, show_progress=False)
+
+def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(undisturbed, tmp_path, capsys):
+    conditions = (Condition("deadly", penalty=deadly), L1_BN, GBN)
+    with pytest.raises(RunsFailed, match=r"^deadly \(deadly\), seed 1: .*: is memory short .* with fewer jobs$"):
+        run_study(TINY, conditions, (1,), tmp_path, jobs=2, show_progress=False)
+    assert_same_study(Study(tmp_path), undisturbed)
     assert capsys.readouterr().err.count("a worker process was killed; its runs go on in a new one\n") == 3
 
 

@@ -1,0 +1,161 @@
+"""The one loop over conditions and seeds."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from filelock import FileLock, Timeout
+
+from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, try_out
+from s6lib.data import load_mnist
+from s6lib.errors import RunsFailed, StudyError
+from s6lib.files import is_complete, read_about, read_checkpoint
+from s6lib.progress import progress
+from s6lib.run import Run, Trained, differences, save_run
+from s6lib.study import Study
+from s6lib.workers import Order, resolve_device, train_here, train_with
+
+
+def run_study(
+    recipe: Recipe = PLAIN,
+    conditions: Sequence[Condition | str] = CONDITIONS,
+    seeds: int | Iterable[int] = (1,),
+    out: str | Path = "runs",
+    *,
+    jobs: int | None = None,
+    device: str | torch.device = "auto",
+    executor: Executor | None = None,
+    show_progress: bool = True,
+) -> Study:
+    """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open what was asked for.
+
+    Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
+    `jobs` processes (by default and at most one a core) train side by side, each with one thread; on a GPU, or with one
+    job, the runs take turns in this process.
+
+    An `executor`, any of concurrent.futures, takes the runs instead, `jobs` of them at a time (by default all). Its
+    workers need s6lib and the digits; a network of one's own travels to them. They need no disk shared with this
+    process, which writes the folder; where they do share it, runs there go on from their last whole epoch too.
+
+    A condition may be given by the slug of a built-in one, and a single seed as a number.
+
+    Raises, before anything is trained, StudyError if a seed is not a whole number, two conditions share a name, a
+    condition does not fit the recipe's network, the device is missing, `out` cannot be written, another study is at
+    work in it, it holds runs of this name trained otherwise, or a link in it leads elsewhere; MnistError if the digits
+    are missing; DamagedFile if a finished run is damaged. Raises RunsFailed after all runs that could finish have.
+    """
+    runs = [Run(recipe, condition, seed) for seed in _seeds(seeds) for condition in _conditions(conditions)]
+    for run in {run.condition: run for run in runs}.values():
+        _require_fit(run)
+    if executor is None:
+        device = resolve_device(device)
+    with _only_study_in(Path(out)) as token:
+        _refuse_links(Path(out), [run.folder(out) for run in runs])
+        _refuse_other_training(Path(out) / recipe.name, runs)
+        waiting = [run for run in runs if not is_complete(run.folder(out))]
+        order = Order(Path(out).resolve(), token, str(device), jobs)
+        if executor is None:
+            load_mnist()  # downloaded and unpacked once, before many processes ask for it
+        with _shown(out, waiting) if show_progress else nullcontext():
+            trained = train_here(waiting, order) if executor is None else train_with(executor, waiting, order)
+            failures = [failure for run, result in trained for failure in _saved(out, run, result)]
+    if failures:
+        raise RunsFailed("\n".join(failures))
+    return Study(out, recipe, list({run.condition: None for run in runs}), [run.seed for run in runs])
+
+
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
+    """Each seed once. Raises StudyError for what is none, or for none at all."""
+    given = [seeds] if isinstance(seeds, Integral) or not isinstance(seeds, Iterable) else list(seeds)
+    for seed in given:
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+            raise StudyError(f"a seed is a whole number from 0, not {seed!r}")
+    if not given:
+        raise StudyError("seeds must name at least one, such as (1, 2, 3), not none")
+    return list(dict.fromkeys(int(seed) for seed in given))
+
+
+def _conditions(conditions: Sequence[Condition | str]) -> list[Condition]:
+    """Each condition once. Raises StudyError for what is none, and for two that would share a folder."""
+    distinct: list[Condition] = []
+    for condition in [conditions] if isinstance(conditions, Condition | str) else conditions:
+        if isinstance(condition, str) and condition not in ALL_CONDITIONS:
+            raise StudyError(f"{condition!r} is no built-in condition; there are: {', '.join(ALL_CONDITIONS)}")
+        found = ALL_CONDITIONS[condition] if isinstance(condition, str) else condition
+        if not isinstance(found, Condition):
+            raise StudyError(f"a condition is a Condition or the slug of a built-in one, not {condition!r}")
+        if found not in distinct:
+            distinct.append(found)
+    slugs = [condition.slug for condition in distinct]
+    if len(set(slugs)) < len(slugs):
+        raise StudyError(f"two different conditions share the name of a folder: {', '.join(slugs)}; rename one")
+    if not distinct:
+        raise StudyError("conditions must name at least one, such as CONDITIONS, not none")
+    return distinct
+
+
+def _require_fit(run: Run) -> None:
+    """Raise StudyError if the network of a run cannot be made and used, or not recorded."""
+    try:
+        try_out(run.recipe, run.condition)
+        _ = run.identity
+    except ValueError as error:
+        raise StudyError(str(error)) from error
+
+
+def _saved(out: str | Path, run: Run, trained: Trained | str) -> Iterator[str]:
+    """Save a run, and give the reason why it failed, if it did."""
+    if isinstance(trained, str):
+        yield trained
+        return
+    try:
+        save_run(run.folder(out), run, trained)
+    except OSError as error:
+        yield f"{run}: {type(error).__name__}: {error}"
+
+
+def _shown(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
+    names = [f"{run.condition.label}, seed {run.seed}" for run in runs]
+    histories = {name: run.folder(out) / "history.csv" for name, run in zip(names, runs, strict=True)}
+    return progress(histories, {name: run.settings.epochs for name, run in zip(names, runs, strict=True)})
+
+
+@contextmanager
+def _only_study_in(out: Path) -> Iterator[str]:
+    """Hold the lock of a folder, and give the name of a file that says so to whoever shares the disk."""
+    token = out / f".study-{uuid4().hex}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock").acquire(timeout=0)
+        token.touch()
+    except Timeout:
+        raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
+    except OSError as error:
+        raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from error
+    with lock:
+        try:
+            yield token.name
+        finally:
+            token.unlink(missing_ok=True)
+
+
+def _refuse_links(out: Path, folders: list[Path]) -> None:
+    """Raise StudyError if a symbolic link under `out`, perhaps a stranger's, would have a run written elsewhere."""
+    for folder in folders:
+        if not folder.resolve().is_relative_to(out.resolve()):
+            raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
+
+
+def _refuse_other_training(folder: Path, runs: list[Run]) -> None:
+    """Raise StudyError if a run in the folder of a recipe was trained otherwise than is now asked for."""
+    asked = {run.condition.slug: run.identity for run in runs}
+    recipe = {"recipe": runs[0].identity["recipe"]}
+    for other in sorted(folder.glob("*/seed-*")):
+        found = read_about(other) if is_complete(other) else read_checkpoint(other)
+        wanted = {name: value for name, value in asked.get(other.parent.name, recipe).items() if name != "seed"}
+        if found is not None and (different := differences(found, wanted)):
+            raise StudyError(f"{other} was trained with {'; '.join(different)}; ask for that, or for another folder")

@@ -1,0 +1,309 @@
+"""Intervals, tests and power for runs of anything: plain arrays and tables in and out.
+
+A table of outcomes has a row a seed (its index) and a column a condition, in any unit; results are in the same unit.
+Conditions are compared seed by seed, and so a table must be complete. Whatever is asked of too few numbers, of a number
+that is missing or of one out of range raises ValueError.
+"""
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_confint
+
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "cannot be told at this n"
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(accuracy: float, images: int = 10_000) -> tuple[float, float]:
+    """The 95% interval of one model's accuracy (0 to 1) measured on so many images (Wilson 1927)."""
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"an accuracy is from 0 to 1, not {accuracy!r}: divide percents by 100")
+    low, high = proportion_confint(round(accuracy * images), images, method="wilson")
+    return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The t interval of a mean, in the unit of the values (Student 1908). Raises ValueError for under two values.
+
+    It covers as it says if the values are normal, however few; a bootstrap of ten of them covers 90% where it says 95%.
+    """
+    sample = _sample(values)
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval is between 0 and 1, not {level!r}: 0.95 for 95%")
+    half = scipy.stats.t.ppf((1 + level) / 2, len(sample) - 1) * scipy.stats.sem(sample)
+    return float(sample.mean() - half), float(sample.mean() + half)
+
+
+def equivalent(values: Sequence[float], margin: float) -> bool:
+    """Whether paired differences are shown to have a mean within ± margin: their 90% t interval lies inside.
+
+    The same as two one-sided t tests at 5% (Schuirmann 1987). The margin, in the unit of the values, is the largest
+    difference that does not matter, and is named before they are seen. False is no sign of a difference.
+    """
+    if not margin > 0:
+        raise ValueError(
+            f"the margin must be above 0, not {margin!r}: name the largest difference that does not matter"
+        )
+    low, high = mean_interval(values, level=0.90)
+    return -margin < low and high < margin
+
+
+def _sample(values: Sequence[float]) -> np.ndarray:
+    sample = np.asarray(values, dtype=float)
+    if sample.ndim != 1 or len(sample) < 2 or not np.isfinite(sample).all():
+        raise ValueError(f"an interval or a test needs at least two finite numbers, not {values!r}: run more seeds")
+    return sample
+
+
+# --- tables of outcomes ----------------------------------------------------------------------------------------------
+
+
+def condition_statistics(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """A row a condition: its n, and the mean, SD and 95% interval of its outcomes (columns mean, sd, low, high)."""
+    rows = []
+    for condition, values in _complete(outcomes).items():
+        low, high = mean_interval(values)
+        moments = {"mean": values.mean(), "sd": values.std(), "low": low, "high": high}
+        rows.append({"condition": condition, "n": len(values), **moments})
+    return pd.DataFrame(rows)
+
+
+def run_sd(outcomes: pd.DataFrame) -> float:
+    """The SD between runs of one and the same condition, pooled over the conditions."""
+    return float(_complete(outcomes).var().mean() ** 0.5)
+
+
+def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """A row a pair of conditions: the mean over seeds of first minus second, with its 95% interval, SD and p-values.
+
+    `p` is the exact sign-flip test's, `p_holm` the same after Holm's correction over all pairs (Holm 1979);
+    `seeds_0.02` and so on are the seeds that it takes to show a true difference of 0.02 units (of a table in percent:
+    points) among as many pairs, given the SD found here. Raises ValueError for under two conditions.
+    """
+    table = _complete(outcomes)
+    if table.shape[1] < 2:
+        raise ValueError(f"a comparison needs two conditions, and the table has {_listed(table)} alone: add another")
+    steps, rows = _steps(table), []
+    for first, second in itertools.combinations(table, 2):
+        differences = table[first] - table[second]
+        low, high = mean_interval(differences)
+        interval = {"difference": differences.mean(), "low": low, "high": high, "sd": differences.std()}
+        p = sign_flip_p(steps[first] - steps[second])
+        rows.append({"first": first, "second": second, "n": len(differences), **interval, "p": p})
+    comparisons = pd.DataFrame(rows)
+    comparisons["p_holm"] = multipletests(comparisons["p"], method="holm")[1]
+    for size in (0.02, 0.03, 0.05):
+        comparisons[f"seeds_{size}"] = [seeds_needed(sd, size, len(rows)) for sd in comparisons["sd"]]
+    return comparisons
+
+
+def friedman_p(outcomes: pd.DataFrame) -> float:
+    """The p-value of Friedman's test (1937) that all conditions are equal, from their ranks within each seed.
+
+    Its chi-squared approximation is rough below ten seeds or so. Raises ValueError for under three conditions.
+    """
+    table = _complete(outcomes)
+    if table.shape[1] < 3:
+        raise ValueError(
+            f"Friedman's test takes at least three conditions, and the table has {_listed(table)}: compare two by "
+            "paired_comparisons"
+        )
+    steps = _steps(table)
+    if (steps.nunique(axis=1) == 1).all():  # nothing is ranked, and scipy would divide by 0
+        return 1.0
+    return float(scipy.stats.friedmanchisquare(*steps.to_numpy().T).pvalue)
+
+
+def _complete(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """The table as floats. Raises ValueError unless each condition has one finite number for each of two seeds."""
+    for kind, names in (("condition", outcomes.columns), ("seed", outcomes.index)):
+        if not names.is_unique:
+            raise ValueError(
+                f"a row a seed and a column a condition, but these occur twice: {kind} "
+                f"{_listed(names[names.duplicated()].unique())}; drop or rename them"
+            )
+    table = outcomes.astype(float)
+    missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if not np.isfinite(table.at[seed, slug])]
+    if missing:
+        raise ValueError(
+            f"conditions are compared by seed, and these outcomes are missing: {', '.join(missing)}; "
+            "run them, or leave their seeds out"
+        )
+    if len(table) < 2:
+        raise ValueError(f"a spread needs at least two seeds, and the table has {len(table)}: run more seeds")
+    return table
+
+
+def _steps(table: pd.DataFrame) -> pd.DataFrame:
+    """The table in whole steps, tiny beside its values, so that decimals which are equal are equal in floats too."""
+    return (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()
+
+
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The exact two-sided p-value of paired differences: how many of all 2^n sign flips have as large a mean.
+
+    Raises ValueError for under two differences. Fisher 1935, section 21; equal sums are counted together, as in Pagano
+    and Tritchler 1983, so that a hundred seeds are no more trouble than ten.
+    """
+    sample = _sample(differences)
+    if not sample.any():
+        return 1.0
+    # Whole numbers, so that sums that tie are seen to: 99.50 - 99.42 and 99.48 - 99.40 are not equal in floats.
+    steps = np.rint(1e6 * sample / np.abs(sample).sum())
+    sums, chances = np.zeros(1), np.ones(1)
+    for step in steps:
+        sums, places = np.unique(np.concatenate([sums + step, sums - step]), return_inverse=True)
+        chances = np.bincount(places, np.tile(chances / 2, 2))
+    as_large = np.abs(sums) >= abs(steps.sum()) - len(steps)  # each step is rounded by up to a half
+    return float(chances[as_large].sum())
+
+
+def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """The exact McNemar test of two saved models: images that only the first gets right, only the second, and p.
+
+    It compares these two fitted models on other images, not the two methods that made them: another seed would be
+    another model (Dietterich 1998, section 3).
+
+    Args:
+        first, second: bool (images,), whether each model is right on each image. ValueError if they differ in shape.
+    """
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if first.shape != second.shape:
+        raise ValueError(f"both models must be scored on the same images, not on {first.shape} and {second.shape}")
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    test = mcnemar([[0, only_first], [only_second, 0]], exact=True)
+    return only_first, only_second, float(test.pvalue)
+
+
+def verdict(difference: float, p: float) -> str:
+    """What a test says of the claim that a difference is above 0, at the 5% level."""
+    if not p <= 0.05:
+        return UNDECIDED
+    return SUPPORTED if difference > 0 else CONTRADICTED
+
+
+def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str]) -> str:
+    """What paired comparisons say of the claim that a condition is better than each of others, by Holm's p-values.
+
+    "supported" if every comparison supports it, "contradicted" if one speaks against it. Raises ValueError if one is
+    missing, or if there are no others.
+    """
+    swapped = {"first": "second", "second": "first"}
+    both = pd.concat([comparisons, comparisons.rename(columns=swapped).assign(difference=-comparisons["difference"])])
+    rows = both[(both["first"] == best) & both["second"].isin(others)]
+    if missing := set(others) - set(rows["second"]):
+        raise ValueError(f"no comparison of {best} with {', '.join(sorted(missing))}: compare tables that hold both")
+    verdicts = {verdict(row.difference, row.p_holm) for row in rows.itertuples()}
+    if not verdicts:
+        raise ValueError(f"{best} is the best of none: name the others")
+    return next(found for found in (CONTRADICTED, UNDECIDED, SUPPORTED) if found in verdicts)
+
+
+# --- power -----------------------------------------------------------------------------------------------------------
+
+
+def power(sd: float, difference: float, n: int, comparisons: int = 1) -> float:
+    """The chance that a true difference of this size passes a paired two-sided t test (Cohen 1988, chapter 2).
+
+    Args:
+        sd: of the paired differences, in the unit of `difference`.
+        n: paired seeds, at least 2.
+        comparisons: among how many; the level is 5% divided by it, which Holm's correction asks of the first.
+    """
+    _require_power(sd, difference, comparisons)
+    if n < 2:
+        raise ValueError(f"a t test needs at least two seeds, not {n!r}: run more")
+    if sd == 0:
+        return 1.0
+    level = 0.05 / comparisons
+    right, wrong = (
+        TTestPower().power(difference / sd, n, level / 2, alternative=side) for side in ("larger", "smaller")
+    )
+    # Far out the noncentral t distribution is nan; there the right side is found for certain, the wrong one never.
+    return float(np.nan_to_num(right, nan=1.0) + np.nan_to_num(wrong, nan=0.0))
+
+
+def seeds_needed(sd: float, difference: float, comparisons: int = 1) -> int:
+    """How many paired seeds show a true difference with `power` 0.8.
+
+    Never fewer than the sign-flip test can use: with n seeds no p-value of its is below 2 / 2^n.
+    """
+    _require_power(sd, difference, comparisons)
+    fewest = math.ceil(1 - math.log2(0.05 / comparisons))
+    return fewest + bisect_left(range(fewest, 10**12), 0.8, key=lambda n: power(sd, difference, n, comparisons))
+
+
+def _require_power(sd: float, difference: float, comparisons: int) -> None:
+    if not (sd >= 0 and difference > 0 and comparisons >= 1):
+        raise ValueError(
+            "the SD must be at least 0, the difference above 0 and the comparisons at least 1, not "
+            f"{sd!r}, {difference!r} and {comparisons!r}"
+        )
+
+
+# --- where the variance comes from, and what chance alone does -------------------------------------------------------
+
+
+def variance_sources(right: np.ndarray | pd.DataFrame) -> dict[str, float]:
+    """The standard error of a mean accuracy, in points, from each source: other seeds, other test images, and both.
+
+    Every run is scored on every image, so what is neither the run's nor the image's own, the residual of a two-way
+    analysis of variance, is in the variance of the run means and in that of the image means, and is counted once in
+    "both". A bootstrap over runs and over images would count it three times there (Owen, "The pigeonhole bootstrap",
+    Annals of Applied Statistics 1, 2007).
+
+    Args:
+        right: (seeds, images), whether each run is right on each image; or the difference of two such arrays or
+            tables. Raises ValueError if these tables had not the same seeds.
+    """
+    points = 100 * np.asarray(right, dtype=float)
+    if len(points) < 2:
+        raise ValueError("the share of the seeds cannot be told from one run: run more seeds")
+    lacking = np.isnan(points).any(1)
+    if lacking.any():
+        seeds = right.index[lacking] if isinstance(right, pd.DataFrame) else np.flatnonzero(lacking)
+        raise ValueError(f"two conditions pair by seed, and one of them lacks: {_listed(seeds)}; leave these seeds out")
+    seeds, images = points.shape
+    by_seed, by_image = points.mean(1), points.mean(0)
+    residual = points - by_seed[:, np.newaxis] - by_image + points.mean()
+    noise = (residual**2).sum() / ((seeds - 1) * (images - 1)) / (seeds * images)
+    apart = {"seeds": by_seed.var(ddof=1) / seeds, "images": by_image.var(ddof=1) / images}
+    both = max(*apart.values(), sum(apart.values()) - noise)
+    return {source: float(variance**0.5) for source, variance in {**apart, "both": both}.items()}
+
+
+def false_alarm_rate(runs: Sequence[float], seeds: int, comparisons: int = 1_000) -> float:
+    """How often the sign-flip test at the 5% level finds a difference where there is none (an A/A test).
+
+    Args:
+        runs: outcomes of one condition, real or simulated, from which both sides are drawn, with replacement.
+        seeds: pairs in a comparison.
+    """
+    draws = np.random.default_rng(1).choice(_sample(runs), size=(2, comparisons, seeds))
+    return float(np.mean([sign_flip_p(differences) <= 0.05 for differences in draws[0] - draws[1]]))
+
+
+def equal_conditions(sd: float, conditions: int = 5, studies: int = 10_000) -> tuple[np.ndarray, float]:
+    """If all conditions were equal and each had one run: the share of studies that each would win, and their spread.
+
+    SD and spread, the mean of best minus worst, are in points; a win is shared among those that tie to 0.01 points.
+    """
+    accuracies = np.random.default_rng(1).normal(99.5, sd, size=(studies, conditions)).round(2)
+    best = accuracies == accuracies.max(1, keepdims=True)
+    return (best / best.sum(1, keepdims=True)).mean(0), float(np.ptp(accuracies, axis=1).mean())

@@ -1,0 +1,195 @@
+"""Where runs go: real Dask schedulers and workers, some of them killed, and what a driver then says."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import cloudpickle
+import pytest
+import torch
+from conftest import GBN, L1_BN, TINY
+from test_study import assert_same_study
+
+from s6lib.__main__ import main
+from s6lib.conditions import Condition
+from s6lib.errors import RunsFailed, StudyError
+from s6lib.launch import run_study
+from s6lib.run import Run
+from s6lib.study import Study
+from s6lib.workers import Order, dask_executor, packed, resolve_device
+
+DRIVER = os.getpid()
+
+
+class Cluster:
+    """A scheduler, and workers in folders of their own."""
+
+    def __init__(self, folder):
+        self.folder, self.processes = folder, []
+        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", "0")
+        line = next(line for line in self.scheduler.stderr if "Scheduler at:" in line)
+        self.address = re.search(r"tcp://(127\.0\.0\.1:\d+)", line)[1]
+
+    def start(self, kind, *options, **popen):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *options, "--no-dashboard"]
+        settings = {"stderr": subprocess.PIPE, "text": True, "cwd": self.folder, "start_new_session": True}
+        self.processes.append(subprocess.Popen(command, **settings | popen))
+        return self.processes[-1]
+
+    def worker(self, *options, **popen):
+        """A worker that has come to its scheduler."""
+        place = self.folder / str(len(self.processes))
+        options = (f"tcp://{self.address}", "--nthreads", "1", "--local-directory", str(place), *options)
+        worker = self.start("worker", *options, **popen)
+        assert any("Registered to" in line for line in worker.stderr)
+        return worker
+
+    def end(self):
+        for process in self.processes:
+            with_children = os.killpg if process.poll() is None else lambda *_: None
+            with_children(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stderr.close()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.end()
+
+
+def command(cluster, out, *more):
+    options = ["--cluster", f"dask://{cluster.address}", "--conditions", "l1-bn", "gbn", "--seeds", "1", "2"]
+    options += ["--epochs", "2", "--train-images", "640", "--out", str(out), "--device", "cpu"]
+    return [sys.executable, "-m", "s6lib", "run", *options, *more]
+
+
+def test_a_study_on_a_cluster_equals_the_local_one_though_a_worker_is_killed(cluster, tiny_study, tmp_path):
+    workers = [cluster.worker("--no-nanny"), cluster.worker("--no-nanny")]
+    out, printed = tmp_path / "out", ""
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command(cluster, out), **settings) as driver:
+        for line in driver.stdout:
+            printed += line
+            if "epoch 2/2" in line and workers[0].poll() is None:  # a run has come back; the next ones are under way
+                os.kill(workers[0].pid, signal.SIGKILL)
+    assert driver.returncode == 0, printed
+    assert workers[0].poll() is not None
+    study = Study(out)
+    assert_same_study(study, tiny_study)
+    assert driver.pid not in set(study.about()["process"])
+    assert not list(out.rglob("checkpoint*.pt"))
+    assert not list(out.glob(".study-*"))
+
+
+def deadly(model):
+    """A penalty that ends the worker which computes it, as the kernel does when memory is short."""
+    if os.getpid() != DRIVER:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
+
+
+def test_one_worker_never_trains_in_the_driver_and_a_deadly_run_is_named(cluster, tiny_study, tmp_path):
+    cluster.worker()  # with a nanny, which starts it again
+    conditions = (Condition("deadly", penalty=deadly), L1_BN, GBN)
+    settings = {"jobs": 1, "device": "cpu", "show_progress": False}
+    with dask_executor(f"tcp://{cluster.address}") as executor:
+        with pytest.raises(
+            RunsFailed, match=r"^deadly \(deadly\), seed 1: given up by the executor, KilledWorker: .*$"
+        ):
+            run_study(TINY, conditions, (1,), tmp_path / "out", executor=executor, **settings)
+        study = run_study(TINY, conditions[1:], (1, 2), tmp_path / "out", executor=executor, **settings)
+    assert_same_study(study, tiny_study)
+    assert os.getpid() not in set(study.about()["process"])
+
+
+WITHOUT = "import sys; sys.modules['s6lib'] = None; from distributed.cli.dask_worker import main; main()"
+
+
+def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
+    place = ("--local-directory", str(tmp_path / "w"), "--no-nanny", "--nthreads", "1", "--no-dashboard")
+    arguments = [sys.executable, "-c", WITHOUT, f"tcp://{cluster.address}", *place]
+    worker = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    cluster.processes.append(worker)
+    assert any("Registered to" in line for line in worker.stderr)
+    done = subprocess.run(command(cluster, tmp_path / "out"), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.search(r"^python -m s6lib: worker tcp://\S+: a worker cannot import s6lib .*: install it", done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(cluster, tmp_path):
+    cluster.worker("--no-nanny")
+    out, printed = tmp_path / "out", ""
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command(cluster, out), **settings) as driver:
+        for line in driver.stdout:
+            printed += line
+            if "epoch 2/2" in line and cluster.scheduler.poll() is None:
+                cluster.scheduler.kill()
+    assert driver.returncode == 1, printed
+    assert "cancelled, perhaps since the scheduler is gone; give the same command again" in printed
+    assert list(out.rglob("run.json"))
+
+
+@pytest.mark.parametrize("address", ["dask://nowhere", "tcp://127.0.0.1:8786", "ray://a:1", "dask://a/b:1"])
+def test_another_form_of_address_is_a_wrong_request(address, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--cluster", address])
+    assert stop.value.code == 2
+    assert "is not of the form dask://HOST:PORT" in capsys.readouterr().err
+
+
+def test_any_executor_takes_the_runs_so_many_at_a_time(tiny_study, tmp_path):
+    sent, most = 0, 0
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            nonlocal sent, most
+            sent += 1
+            most = max(most, sent - len(list(tmp_path.rglob("run.json"))))
+            return super().submit(*arguments)
+
+    with Counting(2) as executor:
+        study = run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path, executor=executor, jobs=2, show_progress=False)
+    assert_same_study(study, tiny_study)
+    assert sent == 4
+    assert most <= 3  # one has come back and is being saved
+
+
+def test_an_executor_that_is_shut_down_is_a_failure_of_each_run(tmp_path):
+    executor = ThreadPoolExecutor()
+    executor.shutdown()
+    with pytest.raises(RunsFailed, match=r"GBN \(gbn\), seed 1: given up by the executor, .*shutdown"):
+        run_study(TINY, (GBN,), (1,), tmp_path, executor=executor, show_progress=False)
+
+
+def test_what_is_ones_own_travels_by_value(tmp_path):
+    """To a process that knows nothing of this file, and shares no disk."""
+    once = replace(TINY, epochs=1, train_images=64)
+    run, order = Run(once, Condition("half", penalty=half), 1), Order(tmp_path, "not there", "cpu", None)
+    (tmp_path / "errand").write_bytes(packed(run, order))
+    script = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).history[0]['penalty'])"
+    arguments = [sys.executable, "-c", script, str(tmp_path / "errand")]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout == "0.5\n"
+    assert cloudpickle.list_registry_pickle_by_value() == set()
+    assert not (tmp_path / "plain").exists()
+
+
+def half(model):
+    return 0.5
+
+
+def test_auto_is_the_cpu_where_there_is_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == "cpu"
+    assert resolve_device("mps") == "mps"
+    with pytest.raises(StudyError, match="device 'cuda:1' is not available here; use auto or one of: cpu, mps"):
+        resolve_device(torch.device("cuda", 1))
