@@ -82,8 +82,8 @@ def test_the_largest_difference_on_new_seeds_is_as_said(replication):
         Study(PROJECT / "results", conditions=chosen, seeds=range(11, 21)).outcomes()
     ).itertuples()
     said = re.search(
-        r"on (\d+) new seeds the\s+difference, L2 \+ BN over GBN, is ([\d.]+) points, 95% interval (\S+) to (\S+), and does "
-        r"not pass the one test that\s+was fixed before they were run \(p = ([\d.]+)\)",
+        r"on (\d+) new seeds the\s+difference, L2 \+ BN over GBN, is ([\d.]+) points, 95% interval (\S+) to (\S+), "
+        r"and does not pass the one test that\s+was fixed before they were run \(p = ([\d.]+)\)",
         README,
     )
     numbers = (

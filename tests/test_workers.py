@@ -130,7 +130,7 @@ def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(clus
     with subprocess.Popen(command(cluster, out), **settings) as driver:
         for line in driver.stdout:
             printed += line
-            if "epoch 2/2" in line and cluster.scheduler.poll() is None:
+            if "3/8 epochs" in line and cluster.scheduler.poll() is None:  # the first run has come back
                 cluster.scheduler.kill()
     assert driver.returncode == 1, printed
     assert "cancelled, perhaps since the scheduler is gone; give the same command again" in printed
