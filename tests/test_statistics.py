@@ -217,6 +217,7 @@ def test_p_values_do_not_depend_on_the_unit(rows, scale, shift):
     assert friedman_p(moved) == pytest.approx(friedman_p(outcomes))
 
 
+@settings(max_examples=15)
 @given(TABLES)
 def test_percents_in_floats_give_the_p_of_whole_digits(rows):
     whole = pd.DataFrame(np.array(rows) + 9940, columns=list("abcd"))

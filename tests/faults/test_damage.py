@@ -4,7 +4,7 @@ import json
 import random
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, cap
 def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
     folder = Run(TINY, GBN, 1).folder(tmp_path)
     folder.mkdir(parents=True)
-    write_checkpoint(folder, {"recipe": asdict(TINY), "condition": asdict(GBN), "seed": 2})
+    write_checkpoint(folder, dict(Run(TINY, GBN, 2).identity))
     content = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(RunsFailed, match="is of another run; delete it, and the run starts again"):
         run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
@@ -157,7 +157,7 @@ def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatc
 
 @pytest.mark.parametrize(
     "change",
-    [{"condition": None}, {"condition": {"slug": "gbn"}}, {"recipe": {"name": "plain"}}, {"recipe": []}],
+    [{"condition": None}, {"condition": {"label": "GBN"}}, {"recipe": {"name": "plain"}}, {"recipe": []}],
 )
 def test_a_strangers_run_json_that_describes_no_run_is_named(copy, change):
     folder = Run(TINY, GBN, 1).folder(copy)
@@ -172,7 +172,7 @@ def test_runs_of_different_recipes_are_not_one_study(copy):
     about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
     about["recipe"]["epochs"] = 3
     write_results(folder, about, {name: (folder / name).read_bytes() for name in RESULTS})
-    with pytest.raises(StudyError, match="are not of one study: their recipes differ"):
+    with pytest.raises(StudyError, match=r"epochs = \d, not \d: it is not of one study"):
         Study(copy)
 
 
@@ -209,7 +209,7 @@ def test_names_do_not_lead_out_of_the_folder(tiny_study, name):
         replace(TINY, name=name)
     with pytest.raises(ValueError, match="must be lower-case words joined by hyphens"):
         Condition(name, "label")
-    with pytest.raises(StudyError, match=r"is not the name of a recipe|no complete"):
+    with pytest.raises(StudyError, match=r"a recipe is a Recipe or its name|no complete"):
         Study(tiny_study.folder, name)
 
 
