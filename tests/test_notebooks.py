@@ -6,11 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
+from s6lib.conditions import PLAIN
 from s6lib.data import PROJECT
+from s6lib.launch import run_study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 from set_address import set_address
@@ -120,4 +125,24 @@ def test_the_first_cell_makes_s6lib_importable_in_colab(tmp_path):
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert f"{tmp_path}/lab/s6lib/__init__.py" in result.stdout, result.stdout + result.stderr
-        assert "pip install -q --no-deps torchsummary -e ./lab\n" in result.stdout  # torch and numpy stay Colab's
+        assert "pip install -q --no-deps torchsummary loky -e ./lab\n" in result.stdout  # torch and numpy stay Colab's
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory):
+    """A folder of one's own: two conditions, two seeds, one short recipe."""
+    out = tmp_path_factory.mktemp("own")
+    short = replace(PLAIN, epochs=2, train_images=640)
+    run_study(short, ("l1-bn", "gbn"), (1, 2), out, jobs=1, device="cpu", show_progress=False)
+    return out
+
+
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication"])
+def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder, name):
+    notebook = nbformat.read(PROJECT / "notebooks" / f"{name}.ipynb", as_version=4)
+    lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("FOLDER = ")]
+    assert len(lines) == 1
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(lines[0], f"from pathlib import Path\nFOLDER = Path({str(own_folder)!r})")
+    NotebookClient(notebook, kernel_name="python3").execute()
+    assert name == "03_study" or list((own_folder / "images").glob("*.png"))
