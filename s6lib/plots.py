@@ -30,6 +30,7 @@ STYLE = {
     "grid.color": "#E6E6E6",
     "axes.edgecolor": "#999999",
 }
+DOTS = "a dot is a run, a diamond the mean with its 95% interval"
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -52,28 +53,31 @@ def plot_accuracy(history: pd.DataFrame, title: str = "") -> Figure:
     Args:
         history: a row an epoch, as `Study.history` gives it: condition, label, epoch, lr, and what is drawn.
     """
-    return _plot_curves(history, "val_accuracy", f"{title}: test accuracy", "{:.2%}".format)
+    return _plot_curves(history, "val_accuracy", _joined(title, ": ", "test accuracy"), "{:.2%}".format)
 
 
 def plot_loss(history: pd.DataFrame, title: str = "") -> Figure:
     """Test cross-entropy, without penalties, of every condition by epoch, as in `plot_accuracy`."""
-    return _plot_curves(history, "val_loss", f"{title}: test loss (cross-entropy without penalty)", "{:.4f}".format)
+    name = _joined(title, ": ", "test loss (cross-entropy without penalty)")
+    return _plot_curves(history, "val_loss", name, "{:.4f}".format)
 
 
 def _plot_curves(history: pd.DataFrame, column: str, title: str, formatted: Callable[[float], str]) -> Figure:
-    epochs = int(history["epoch"].max())
+    epochs, accuracy = int(history["epoch"].max()), column.endswith("accuracy")
     first = epochs // 2 + 1
+    second_half = f"epochs {first} to {epochs}" if first < epochs else f"epoch {epochs}"
     figure = Figure(figsize=(10, 5), layout="constrained")
     with rc_context(STYLE):
         whole, close = figure.subplots(1, 2, width_ratios=(3, 2))
-        for axes, start, name in ((whole, 1, f"all {epochs} epochs"), (close, first, f"epochs {first} to {epochs}")):
+        for axes, start, name in ((whole, 1, "all epochs"), (close, first, second_half)):
             _draw_curves(axes, history[history["epoch"] >= start], column)
             axes.set(title=name, xlabel="epoch", ylabel="")
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            step = max(1, epochs // 5)
+            axes.set_xticks([start, *range(step * (start // step + 1), epochs + 1, step)])
             axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-            if column.endswith("accuracy"):
+            if accuracy:
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
-        _mark_new_rate(whole, history)
+        _mark_new_rates((whole, close), (1, first), history, height=0.12 if accuracy else 0.88)
         conditions = history.groupby("condition", sort=False)
         ends = conditions.apply(lambda rows: rows.loc[rows["epoch"] == rows["epoch"].max(), column].mean())
         labels = [f"{rows['label'].iloc[0]}\n{formatted(ends[slug])}" for slug, rows in conditions]
@@ -94,23 +98,49 @@ def _draw_curves(axes: Axes, history: pd.DataFrame, column: str) -> None:
     for slug, rows in history.groupby("condition", sort=False):
         line = {"color": colors[slug], "linestyle": "--" if "GBN" in rows["label"].iloc[0] else "-", "linewidth": 1.8}
         marker = "o" if rows["epoch"].nunique() == 1 else None
-        sns.lineplot(rows, x="epoch", y=column, errorbar=("pi", 100), marker=marker, ax=axes, **line)
+        band = {"alpha": 0.12, "linewidth": 0}
+        sns.lineplot(rows, x="epoch", y=column, errorbar=("pi", 100), err_kws=band, marker=marker, ax=axes, **line)
 
 
-def _mark_new_rate(axes: Axes, history: pd.DataFrame) -> None:
-    """An arrow where the learning rate changes first, if it does."""
-    rates = history.groupby("epoch")["lr"].first()
-    changed = rates.index[rates.diff().fillna(0) != 0]
-    if len(changed):
-        place = (changed[0] - 0.5, 0.02)
-        arrow = {"arrowstyle": "->", "color": "#666666"}
-        there = axes.get_xaxis_transform()
-        axes.annotate("", place, (place[0], 0.14), xycoords=there, textcoords=there, arrowprops=arrow)
-        axes.text(place[0] + 0.3, 0.1, "lower learning rate", transform=there, fontsize=10, color="#666666")
+def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.DataFrame, height: float) -> None:
+    """A dotted line where the learning rate of every run changes, and in the first panel, once, what it means.
+
+    Args:
+        starts: the first epoch of each panel.
+        height: of the words, from 0 at the bottom of the panel to 1.
+    """
+    before = history.groupby(["condition", "seed"])["lr"].shift()
+    changes = (before.notna() & (history["lr"] != before)).groupby(history["epoch"]).all()
+    changed = changes.index[changes]
+    if not 0 < len(changed) <= len(changes) / 2:  # a rate that changes at every epoch has no steps to show
+        return
+    look = {"color": "#888888", "linestyles": ":", "linewidth": 1.2}
+    for axes, start in zip(panels, starts, strict=True):
+        seen = [epoch - 0.5 for epoch in changed if epoch > start]
+        axes.vlines(seen, 0, 1, transform=axes.get_xaxis_transform(), **look)
+    factors = (history["lr"] / before)[history["epoch"].isin(changed)].round(6).unique()
+    said = f"learning rate \N{MULTIPLICATION SIGN} {factors[0]:g}" if len(factors) == 1 else "new learning rate"
+    panels[0].annotate(
+        f"dotted: {said}",
+        (changed[0] - 0.5, height),
+        xytext=(22, 0),
+        xycoords=panels[0].get_xaxis_transform(),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "->", "color": "#666666"},
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        va="center",
+        fontsize=10,
+        color="#444444",
+    )
 
 
 def plot_digits(images: Tensor, titles: Sequence[str], columns: int, title: str = "") -> Figure:
-    """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its title; of none, a figure that says so."""
+    """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its title; of none, a figure that says so.
+
+    Raises ValueError if there are not as many titles as images.
+    """
+    if len(titles) != len(images):
+        raise ValueError(f"{len(images)} images need as many titles, not {len(titles)}")
     rows = max(1, -(-len(images) // columns))
     lines = 1 + max((text.count("\n") for text in titles), default=0)
     figure = Figure(
@@ -135,11 +165,9 @@ def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", cou
     """
     shown = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in shown.itertuples()]
-    title = (
-        f"{title}: {len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} digits\n"
-        "actual class, taken for predicted class (confidence)"
-    )
-    return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=title)
+    found = f"{len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} digits"
+    heading = f"{_joined(title, ': ', found)}\nactual class, taken for predicted class (confidence)"
+    return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=heading)
 
 
 def plot_class_balance(train: Digits, test: Digits) -> Figure:
@@ -183,7 +211,9 @@ def plot_confusion(matrix: np.ndarray, title: str = "", ax: Axes | None = None) 
         labels = {"xticklabels": CLASS_NAMES, "yticklabels": CLASS_NAMES, "cbar_kws": {"label": "errors"}}
         # Nothing on the diagonal, and no zeros: what remains to be read is the errors.
         hidden = np.eye(10, dtype=bool) | (matrix == 0)
-        sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", cmap="Blues", vmin=0, square=True, ax=axes, **labels)
+        shades = {"cmap": "Blues", "vmin": 0, "vmax": max(1, matrix[~hidden].max(initial=0))}
+        sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", square=True, ax=axes, **shades, **labels)
+        axes.grid(visible=False)
         axes.set(xlabel="predicted", ylabel="actual", title=title)
         axes.tick_params("x", rotation=45)
         axes.tick_params("y", rotation=0)
@@ -219,7 +249,7 @@ def plot_replication(
         axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
         _label_rows(axes, [_label(slug, labels) for slug in outcomes], means)
-        axes.set_title(f"{title}, {len(outcomes)} seeds: a dot is a run, a diamond the mean with its 95% interval")
+        axes.set_title(_joined(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
     return axes.figure
 
 
@@ -243,23 +273,30 @@ def plot_differences(
         ]
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
-        beside = [f"{row.difference:+.3f}   p = {row.p_holm:.2f}" for row in comparisons.itertuples()]
+        beside = [f"{row.difference:+.3f}   {_p(row.p_holm)}" for row in comparisons.itertuples()]
         _label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
         found = (comparisons["p_holm"] <= 0.05).sum()
-        axes.set_title(
-            f"{title}, {len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
-        )
+        stand = f"{len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
+        axes.set_title(_joined(title, ", ", stand))
     return axes.figure
 
 
+def _joined(title: str, mark: str, text: str) -> str:
+    return f"{title}{mark}{text}" if title else text
+
+
 def _label(slug: str, labels: Mapping[str, str] | None) -> str:
-    return slug if labels is None else labels[slug]
+    return (labels or {}).get(slug, slug)
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.2f}" if p >= 0.01 else "p < 0.01"
 
 
 def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
     """One row a name, the first on top, and a text right of the panel beside each."""
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     for row, text in enumerate(texts):
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
@@ -274,7 +311,11 @@ def plot_split_sweep(
         outcomes: accuracies in percent, a row a seed, a column a condition.
         splits: the number of ghost batches of each condition.
         batch_size: images in a batch.
+
+    Raises ValueError if a condition is not in splits.
     """
+    if missing := [slug for slug in outcomes if slug not in splits]:
+        raise ValueError(f"splits lacks the number of ghost batches of {', '.join(missing)}: give 1 for BatchNorm")
     statistics = condition_statistics(outcomes)
     statistics["splits"] = statistics["condition"].map(splits)
     statistics = statistics.sort_values("splits", ignore_index=True)
@@ -282,7 +323,7 @@ def plot_split_sweep(
         axes = _panel((8, 4.2), ax)
         for row in statistics.itertuples():
             dots = {"color": COLORS["gbn"], "alpha": 0.45, "markersize": 6}
-            axes.plot([row.splits] * row.n, outcomes[row.condition], "o", **dots)
+            axes.plot([0.93 * row.splits] * row.n, outcomes[row.condition], "o", **dots)  # left of the interval
         error = [statistics["mean"] - statistics["low"], statistics["high"] - statistics["mean"]]
         axes.errorbar(statistics["splits"], statistics["mean"], error, color=COLORS["gbn"], marker="D", capsize=4)
         axes.set_xscale("log", base=2)
@@ -290,5 +331,5 @@ def plot_split_sweep(
         axes.set_xlabel("splits of the batch (images in each ghost batch); 1 is BatchNorm")
         axes.set_ylabel("test accuracy at the last epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
-        axes.set_title(f"{title}, {len(outcomes)} seeds: a dot is a run, a diamond the mean with its 95% interval")
+        axes.set_title(_joined(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
     return axes.figure

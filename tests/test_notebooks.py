@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from s6lib.conditions import PLAIN
 from s6lib.data import PROJECT
@@ -146,3 +147,52 @@ def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder
         cell.source = cell.source.replace(lines[0], f"from pathlib import Path\nFOLDER = Path({str(own_folder)!r})")
     NotebookClient(notebook, kernel_name="python3").execute()
     assert name == "03_study" or list((own_folder / "images").glob("*.png"))
+
+
+OWN_CELLS = (
+    """\
+import s6lib
+from torch import nn
+
+GROUPS = 2
+
+class Own(nn.Module):
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 5, 3), norm(4), nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, images):
+        return self.layers(images)
+
+def small(model):
+    return 1e-3 * model.layers[0].weight.square().sum()
+
+mine = s6lib.Recipe("mine", network=Own, epochs=2, train_images=640)
+conditions = (
+    s6lib.CONTROL,
+    s6lib.Condition("groups", norm=lambda channels: nn.GroupNorm(GROUPS, channels)),
+    s6lib.Condition("small", penalty=small),
+)
+def study(seeds):
+    return s6lib.run_study(mine, conditions, seeds, jobs=2, device="cpu", show_progress=False)
+""",
+    "first = study((1, 2)).summary()",
+    """\
+from pathlib import Path
+Path("runs/mine/groups/seed-2/run.json").unlink()  # as if it had been stopped
+again = study((1, 2))
+assert again.summary().drop(columns="seconds").equals(first.drop(columns="seconds"))
+assert isinstance(again.model("groups").layers[1], nn.GroupNorm)
+print(len(s6lib.statistics.paired_comparisons(again.outcomes())), "comparisons")
+""",
+    "GROUPS = 4\nstudy((1,))",
+)
+
+
+def test_a_network_of_a_notebook_cell_runs_resumes_and_is_judged_and_edited_is_refused(tmp_path):
+    cells = [nbformat.v4.new_code_cell(source) for source in OWN_CELLS]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    with pytest.raises(CellExecutionError, match=r"was trained with GROUPS = 2, not 4; layers = "):
+        client.execute()
+    assert "3 comparisons" in notebook.cells[2].outputs[0]["text"]

@@ -1,6 +1,8 @@
 import json
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,3 +159,35 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     for recipe, condition, seed in ((TINY, GBN, 2), (TINY, L1_BN, 1), (replace(TINY, epochs=3), GBN, 1)):
         with pytest.raises(RunError, match="is of another run; delete it"):
             train_run(Run(recipe, condition, seed), tmp_path)
+
+
+@pytest.mark.parametrize("flushing", [True, False])
+def test_the_callers_denormals_come_back(flushing):
+    torch.set_flush_denormal(flushing)
+    try:
+        train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
+        assert s6lib.run._denormals_are_flushed() == flushing
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_the_current_interface_to_tf32_may_have_been_used():
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "ieee"
+    try:
+        train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, monkeypatch):
+    train_run(Run(TINY, GBN, 1), tmp_path)
+    elsewhere = {**undisturbed.machines[0], "host": "elsewhere", "core": "another"}
+    monkeypatch.setattr(s6lib.run, "_machine", lambda device: elsewhere)
+    trained = train_run(Run(TINY, GBN, 1), tmp_path)
+    assert [machine["host"] for machine in trained.machines] == [undisturbed.machines[0]["host"], "elsewhere"]
+    save_run(tmp_path, Run(TINY, GBN, 1), trained)
+    about = read_about(tmp_path)
+    assert about["host"] == "elsewhere"
+    assert about["earlier"][0]["core"] == undisturbed.machines[0]["core"]
+    assert re.search(r"L2 unified \d+K", about["earlier"][0]["core"]) or not Path("/sys/devices/system/cpu").exists()
