@@ -163,7 +163,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     sample = _sample(differences)
     if not sample.any():
         return 1.0
-    # Whole numbers, so that sums that tie are seen to: 99.50 - 99.42 and 99.48 - 99.40 are not equal in floats.
+    # Whole numbers, so that sums that tie are seen to: 99.34 - 99.30 and 99.32 - 99.28 are not equal in floats.
     steps = np.rint(1e6 * sample / np.abs(sample).sum())
     sums, chances = np.zeros(1), np.ones(1)
     for step in steps:

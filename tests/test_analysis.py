@@ -1,6 +1,10 @@
+from functools import partial
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from s6lib.analysis import (
     condition_table,
@@ -8,9 +12,11 @@ from s6lib.analysis import (
     confusion_matrix,
     misclassified,
     result_table,
+    right_predictions,
+    stability,
     wrong_in_every_run,
 )
-from s6lib.conditions import CONDITIONS, PLAIN
+from s6lib.conditions import CONDITIONS, PLAIN, Condition
 from s6lib.data import CLASS_NAMES
 from s6lib.train import predict_logits
 
@@ -46,6 +52,24 @@ def test_condition_table_has_the_six_settings():
     assert table["splits"].tolist() == [1, 1, 1, 4, 4]
 
 
+def test_condition_table_shows_what_conditions_of_ones_own_change():
+    def two_groups(channels):
+        return nn.GroupNorm(2, channels)
+
+    conditions = (
+        CONDITIONS[0],
+        Condition("groups", norm=two_groups),
+        Condition("bound", norm=partial(nn.GroupNorm, 2)),
+        Condition("large", penalty=nn.Flatten(), changes={"batch_size": 256, "learning_rate": 0.04, "epochs": 3}),
+    )
+    table = condition_table(PLAIN, conditions).set_index("condition")
+    assert table["normalisation"].tolist() == ["BatchNorm", "two_groups", "GroupNorm", "BatchNorm"]
+    assert table["batch size"].tolist() == [64, 64, 64, 256]
+    assert table["learning rate"].tolist() == [0.01, 0.01, 0.01, 0.04]
+    assert table["epochs"].tolist() == [25, 25, 25, 3]
+    assert table["penalty"].tolist() == ["-", "-", "-", "Flatten"]
+
+
 def test_confusions_of_known_predictions():
     labels = np.array([4, 4, 9, 9, 1, 7, 0])
     predictions = np.array([9, 4, 4, 9, 7, 7, 0])
@@ -72,3 +96,50 @@ def test_wrong_in_every_run(tiny_study, mnist):
     assert 0 < len(wrong) < 10_000
     for condition, seed in tiny_study.runs:
         assert (tiny_study.predictions(condition, seed)[wrong] != labels[wrong]).all()
+
+
+def test_right_predictions_are_those_of_the_condition_by_seed(tiny_study, mnist):
+    labels = mnist[1].labels.numpy()
+    right = right_predictions(tiny_study, "gbn", labels)
+    assert right.shape == (2, 10_000)
+    assert right.index.tolist() == [1, 2]
+    assert right.to_numpy().dtype == bool
+    assert (100 * right.mean(axis=1)).tolist() == pytest.approx(tiny_study.outcomes()["gbn"].tolist())
+    with pytest.raises(ValueError, match="no run of condition 'gnb'; choose one of: l1-bn, gbn"):
+        right_predictions(tiny_study, "gnb", labels)
+
+
+def history_of(accuracies, rates, condition="bn", seed=1):
+    run = {"condition": condition, "seed": seed, "epoch": range(1, 1 + len(rates)), "lr": rates}
+    return pd.DataFrame({**run, "val_accuracy": accuracies})
+
+
+def test_stability_is_the_deviation_of_changes():
+    first = [0.90, 0.92, 0.91, 0.93, 0.92, 0.94]
+    after = [0.98, 0.981, 0.98, 0.981, 0.985]
+    run = history_of(first + after, [0.1] * 6 + [0.01] * 3 + [0.001] * 2)
+    table = stability(run)["bn"]
+    assert table["first rate", 1] == pytest.approx(np.std(100 * np.diff(first), ddof=1))
+    assert table["after", 1] == pytest.approx(np.std(100 * np.diff(after), ddof=1))
+    assert stability(run[::-1])["bn"].tolist() == pytest.approx(table.tolist())
+
+
+def test_stability_takes_the_steps_of_each_run_from_its_rates():
+    accuracies = [0.90, 0.92, 0.91, 0.93, 0.96, 0.97, 0.95]
+    early, late = [0.1] * 2 + [0.01] * 5, [0.1] * 5 + [0.01] * 2
+    back = [0.01, 0.01, 0.01, 0.1, 0.01, 0.01, 0.01]  # the first rate again is no first rate
+    table = stability(
+        pd.concat(history_of(accuracies, rates, slug) for slug, rates in zip("zab", (early, late, back), strict=True))
+    )
+    assert list(table) == ["z", "a", "b"]  # in the order of the history
+    points = 100 * np.diff(accuracies)
+    assert table.loc[("after", 1), "z"] == pytest.approx(points[2:].std(ddof=1))
+    assert np.isnan(table.loc[("first rate", 1), "z"])  # one change has no deviation
+    assert table.loc[("first rate", 1), "a"] == pytest.approx(points[:4].std(ddof=1))
+    assert table.loc[("first rate", 1), "b"] == pytest.approx(points[:2].std(ddof=1))
+    assert table.loc[("after", 1), "b"] == pytest.approx(points[3:].std(ddof=1))
+
+
+def test_stability_at_one_learning_rate_has_one_part():
+    table = stability(history_of([0.9, 0.92, 0.91], [0.1] * 3))
+    assert table.index.get_level_values("part").tolist() == ["first rate"]

@@ -124,27 +124,112 @@ def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
 
 def test_a_figure_of_no_images_says_so(mnist):
     none = mnist[1].images[:0]
-    assert "no images" in plot_digits(none, [], columns=5).get_suptitle()
+    assert plot_digits(none, [], columns=5, title="Errors").get_suptitle() == "Errors\nno images to show"
     wrong = pd.DataFrame({"image": [], "actual": [], "predicted": [], "confidence": []}).astype({"image": int})
     assert "0 of its 0 errors" in plot_misclassified(wrong, mnist[1]).get_suptitle()
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 25])
-def test_curves_of_any_length_and_of_ones_own_conditions(epochs):
+def test_images_need_a_title_each(mnist):
+    with pytest.raises(ValueError, match="3 images need as many titles, not 2"):
+        plot_digits(mnist[1].images[:3], ["seven", "two"], columns=3)
+
+
+def test_a_matrix_without_errors_is_drawn():
+    figure = plot_confusion(np.diag([90] * 10))
+    figure.canvas.draw()
+    assert not figure.axes[0].texts
+
+
+def history_of(rates, slugs=("mine", "yours", "bn"), seeds=(1, 2)):
+    """A history whose learning rates are given, by epoch."""
     rows = [
-        {"condition": slug, "label": slug, "seed": 1, "epoch": epoch, "lr": 0.1 / epoch, "val_accuracy": 0.9}
-        for slug in ("mine", "yours", "bn")
-        for epoch in range(1, epochs + 1)
+        {"condition": slug, "label": slug, "seed": seed, "epoch": epoch, "lr": rate, "val_accuracy": 0.9}
+        for slug in slugs
+        for seed in seeds
+        for epoch, rate in enumerate(rates, 1)
     ]
-    whole, _ = plot_accuracy(pd.DataFrame(rows), "Own").axes
-    assert len({line.get_color() for line in whole.get_lines()[:3]}) == 3
-    said = [text.get_text() for text in whole.texts]
-    assert ("lower learning rate" in said) == (epochs > 1)
+    return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("plot", [plot_replication, plot_differences])
+@pytest.mark.parametrize("epochs", [1, 2, 25])
+def test_curves_of_any_length_and_of_ones_own_conditions(epochs, tmp_path):
+    figure = plot_accuracy(history_of([0.1] * epochs), "Own")
+    save(figure, tmp_path / "own.png")
+    for axes in figure.axes:
+        lines = axes.get_lines()
+        assert len({line.get_color() for line in lines}) == 3
+        assert all(len(line.get_xdata()) > 1 or line.get_marker() == "o" for line in lines)  # a point is seen
+        assert axes.get_xticks()[[0, -1]].tolist() == [lines[0].get_xdata()[0], epochs]
+    assert figure.axes[1].get_title() == {1: "epoch 1", 2: "epoch 2", 25: "epochs 13 to 25"}[epochs]
+
+
+def test_a_dozen_conditions_of_ones_own_have_a_colour_each():
+    slugs = [f"mine-{number}" for number in range(12)]
+    lines = plot_accuracy(history_of([0.1] * 3, [*COLORS, *slugs])).axes[0].get_lines()
+    assert len({line.get_color() for line in lines}) == len(COLORS) + 12
+
+
+@pytest.mark.parametrize(
+    ("rates", "changes", "said"),
+    [
+        ([0.1] * 6 + [0.01] * 6 + [0.001] * 2, [6.5, 12.5], "dotted: learning rate \N{MULTIPLICATION SIGN} 0.1"),
+        ([0.1, 0.1, 0.05, 0.05, 0.01, 0.01], [2.5, 4.5], "dotted: new learning rate"),
+        ([0.1, 0.2, 0.2], [1.5], "dotted: learning rate \N{MULTIPLICATION SIGN} 2"),
+        ([0.1] * 5, [], None),
+        ([1 / epoch for epoch in range(1, 20)], [], None),
+    ],
+)
+def test_new_learning_rates_are_marked_and_explained_once(rates, changes, said):
+    whole, close = plot_accuracy(history_of(rates)).axes
+    assert [text.get_text() for text in whole.texts] == ([said] if said else [])
+    assert not close.texts
+    marks = [collection for collection in whole.collections if collection.get_linestyle() != [(0, None)]]
+    assert [path[0][0] for mark in marks for path in mark.get_segments()] == changes
+
+
+def test_a_learning_rate_of_one_condition_alone_is_not_marked_for_all():
+    history = pd.concat([history_of([0.1] * 8, ["a"]), history_of([0.1] * 4 + [0.01] * 4, ["b"])])
+    assert not plot_accuracy(history).axes[0].texts
+
+
+def test_figures_without_a_title_have_no_stray_marks(tiny_study):
+    outcomes, history = tiny_study.outcomes(), tiny_study.history()
+    assert plot_accuracy(history).get_suptitle() == "test accuracy"
+    assert plot_accuracy(history, "Net").get_suptitle() == "Net: test accuracy"
+    for plot in (plot_replication, plot_differences):
+        assert plot(outcomes).axes[0].get_title().startswith("2 seeds: ")
+        assert plot(outcomes, title="Net").axes[0].get_title().startswith("Net, 2 seeds: ")
+
+
+def test_conditions_without_a_label_show_their_name(tiny_study):
+    (axes,) = plot_replication(tiny_study.outcomes(), {"gbn": "ghosts"}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["l1-bn", "ghosts"]
+
+
+def test_a_small_p_is_not_shown_as_zero():
+    outcomes = pd.DataFrame({"a": np.arange(12) / 100 + 1, "b": np.arange(12) / 100})
+    (axes,) = plot_differences(outcomes).axes
+    assert axes.texts[0].get_text() == "+1.000   p < 0.01"
+    assert "1 of 1 differences stand" in axes.get_title()
+
+
+def test_a_sweep_needs_the_splits_of_every_condition(tiny_study):
+    with pytest.raises(ValueError, match="splits lacks the number of ghost batches of gbn"):
+        plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1}, 64)
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        plot_replication,
+        plot_differences,
+        lambda outcomes, ax: plot_split_sweep(outcomes, {"l1-bn": 1, "gbn": 4}, 64, ax=ax),
+        lambda outcomes, ax: plot_confusion(np.ones((10, 10), dtype=int), ax=ax),
+    ],
+)
 def test_a_panel_may_be_given(tiny_study, plot):
     figure = Figure()
-    panel = figure.subplots(1, 2)[1]
+    other, panel = figure.subplots(1, 2)
     assert plot(tiny_study.outcomes(), ax=panel) is figure
-    assert panel.get_lines()
+    assert panel.has_data()
+    assert not other.has_data()

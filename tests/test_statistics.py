@@ -187,7 +187,7 @@ def test_paired_comparisons_of_known_differences():
     assert list(table["seeds_0.03"]) == [seeds_needed(sd, 0.03, comparisons=3) for sd in table["sd"]]
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)  # statsmodels collects garbage at each correction, which takes its time
 @given(TABLES, st.randoms(use_true_random=False))
 def test_comparisons_are_paired_by_seed_in_whatever_order(rows, random):
     outcomes = percents(rows)
@@ -196,7 +196,7 @@ def test_comparisons_are_paired_by_seed_in_whatever_order(rows, random):
     assert friedman_p(shuffled) == pytest.approx(friedman_p(outcomes))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(TABLES)
 def test_swapped_conditions_differ_by_the_opposite(rows):
     outcomes = percents(rows)[["a", "b"]]
@@ -205,7 +205,7 @@ def test_swapped_conditions_differ_by_the_opposite(rows):
     assert (back.p, back.sd) == pytest.approx((there.p, there.sd))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(TABLES, st.sampled_from([0.01, 100, 1 / 3]), st.sampled_from([0, -99.4, 1000]))
 def test_p_values_do_not_depend_on_the_unit(rows, scale, shift):
     outcomes = percents(rows)
@@ -274,7 +274,8 @@ def test_sign_flip_sees_ties_of_decimals():
     hundredths = [3, 1, -1, 1, 2, -3, 0, -3]
     assert sign_flip_p(hundredths) == 1.0
     assert sign_flip_p([value / 100 for value in hundredths]) == 1.0
-    assert sign_flip_p([99.50 - 99.42, 99.40 - 99.48, 99.50 - 99.42, 99.40 - 99.48]) == 1.0
+    assert 99.34 - 99.30 != 99.32 - 99.28  # in floats, though both are 0.04
+    assert sign_flip_p([99.34 - 99.30, 99.28 - 99.32, 99.34 - 99.30, 99.28 - 99.32]) == 1.0
 
 
 @given(VALUES, st.sampled_from([-3, 0.01, 1 / 3]))
