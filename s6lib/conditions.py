@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s6lib import models
+from s6lib.data import HELD_OUT, Augmentation
 from s6lib.identity import Recorded, described, is_library, name_of
 from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
@@ -108,10 +109,15 @@ class Recipe:
         epochs: passes over the training images.
         train_images: how many of the 60,000, from the first.
         batch_size: images a step.
-        learning_rate: of SGD, multiplied by `decay` after every `decay_epochs`.
+        learning_rate: of SGD; of "one-cycle" the highest.
+        decay: by which "steps" multiplies the learning rate after every `decay_epochs`.
         momentum: of SGD.
-        rotation: largest angle of the augmentation, degrees.
-        jitter: largest relative change of brightness and of contrast.
+        rotation, jitter, shift, scale: of the augmentation, see `s6lib.data.Augmentation`.
+        schedule: "steps", or "one-cycle" (Smith and Topin, arXiv:1708.07120): from a 25th of the learning rate up to it
+            in a fifth of all steps, and down to almost nothing, both along a cosine, step by step.
+        nesterov: whether the momentum is Nesterov's.
+        held_out: whether accuracy is measured on the last 10,000 training digits, for choices, and not on the test
+            digits; `train_images` is then at most 50,000.
 
     Raises ValueError for a value that makes no sense, a dropout that the network does not take among them.
     """
@@ -128,6 +134,11 @@ class Recipe:
     momentum: float = 0.9
     rotation: float = 0.0
     jitter: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+    schedule: str = "steps"
+    nesterov: bool = False
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         _require_slug("name", self.name)
@@ -140,6 +151,8 @@ class Recipe:
             )
         _require_whole("epochs", self.epochs, 1)
         _require_whole("train_images", self.train_images, 1, 60_000)
+        sound = type(self.held_out) is bool and self.train_images <= 60_000 - self.held_out * HELD_OUT
+        _require(sound, "held_out", "True, with at most 50,000 train_images, or False", self.held_out)
         _require_whole("batch_size", self.batch_size, 1, 60_000)
         _require_number("learning_rate", self.learning_rate, 0)
         _require_number("decay", self.decay, 0, 1)
@@ -147,6 +160,11 @@ class Recipe:
         _require_number("momentum", self.momentum, 0, 1)
         _require_number("rotation", self.rotation, 0, 180)
         _require_number("jitter", self.jitter, 0, 1)
+        _require_number("shift", self.shift, 0, 28)
+        _require_number("scale", self.scale, 0, 0.9)
+        _require(self.schedule in ("steps", "one-cycle"), "schedule", "'steps' or 'one-cycle'", self.schedule)
+        sound = type(self.nesterov) is bool and (not self.nesterov or self.momentum > 0)
+        _require(sound, "nesterov", "True, with a momentum above 0, or False", self.nesterov)
 
     def takes(self, setting: str) -> bool:
         """Whether the network is made with a keyword of this name."""
@@ -164,9 +182,26 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{condition.label} ({condition.slug}) with recipe {self.name}: {error}") from error
 
-    def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 1."""
-        return self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.rotation, self.jitter, self.shift, self.scale)
+
+    def learning_rates(self, epoch: int) -> list[float]:
+        """The learning rate of each step of an epoch, which is counted from 1."""
+        steps = -(-self.train_images // self.batch_size)
+        if self.schedule == "steps":
+            return [self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)] * steps
+        return [self._one_cycle((epoch - 1) * steps + step, self.epochs * steps) for step in range(steps)]
+
+    def _one_cycle(self, step: int, steps: int) -> float:
+        """As torch's OneCycleLR with a fifth of the steps upwards."""
+        first, last = self.learning_rate / 25, self.learning_rate / 25 / 1e4
+        top = max(0.2 * steps - 1, 0)
+        if step <= top:
+            start, end, part = first, self.learning_rate, step / top if top else 1.0
+        else:
+            start, end, part = self.learning_rate, last, (step - top) / (steps - 1 - top)
+        return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
 CONDITIONS = (
@@ -229,8 +264,15 @@ def try_out(recipe: Recipe, condition: Condition) -> None:
 
 
 def recipe_entry(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON."""
-    return _entry({setting.name: getattr(recipe, setting.name) for setting in fields(recipe)})
+    """A recipe as JSON, settings that came after the first published runs left out where they are not used."""
+    settings = {setting.name: getattr(recipe, setting.name) for setting in fields(recipe)}
+    later = ("shift", "scale", "schedule", "nesterov", "held_out")
+    unused = [
+        setting.name
+        for setting in fields(recipe)
+        if setting.name in later and settings[setting.name] == setting.default
+    ]
+    return _entry({name: value for name, value in settings.items() if name not in unused})
 
 
 def condition_entry(condition: Condition) -> dict[str, Any]:
@@ -258,10 +300,15 @@ def recorded_condition(entry: dict[str, Any]) -> Condition:
 def _made(entry: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(entry)
     for name in {"network", "norm", "penalty"} & made.keys():
-        # What a stranger's run.json names is not imported: the networks of the library are all that a name can make.
-        known = isinstance(made[name], str) and made[name] in ("PlainNet", "BottleneckNet")
-        made[name] = getattr(models, made[name]) if known else Recorded(made[name])
+        made[name] = _known(made[name]) or Recorded(made[name])
     return made
+
+
+def _known(entry: Any) -> Callable[..., nn.Module] | None:
+    """A network of the library. What a stranger's run.json names else is not imported."""
+    if isinstance(entry, dict) and entry.get("partial") in models.NETWORKS:
+        return partial(models.NETWORKS[entry["partial"]], **entry["arguments"])
+    return models.NETWORKS.get(entry) if isinstance(entry, str) else None
 
 
 def layers(recipe: Recipe, condition: Condition) -> list[str]:

@@ -25,6 +25,8 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, on the scale 0 to 1
 FILL = 1  # the grey level, of 255, that rotation brings in from outside the image
 CLASS_NAMES = tuple(name.split(" - ")[1] for name in MNIST.classes)  # "zero" to "nine"
 
+HELD_OUT = 10_000  # of the training digits, the last: for choices, which are not to be made on the test digits
+
 _MD5 = dict(MNIST.resources)  # of the archives: training images, training labels, test images, test labels
 _CRC32 = {  # of what they hold, as each says in its last eight bytes (RFC 1952)
     "train-images-idx3-ubyte.gz": 0xE9F4D8B3,
@@ -45,6 +47,21 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
+class Augmentation(NamedTuple):
+    """How far each image may be changed, at random, uniformly on both sides; zeros leave it as it is.
+
+    rotation: degrees.
+    jitter: relative change of brightness, and of contrast.
+    shift: pixels, across and down.
+    scale: relative change of size.
+    """
+
+    rotation: float = 0.0
+    jitter: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+
+
 def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
     """The training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
 
@@ -63,6 +80,12 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
         Digits(train_images.to(device), train_labels.long().to(device)),
         Digits(test_images.to(device), test_labels.long().to(device)),
     )
+
+
+def hold_out(train: Digits) -> tuple[Digits, Digits]:
+    """The training digits without the last 10,000, and those."""
+    rest, held_out = zip(*(part.split([len(part) - HELD_OUT, HELD_OUT]) for part in train), strict=True)
+    return Digits(*rest), Digits(*held_out)
 
 
 def _content(archive: Path) -> bytes | None:
@@ -125,16 +148,36 @@ def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
 
     Returns grey levels as float32; equals `torchvision.transforms.v2.functional.rotate` pixel for pixel.
     """
-    size = images.shape[-1]
-    axis = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
-    # A pixel centre is a complex number x + iy, and to rotate it is one multiplication (y points down).
-    grid = torch.complex(axis.expand(size, size), axis.unsqueeze(1).expand(size, size))
-    angles = torch.deg2rad(angles.double().cpu())
-    turns = torch.polar(torch.ones_like(angles), angles).to(grid)
-    sources = torch.view_as_real(grid * turns.view(-1, 1, 1))
+    centres = _pixel_centres(images)
+    sources = torch.view_as_real(centres * _turns(angles).to(centres))
     # Grid sampling pads with zeros: shift the grey levels so that zero is the fill.
     shifted = _grey(images).unsqueeze(1).sub_(fill)
     return F.grid_sample(shifted, sources, mode="nearest", align_corners=False).squeeze(1).add_(fill)
+
+
+def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    """Rotate, scale, then shift each square image (N, H, H) by its own amounts, bilinear, the background coming in.
+
+    Angles (N,) are in degrees counter-clockwise, scales (N,) are factors, shifts (N, 2) are pixels right and down.
+    Returns grey levels as float32; agrees with `torchvision.transforms.v2.functional.affine`, which turns clockwise.
+    """
+    centres = _pixel_centres(images)
+    moved = centres - torch.view_as_complex(shifts * (2 / images.shape[-1])).to(centres).view(-1, 1, 1)
+    sources = torch.view_as_real(moved * (_turns(angles) / scales.cpu().view(-1, 1, 1)).to(centres))
+    return F.grid_sample(_grey(images).unsqueeze(1), sources, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def _pixel_centres(images: Tensor) -> Tensor:
+    """(H, H), from -1 to 1, each a complex number x + iy, which one multiplication rotates (y points down)."""
+    size = images.shape[-1]
+    axis = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
+    return torch.complex(axis.expand(size, size), axis.unsqueeze(1).expand(size, size))
+
+
+def _turns(angles: Tensor) -> Tensor:
+    """Unit complex numbers (N, 1, 1) of angles in degrees, on the CPU."""
+    angles = torch.deg2rad(angles.double().cpu())
+    return torch.polar(torch.ones_like(angles), angles).view(-1, 1, 1)
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -150,27 +193,34 @@ def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def batches(
-    digits: Digits, batch_size: int, rotation: float, jitter: float, generator: torch.Generator
+    digits: Digits, batch_size: int, augmentation: Augmentation, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch over `digits` in random order, augmented: pairs of float32 (B, 1, 28, 28) and int64 (B,).
 
-    Brightness and contrast factors are uniform in 1 ± `jitter`, angles in ± `rotation` degrees, one of each an image.
-    All of them come from `generator`, on the CPU, so that they do not depend on the device; the last batch may be
-    smaller.
+    Each image has amounts of its own. All of them come from `generator`, on the CPU, so that they do not depend on the
+    device; the last batch may be smaller. Rotation alone takes the nearest pixel, as the published recipes do; with
+    shift or scale, all three are one bilinear step.
     """
     images, labels = digits
     count, device = len(labels), labels.device
     order = torch.randperm(count, generator=generator)
+    rotation, jitter, shift, scale = augmentation
     brightness, contrast = (1 + jitter * _uniform(count, generator) for _ in range(2))
     angles = rotation * _uniform(count, generator)
     brightness, contrast = brightness.to(device), contrast.to(device)
+    scales = 1 + scale * _uniform(count, generator)
+    shifts = shift * torch.stack([_uniform(count, generator) for _ in range(2)], dim=1)
     for start in range(0, count, batch_size):
         part = slice(start, start + batch_size)
         chosen = order[part].to(device)
         batch = images[chosen]
         if jitter:
             batch = adjust_contrast(adjust_brightness(batch, brightness[part]), contrast[part])
-        yield normalise(rotate(batch, angles[part])), labels[chosen]
+        if shift or scale:
+            batch = affine(batch, angles[part], scales[part], shifts[part])
+        else:
+            batch = rotate(batch, angles[part])
+        yield normalise(batch), labels[chosen]
 
 
 def _grey(images: Tensor) -> Tensor:

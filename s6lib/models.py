@@ -58,14 +58,18 @@ class PlainNet(nn.Module):
 
     Args:
         norm: makes the normalisation layer for a number of channels.
-        dropout: probability after each normalisation but the last.
+        dropout: probability after each block but the last.
+        norm_first: whether the normalisation stands before the ReLU.
     """
 
-    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, dropout: float = 0.04) -> None:
+    def __init__(
+        self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, dropout: float = 0.04, norm_first: bool = False
+    ) -> None:
         super().__init__()
 
         def block(channels_in: int, channels_out: int, padding: int = 0) -> list[nn.Module]:
-            return [_conv(channels_in, channels_out, padding=padding), _relu(), norm(channels_out), Dropout(dropout)]
+            pair = [norm(channels_out), _relu()] if norm_first else [_relu(), norm(channels_out)]
+            return [_conv(channels_in, channels_out, padding=padding), *pair, Dropout(dropout)]
 
         self.layers = nn.Sequential(
             *block(1, 10, padding=1),
@@ -121,3 +125,6 @@ class BottleneckNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images).flatten(1)
+
+
+NETWORKS = {network.__name__: network for network in (PlainNet, BottleneckNet)}  # by the name in run.json

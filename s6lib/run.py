@@ -5,7 +5,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from s6lib.conditions import Condition, Recipe, build_model, condition_entry, layers, recipe_entry
-from s6lib.data import Digits, batches, load_mnist
+from s6lib.data import Digits, batches, hold_out, load_mnist
 from s6lib.errors import RunError
 from s6lib.files import read_checkpoint, remove_parts, serialised, write_checkpoint, write_results, write_whole
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
@@ -86,12 +86,16 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
     device, settings = torch.device(device), run.settings
     with _ONE_RUN, _reproducible(device):
         train, test = load_mnist(device=device)
+        if settings.held_out:
+            train, test = hold_out(train)
         train = Digits(train.images[: settings.train_images], train.labels[: settings.train_images])
         _seed(run.seed, 0, device)
         # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
         layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
         model = build_model(run.recipe, run.condition).to(device, memory_format=layout)
-        optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate, settings.momentum, fused=True)
+        optimizer = torch.optim.SGD(
+            model.parameters(), settings.learning_rate, settings.momentum, nesterov=settings.nesterov, fused=True
+        )
         state = {**run.identity, "history": [], "machines": []}
         if folder is not None:
             _resume(folder, run, state, model, optimizer)
@@ -118,17 +122,26 @@ def _epoch(
     run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, digits: tuple[Digits, Digits]
 ) -> dict[str, float]:
     (train, test), settings = digits, run.settings
-    lr = optimizer.param_groups[0]["lr"] = settings.learning_rate_at(epoch)
+    rates = settings.learning_rates(epoch)
     generator = _seed(run.seed, epoch, train.labels.device)
     begun = time.perf_counter()
-    augmented = batches(train, settings.batch_size, settings.rotation, settings.jitter, generator)
-    training = train_epoch(model, augmented, optimizer, run.condition.penalty_of)
+    augmented = batches(train, settings.batch_size, settings.augmentation, generator)
+    training = train_epoch(model, _paced(augmented, optimizer, rates), optimizer, run.condition.penalty_of)
     seconds = time.perf_counter() - begun
     validation = evaluate(model, test)
     if not np.isfinite(validation.loss):  # the last step's update was too large
         raise NonFiniteLoss(step=-(-len(train.labels) // settings.batch_size))
-    row = (epoch, lr, *training, validation.loss, validation.accuracy, seconds)
+    row = (epoch, rates[0], *training, validation.loss, validation.accuracy, seconds)
     return dict(zip(COLUMNS, row, strict=True))
+
+
+def _paced(
+    batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, rates: list[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, each with its learning rate set."""
+    for batch, rate in zip(batches, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        yield batch
 
 
 def _seed(seed: int, epoch: int, device: torch.device) -> torch.Generator:

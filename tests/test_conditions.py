@@ -1,7 +1,10 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from s6lib.conditions import (
@@ -45,8 +48,29 @@ def test_recipes_are_the_designs():
 
 
 def test_learning_rate_falls_tenfold_every_six_epochs():
-    rates = [PLAIN.learning_rate_at(epoch) for epoch in (1, 6, 7, 12, 13, 18, 19, 24, 25)]
-    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
+    rates = [PLAIN.learning_rates(epoch) for epoch in (1, 6, 7, 12, 13, 18, 19, 24, 25)]
+    assert all(len(of_steps) == 938 and len(set(of_steps)) == 1 for of_steps in rates)
+    assert [first for first, *_ in rates] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
+
+
+@given(st.integers(1, 6), st.integers(1, 2000), st.integers(1, 700))
+def test_one_cycle_is_torchs(epochs, images, batch):
+    recipe = Recipe("cycle", Own, epochs=epochs, train_images=images, batch_size=batch, schedule="one-cycle")
+    ours = [rate for epoch in range(1, epochs + 1) for rate in recipe.learning_rates(epoch)]
+    if len(ours) < 6:  # torch divides by zero where the upward part has one step
+        assert max(ours) <= 0.01
+        return
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.01, total_steps=len(ours), pct_start=0.2, cycle_momentum=False
+    )
+    theirs = []
+    for _ in ours:
+        theirs += scheduler.get_last_lr()
+        optimizer.step()
+        if len(theirs) < len(ours):
+            scheduler.step()
+    assert ours == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("recipe", [PLAIN, BOTTLENECK])
@@ -77,7 +101,8 @@ def test_normalisation_layers_are_the_conditions():
     [
         {"epochs": 0}, {"epochs": True}, {"epochs": 2.0}, {"train_images": 60_001}, {"train_images": 0},
         {"batch_size": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1}, {"dropout": 1.5}, {"momentum": 2},
-        {"rotation": float("inf")}, {"jitter": -0.1}, {"decay_epochs": 0}, {"network": "PlainNet"},
+        {"rotation": float("inf")}, {"jitter": -0.1}, {"shift": 29}, {"scale": 1.0}, {"schedule": "cosine"},
+        {"nesterov": 1}, {"held_out": 1}, {"decay_epochs": 0}, {"network": "PlainNet"},
         {"name": "../plain"},
     ],
 )  # fmt: skip
@@ -85,6 +110,17 @@ def test_recipe_refuses_what_makes_no_sense(change):
     ((field, value),) = change.items()
     with pytest.raises(ValueError, match=rf"{field} must be .*, not {value!r}"):
         replace(PLAIN, **change)
+
+
+def test_held_out_digits_are_not_trained_on():
+    with pytest.raises(ValueError, match="held_out must be True, with at most 50,000 train_images, or False"):
+        replace(PLAIN, held_out=True)
+    assert replace(PLAIN, held_out=True, train_images=50_000).held_out
+
+
+def test_nesterov_needs_a_momentum():
+    with pytest.raises(ValueError, match="nesterov must be True, with a momentum above 0, or False, not True"):
+        replace(PLAIN, momentum=0.0, nesterov=True)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +218,22 @@ def test_what_is_recorded_can_be_read_again(condition):
     assert again == condition or isinstance(again.norm, Recorded)
     assert recipe_entry(recorded_recipe(recipe_entry(OWN))) == recipe_entry(OWN)
     assert recorded_recipe(recipe_entry(PLAIN)) == PLAIN
+
+
+def test_settings_that_are_not_used_are_not_recorded():
+    """So that the first published runs, which knew nothing of them, are still runs of PLAIN."""
+    assert set(recipe_entry(PLAIN)) == {
+        "name", "network", "dropout", "epochs", "train_images", "batch_size", "learning_rate", "decay", "decay_epochs",
+        "momentum", "rotation", "jitter",
+    }  # fmt: skip
+    changed = replace(PLAIN, schedule="one-cycle", shift=2.0, scale=0.1, nesterov=True, held_out=True, train_images=9)
+    assert recorded_recipe(recipe_entry(changed)) == changed
+
+
+def test_a_network_of_the_library_with_its_arguments_can_be_made_from_what_is_recorded():
+    recipe = Recipe("first", partial(PlainNet, norm_first=True))
+    kinds = [type(layer) for layer in build_model(recorded_recipe(recipe_entry(recipe)), CONTROL).layers[:3]]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
 
 
 def test_what_is_known_by_name_alone_cannot_be_made():

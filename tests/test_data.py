@@ -17,11 +17,14 @@ from torchvision.datasets import MNIST
 from s6lib.data import (
     CLASS_NAMES,
     DATA,
+    Augmentation,
     Digits,
     MnistError,
     adjust_brightness,
     adjust_contrast,
+    affine,
     batches,
+    hold_out,
     load_mnist,
     normalise,
     rotate,
@@ -212,6 +215,31 @@ def test_rotate_is_torchvisions_image_by_image(mnist, first, angles):
             assert torch.equal(ours, torchvision_functional.rotate(image[None], angle, fill=[1])[0].float())
 
 
+amounts = st.tuples(
+    st.floats(-180, 180, width=32), st.floats(0.5, 2, width=32), st.floats(-9, 9, width=32), st.floats(-9, 9, width=32)
+)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 59_990), st.lists(amounts, min_size=1, max_size=5))
+def test_affine_is_torchvisions_image_by_image(mnist, first, drawn):
+    images = mnist[0].images[first : first + len(drawn)]
+    angles, scales, right, down = torch.tensor(drawn).T
+    moved = affine(images, angles, scales, torch.stack([right, down], dim=1))
+    for image, (angle, scale, *shift), ours in zip(images, drawn, moved, strict=True):
+        bilinear = torchvision_functional.InterpolationMode.BILINEAR
+        theirs = torchvision_functional.affine(image[None].float(), -angle, shift, scale, [0.0, 0.0], bilinear)
+        assert torch.allclose(ours, theirs[0], atol=0.05)  # of 255 grey levels
+
+
+def test_affine_turns_as_rotate_does_and_shifts_right_and_down(mnist):
+    images, ones = mnist[0].images[:3], torch.ones(3)
+    turned = affine(images, 90 * ones, ones, torch.zeros(3, 2))
+    assert torch.allclose(turned, rotate(images, 90 * ones, fill=0), atol=0.05)
+    shifted = affine(images, 0 * ones, ones, torch.tensor([[2.0, 3.0]]).expand(3, 2))
+    assert torch.allclose(shifted[:, 3:, 2:], images[:, :-3, :-2].float(), atol=0.05)
+
+
 def test_rotate_brings_in_the_fill(mnist):
     corner = rotate(mnist[0].images[:1], torch.tensor([15.0]))[0, 0, 0]
     assert corner == 1
@@ -232,9 +260,16 @@ def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
         assert difference.count_nonzero() <= 4
 
 
+def test_the_last_10_000_training_digits_are_held_out(mnist):
+    rest, held_out = hold_out(mnist[0])
+    assert (len(rest.images), len(held_out.images)) == (50_000, 10_000)
+    together = [torch.cat(parts) for parts in zip(rest, held_out, strict=True)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, mnist[0], strict=True))
+
+
 def test_batches_hold_every_image_once_with_its_label(mnist):
     digits = Digits(mnist[0].images[:150], torch.arange(150))
-    parts = list(batches(digits, 64, rotation=0.0, jitter=0.0, generator=torch.Generator().manual_seed(1)))
+    parts = list(batches(digits, 64, Augmentation(), torch.Generator().manual_seed(1)))
     assert [len(labels) for _, labels in parts] == [64, 64, 22]
     images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     assert labels.sort().values.tolist() == list(range(150))
@@ -245,7 +280,8 @@ def test_batches_hold_every_image_once_with_its_label(mnist):
 def test_batches_come_from_the_generator_alone(mnist):
     def drawn(seed):
         digits = Digits(mnist[0].images[:100], mnist[0].labels[:100])
-        return torch.cat([images for images, _ in batches(digits, 64, 15.0, 0.1, torch.Generator().manual_seed(seed))])
+        every = Augmentation(15.0, 0.1, 2.0, 0.1)
+        return torch.cat([images for images, _ in batches(digits, 64, every, torch.Generator().manual_seed(seed))])
 
     torch.manual_seed(1)
     first = drawn(3)
@@ -256,8 +292,8 @@ def test_batches_come_from_the_generator_alone(mnist):
 
 def test_each_image_of_a_batch_has_its_own_augmentation(mnist):
     same = Digits(mnist[0].images[:1].expand(64, -1, -1), torch.zeros(64, dtype=torch.int64))
-    for rotation, jitter in ((15.0, 0.0), (0.0, 0.1)):
-        ((images, _),) = batches(same, 64, rotation, jitter, torch.Generator().manual_seed(1))
+    for name, most in zip(Augmentation._fields, (15.0, 0.1, 2.0, 0.1), strict=True):
+        ((images, _),) = batches(same, 64, Augmentation(**{name: most}), torch.Generator().manual_seed(1))
         assert len(images.flatten(1).unique(dim=0)) > 40  # small angles may agree to the pixel
 
 
@@ -266,7 +302,8 @@ def test_batches_stay_on_the_device_of_the_digits():
     with FakeTensorMode():
         images = torch.zeros(100, 28, 28, dtype=torch.uint8, device="cuda")
         digits = Digits(images, torch.zeros(100, dtype=torch.int64, device="cuda"))
-        parts = list(batches(digits, 64, 15.0, 0.1, torch.Generator()))
+        augmentations = (Augmentation(15.0, 0.1), Augmentation(15.0, 0.0, 2.0, 0.1))
+        parts = [part for each in augmentations for part in batches(digits, 64, each, torch.Generator())]
         parts += [(function(images, torch.ones(100, device="cuda")),) for function in (rotate, adjust_brightness)]
-    assert [tuple(images.shape) for images, *_ in parts[:2]] == [(64, 1, 28, 28), (36, 1, 28, 28)]
+    assert [tuple(images.shape) for images, *_ in parts[:4]] == 2 * [(64, 1, 28, 28), (36, 1, 28, 28)]
     assert {tensor.device.type for part in parts for tensor in part} == {"cuda"}

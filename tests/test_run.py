@@ -73,6 +73,28 @@ def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
     assert runs[0].history != runs[1].history
 
 
+CYCLE = replace(TINY, schedule="one-cycle", nesterov=True, learning_rate=0.1, shift=2.0, scale=0.1, held_out=True)
+
+
+def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, tmp_path, monkeypatch):
+    whole = train_run(Run(CYCLE, GBN, 1))
+    assert [row["lr"] for row in whole.history] == [CYCLE.learning_rates(epoch)[0] for epoch in (1, 2)]
+    right = (torch.from_numpy(whole.predictions) == mnist[0].labels[50_000:]).float().mean()
+    assert whole.history[-1]["val_accuracy"] == pytest.approx(float(right))
+    original = s6lib.run.train_epoch
+
+    def stop_at_epoch_2(model, batches, optimizer, *penalties):
+        if optimizer.state:
+            raise Stopped
+        return original(model, batches, optimizer, *penalties)
+
+    monkeypatch.setattr(s6lib.run, "train_epoch", stop_at_epoch_2)
+    with pytest.raises(Stopped):
+        train_run(Run(CYCLE, GBN, 1), tmp_path)
+    monkeypatch.undo()
+    assert_same_run(train_run(Run(CYCLE, GBN, 1), tmp_path), whole)
+
+
 @pytest.mark.parametrize("writes", range(1, 11))
 def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_path, monkeypatch, writes):
     """The process ends in the middle of the n-th file that it writes; then the same run is asked for again."""
@@ -128,7 +150,7 @@ def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path, monkeypatch):
-    monkeypatch.setattr(type(TINY), "learning_rate_at", lambda _, epoch: 0.01 if epoch == 1 else 1e30)
+    monkeypatch.setattr(type(TINY), "learning_rates", lambda _, epoch: [0.01 if epoch == 1 else 1e30] * 10)
     with pytest.raises(RunError, match=r"GBN \(gbn\), seed 1: the loss is not finite at epoch 2, step \d+; lower"):
         train_run(Run(TINY, GBN, 1), tmp_path)
     assert (tmp_path / "history.csv").read_text().splitlines()[1].startswith("1,0.01,")
