@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -190,19 +190,19 @@ def _report(study: "Study", images: Path) -> None:
     """Print the tables of a study, and draw its figures: two graphs, a model's errors, and with more seeds two more."""
     from s6lib import plots
     from s6lib.analysis import misclassified, result_table
-    from s6lib.data import load_mnist
-    from s6lib.identity import Recorded, name_of
+    from s6lib.data import hold_out, load_mnist
+    from s6lib.identity import name_of
 
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
     print(f"\n{title} ({name})\n{result_table(study).to_string(index=False)}\n")
     figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
     shown = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
-    if not isinstance(study.recipe.network, Recorded) and not isinstance(study.conditions[shown].norm, Recorded):
-        _, test = load_mnist()
-        wrong = misclassified(study.model(shown), test)
+    with suppress(StudyError):  # a model of one's own is known by name alone, unless --study is given
+        model, (train, test) = study.model(shown), load_mnist()
+        digits = hold_out(train)[1] if study.recipe.held_out else test
         heading = f"{title}, {study.labels[shown]}"
-        figures[f"misclassified_{shown}"] = plots.plot_misclassified(wrong, test, heading)
+        figures[f"misclassified_{shown}"] = plots.plot_misclassified(misclassified(model, digits), digits, heading)
     figures |= _compared(study, title)
     for kind, figure in figures.items():
         path = images / f"{name}_{kind}.png"
@@ -222,7 +222,9 @@ def _compared(study: "Study", title: str) -> dict[str, Any]:
         return {}
     if len(outcomes) < 2:
         return {}
-    print(f"test accuracy at the last epoch, %\n{condition_statistics(outcomes).round(3).to_string(index=False)}\n")
+    digits = "held-out" if study.recipe.held_out else "test"
+    means = condition_statistics(outcomes).round(3).to_string(index=False)
+    print(f"accuracy on the {digits} digits at the last epoch, %\n{means}\n")
     figures = {"replication": plots.plot_replication(outcomes, study.labels, title)}
     if outcomes.shape[1] > 1:
         columns = ["first", "second", "n", "difference", "low", "high", "p", "p_holm"]

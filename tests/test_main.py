@@ -30,6 +30,19 @@ def test_run_trains_reports_and_draws(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
 
 
+def test_a_study_on_held_out_digits_is_reported_as_one(tmp_path, capsys):
+    study = tmp_path / "search.py"
+    study.write_text(
+        "from dataclasses import replace\n"
+        "from s6lib import CONTROL, PLAIN\n"
+        'RECIPE = replace(PLAIN, name="search", epochs=1, train_images=640, held_out=True)\n'
+        "CONDITIONS = (CONTROL,)\n"
+    )
+    command = ["run", "--study", str(study), "--seeds", "1", "2", "--jobs", "1", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "runs")]) == 0
+    assert "accuracy on the held-out digits at the last epoch, %" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
