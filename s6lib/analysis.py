@@ -11,7 +11,7 @@ from s6lib.conditions import Condition, Recipe
 from s6lib.data import CLASS_NAMES, Digits
 from s6lib.identity import name_of
 from s6lib.study import Study
-from s6lib.train import predict_logits
+from s6lib.train import evaluate, predict_logits
 
 
 def condition_table(recipe: Recipe, conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -95,6 +95,12 @@ def wrong_in_every_run(study: Study, labels: np.ndarray) -> np.ndarray:
     """The numbers of the test images that every run of a study gets wrong."""
     wrong = [study.predictions(condition, seed) != labels for condition, seed in study.runs]
     return np.flatnonzero(np.all(wrong, axis=0))
+
+
+def accuracies_on(digits: Digits, study: Study) -> pd.DataFrame:
+    """Accuracy (0 to 1) of each saved model on other digits, such as load_qmnist's: condition, seed, accuracy."""
+    rows = [(slug, seed, evaluate(study.model(slug, seed), digits).accuracy) for slug, seed in study.runs]
+    return pd.DataFrame(rows, columns=["condition", "seed", "accuracy"])
 
 
 def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
-from torchvision.datasets import MNIST
+from torchvision.datasets import MNIST, QMNIST
 from torchvision.datasets.utils import check_integrity, download_url
 
 from s6lib.errors import S6Error
@@ -80,6 +80,21 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
         Digits(train_images.to(device), train_labels.long().to(device)),
         Digits(test_images.to(device), test_labels.long().to(device)),
     )
+
+
+def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> Digits:
+    """50,000 further test digits, of QMNIST (Yadav and Bottou, arXiv:1905.10498), in `root`/QMNIST, on `device`.
+
+    They are downloaded when first asked for. Raises MnistError where that fails, or a file is damaged.
+    """
+    try:
+        qmnist = QMNIST(Path(root).expanduser(), what="test50k", download=True)
+    except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
+        raise MnistError(
+            f"the test digits of QMNIST could not be downloaded to, or read from, {Path(root) / 'QMNIST'}. Try again "
+            f"with a network; if a file there is damaged, delete the folder first. What failed: {error!r}"
+        ) from error
+    return Digits(qmnist.data.to(device), qmnist.targets[:, 0].to(device))
 
 
 def hold_out(train: Digits) -> tuple[Digits, Digits]:
