@@ -1,6 +1,7 @@
-"""The README says what the repository holds."""
+"""The README and the pages in docs/ say what the repository holds."""
 
 import importlib
+import math
 import re
 
 import pytest
@@ -20,11 +21,14 @@ from s6lib.statistics import (
 from s6lib.study import Study
 
 README = (PROJECT / "README.md").read_text()
+RESULTS = (PROJECT / "docs" / "results.md").read_text()
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+LAYER = (PROJECT / "docs" / "ghost_batch_norm.md").read_text()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_result_tables_are_the_published_runs(recipe):
-    _, _, section = README.partition(f"{recipe.network.__name__}, ")
+    _, _, section = RESULTS.partition(f"{recipe.network.__name__}, ")
     rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+) \| ([\d.]+) \((\d+)\) \| ([\d.]+) \|$", section, re.MULTILINE)[:5]
     summary = Study(PROJECT / "results", recipe.name, CONDITIONS, seeds=(1,)).summary()
     expected = [
@@ -46,7 +50,7 @@ SIX = (*CONDITIONS, CONTROL)
 @pytest.fixture(scope="module")
 def replication():
     """The study of the headline: as many seeds as it says, which are all that every condition has."""
-    seeds = int(re.search(r"\*\*With (\d+) runs of each condition", README)[1])
+    seeds = int(re.search(r"What (\d+) runs of each condition say", RESULTS)[1])
     every = [set(Study(PROJECT / "results", conditions=(c,)).seeds) for c in SIX]
     before = set(range(1, min(FACTORIAL_SEEDS)))  # the preregistered seeds are looked at when all are there
     assert set.intersection(*every) & before == set(range(1, seeds + 1))
@@ -56,21 +60,32 @@ def replication():
 def test_the_headline_is_what_the_results_say(replication):
     comparisons = paired_comparisons(replication.outcomes())
     said = re.search(
-        r"no condition can be told from another, nor from plain BatchNorm: the largest\s+of the (\d+) "
-        r"paired differences is ([\d.]+) points, and none of them stands "
+        r"\*\*No condition can be told from another, nor from plain BatchNorm: the largest\s+of the (\d+) "
+        r"paired differences is ([\d.]+) points,\s+and none of them stands "
         r"\(smallest p after Holm's correction: ([\d.]+)\)\.\*\*",
-        README,
+        RESULTS,
     )
     assert int(said[1]) == len(comparisons)
     assert said[2] == f"{comparisons['difference'].abs().max():.2f}"
     assert said[3] == f"{comparisons['p_holm'].min():.2f}"
     assert comparisons["p_holm"].min() > 0.05
-    room = re.search(r"the intervals leave room for differences of up to ([\d.]+) points", README)[1]
+    room = re.search(r"the intervals leave\s+room for differences of up to ([\d.]+) points", RESULTS)[1]
     assert room == f"{comparisons[['low', 'high']].abs().max().max():.2f}"
     p = friedman_p(replication.outcomes())
-    assert f"(Friedman's, thought of afterwards: p = {p:.3f})" in README
+    assert re.search(r"Friedman's, thought\s+of afterwards: p = ([\d.]+)\)", RESULTS)[1] == f"{p:.3f}"
     hold_zero = ((comparisons["low"] <= 0) & (comparisons["high"] >= 0)).sum()
-    assert f"95% intervals, of which {hold_zero} hold zero" in README
+    assert f"95% intervals, of which {hold_zero} hold zero" in RESULTS
+
+
+def test_the_first_screen_is_what_the_results_say(replication):
+    """In test digits, of 10,000."""
+    comparisons, sd = paired_comparisons(replication.outcomes()), run_sd(replication.outcomes())
+    two_runs = 2 / math.sqrt(math.pi) * sd  # the mean distance of two normal values
+    said = re.search(r"differ by about (\d+) digits, and the best and worst .*? by about (\d+)\.", README, re.DOTALL)
+    assert said.groups() == (f"{100 * two_runs:.0f}", f"{100 * equal_conditions(sd)[1]:.0f}")
+    said = re.search(r"between two means is (\d+) digits, and\s+p = ([\d.]+)", README)
+    largest, p = comparisons["difference"].abs().max(), comparisons["p_holm"].min()
+    assert said.groups() == (f"{100 * largest:.0f}", f"{p:.2f}")
 
 
 def test_the_largest_difference_on_new_seeds_is_as_said(replication):
@@ -82,9 +97,9 @@ def test_the_largest_difference_on_new_seeds_is_as_said(replication):
         Study(PROJECT / "results", conditions=chosen, seeds=range(11, 21)).outcomes()
     ).itertuples()
     said = re.search(
-        r"on (\d+) new seeds the\s+difference, L2 \+ BN over GBN, is ([\d.]+) points, 95% interval (\S+) to (\S+), "
+        r"on (\d+) new seeds the\s+difference, L2 \+ BN over GBN, is ([\d.]+) points, 95%\s+interval (\S+) to (\S+), "
         r"and does not pass the one test that\s+was fixed before they were run \(p = ([\d.]+)\)",
-        README,
+        RESULTS,
     )
     numbers = (
         f"{new.difference:.3f}",
@@ -98,7 +113,7 @@ def test_the_largest_difference_on_new_seeds_is_as_said(replication):
 
 def test_luck_alone_does_what_the_readme_says(replication):
     sd = run_sd(replication.outcomes())
-    said = re.search(r"scatter with an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", README, re.DOTALL)
+    said = re.search(r"scatter with an SD\s+of ([\d.]+) points.*?would lie ([\d.]+) points apart", RESULTS, re.DOTALL)
     assert said.groups() == (f"{sd:.3f}", f"{equal_conditions(sd)[1]:.2f}")
 
 
@@ -106,8 +121,8 @@ def test_it_takes_as_many_seeds_as_said(replication):
     comparisons = paired_comparisons(replication.outcomes())
     pair_sd = (comparisons["sd"] ** 2).mean() ** 0.5
     for size, said in (
-        (0.05, re.search(r"difference of 0\.05 points .*? with\s+(\d+) seeds", README, re.DOTALL)),
-        (0.02, re.search(r"one of 0\.02 points with (\d+)", README)),
+        (0.05, re.search(r"difference of 0\.05 points .*? with\s+(\d+) seeds", RESULTS, re.DOTALL)),
+        (0.02, re.search(r"one of 0\.02 points with (\d+)", RESULTS)),
     ):
         assert int(said[1]) == seeds_needed(pair_sd, size, len(comparisons))
 
@@ -118,9 +133,9 @@ def test_the_table_of_means_is_what_the_results_say(replication):
     labels = replication.labels
     ends = [f"{labels[row['condition']]}, {row['mean']:.2f}%" for row in (lowest, highest)]
     assert f"with means from {ends[0]}, to {ends[1]}]" in README
-    assert f"The lowest is {labels[lowest['condition']]}." in README
+    assert f"The lowest is {labels[lowest['condition']]}." in RESULTS
     rows = re.findall(
-        r"^\| ([^|]+?) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", README, re.MULTILINE
+        r"^\| ([^|]+?) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", RESULTS, re.MULTILINE
     )
     expected = [
         (labels[row.condition], str(row.n), f"{row.mean:.3f}", f"{row.sd:.3f}", f"{row.low:.2f}", f"{row.high:.2f}")
@@ -135,39 +150,44 @@ def test_three_seeds_of_another_network_and_of_the_splits_are_as_said():
     bottleneck["label"] = bottleneck["condition"].map(study.labels)
     assert bottleneck["n"].tolist() == [3] * 6
     highest, lowest = (bottleneck.loc[getattr(bottleneck["mean"], which)()] for which in ("idxmax", "idxmin"))
-    said = re.search(r"another: (.*) is the highest, ([\d.]+)%, and (.*) the\s+lowest, ([\d.]+)%", README).groups()
+    said = re.search(r"another: (.*) is the highest, ([\d.]+)%, and (.*) the\s+lowest, ([\d.]+)%", RESULTS).groups()
     assert said == (highest["label"], f"{highest['mean']:.2f}", lowest["label"], f"{lowest['mean']:.2f}")
 
     sweep = condition_statistics(Study(PROJECT / "results", conditions=SPLIT_SWEEP).outcomes()).set_index("condition")
     assert sweep["n"].tolist() == [3] * 4
-    said = re.search(r"up to 8 \(([\d.]+)%\), and falls\s+to ([\d.]+)% with 32", README).groups()
+    said = re.search(r"no drop up to 8 \(([\d.]+)%\); with 32 it\s+is ([\d.]+)%", RESULTS).groups()
     assert said == (f"{sweep.loc['gbn-8', 'mean']:.2f}", f"{sweep.loc['gbn-32', 'mean']:.2f}")
 
 
 def test_a_second_seed_moves_the_accuracies_as_said():
-    said = re.search(r"moves these\s+accuracies by up to\s+([\d.]+) points and has another winner", README)
+    said = re.search(r"moves these\s+accuracies by up to\s+([\d.]+) points and has another winner", RESULTS)
     outcomes = Study(PROJECT / "results", conditions=CONDITIONS, seeds=(1, 2)).outcomes()
     assert (outcomes.loc[1] - outcomes.loc[2]).abs().max() == pytest.approx(float(said[1]))
     assert outcomes.loc[1].idxmax() != outcomes.loc[2].idxmax()
 
 
 def test_one_accuracy_is_as_uncertain_as_said():
-    said = float(re.search(r"uncertain by about ([\d.]+) points either way", README)[1])
+    said = float(re.search(r"uncertain by about ([\d.]+) points either way", RESULTS)[1])
     low, high = wilson_interval(0.995)
     assert 100 * (high - low) / 2 == pytest.approx(said, abs=0.01)
 
 
 def test_figures_are_there_and_have_a_text():
-    figures = re.findall(r"!\[([^\]]*)\]\((images/[^)]+)\)", README)
-    assert len(figures) >= 3
-    for text, path in figures:
-        assert len(text) > 30
-        assert (PROJECT / path).is_file()
+    for page in PAGES:
+        for text, path in re.findall(r"!\[([^\]]*)\]\((?!https?:)([^)]+)\)", page.read_text()):
+            assert len(text) > 30
+            assert (page.parent / path).is_file()
 
 
 def test_linked_files_exist():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (PROJECT / path).exists(), path
+    for page in PAGES:
+        for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / path).exists(), path
+
+
+def test_every_page_is_linked_from_the_readme_which_is_short():
+    assert all(f"(docs/{page.name})" in README for page in PAGES[1:])
+    assert len(re.sub(r"\[!\[.*?\)\]\(.*?\)", "", README).split()) <= 950
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -176,7 +196,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_ghost_batch_norm_example_runs():
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "resnet18" in code]
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", LAYER, re.DOTALL) if "resnet18" in code]
     exec(example, {})
 
 
