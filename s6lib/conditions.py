@@ -116,6 +116,8 @@ class Recipe:
         schedule: "steps", or "one-cycle" (Smith and Topin, arXiv:1708.07120): from a 25th of the learning rate up to it
             in a fifth of all steps, and down to almost nothing, both along a cosine, step by step.
         nesterov: whether the momentum is Nesterov's.
+        ema: what an exponential moving average of the weights keeps of itself at each step, such as 0.999; the average
+            is then what is judged and saved. 0: no average.
         held_out: whether accuracy is measured on the last 10,000 training digits, for choices, and not on the test
             digits; `train_images` is then at most 50,000.
 
@@ -138,6 +140,7 @@ class Recipe:
     scale: float = 0.0
     schedule: str = "steps"
     nesterov: bool = False
+    ema: float = 0.0
     held_out: bool = False
 
     def __post_init__(self) -> None:
@@ -163,6 +166,7 @@ class Recipe:
         _require_number("shift", self.shift, 0, 28)
         _require_number("scale", self.scale, 0, 0.9)
         _require(self.schedule in ("steps", "one-cycle"), "schedule", "'steps' or 'one-cycle'", self.schedule)
+        _require_number("ema", self.ema, 0, 0.9999)
         sound = type(self.nesterov) is bool and (not self.nesterov or self.momentum > 0)
         _require(sound, "nesterov", "True, with a momentum above 0, or False", self.nesterov)
 
@@ -266,7 +270,7 @@ def try_out(recipe: Recipe, condition: Condition) -> None:
 def recipe_entry(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON, settings that came after the first published runs left out where they are not used."""
     settings = {setting.name: getattr(recipe, setting.name) for setting in fields(recipe)}
-    later = ("shift", "scale", "schedule", "nesterov", "held_out")
+    later = ("shift", "scale", "schedule", "nesterov", "ema", "held_out")
     unused = [
         setting.name
         for setting in fields(recipe)

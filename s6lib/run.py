@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from s6lib.conditions import Condition, Recipe, build_model, condition_entry, layers, recipe_entry
 from s6lib.data import Digits, batches, hold_out, load_mnist
@@ -90,45 +91,69 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
             train, test = hold_out(train)
         train = Digits(train.images[: settings.train_images], train.labels[: settings.train_images])
         _seed(run.seed, 0, device)
-        # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
-        layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-        model = build_model(run.recipe, run.condition).to(device, memory_format=layout)
-        optimizer = torch.optim.SGD(
-            model.parameters(), settings.learning_rate, settings.momentum, nesterov=settings.nesterov, fused=True
-        )
+        learner = _learner(run, device)
         state = {**run.identity, "history": [], "machines": []}
         if folder is not None:
-            _resume(folder, run, state, model, optimizer)
+            _resume(folder, run, state, learner)
         history, machines = state["history"], state["machines"]
         here = _machine(device)
         machines[:] = [machine for machine in machines if machine != here] + [here]
         for epoch in range(len(history) + 1, settings.epochs + 1):
             try:
-                history.append(_epoch(run, epoch, model, optimizer, (train, test)))
+                history.append(_epoch(run, epoch, learner, (train, test)))
             except NonFiniteLoss as error:
                 raise RunError(
                     f"{run}: the loss is not finite at epoch {epoch}, step {error.step}; lower the learning rate or "
                     "the penalties"
                 ) from error
             if folder is not None:
-                write_checkpoint(folder, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                write_checkpoint(folder, {**state, **{n: part.state_dict() for n, part in learner.parts().items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
-        predictions = evaluate(model, test).predictions.numpy()
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        predictions = evaluate(learner.judged, test).predictions.numpy()
+    weights = {name: value.cpu().contiguous() for name, value in learner.judged.state_dict().items()}
     return Trained(history, weights, predictions, machines)
 
 
-def _epoch(
-    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, digits: tuple[Digits, Digits]
-) -> dict[str, float]:
-    (train, test), settings = digits, run.settings
+class _Learner(NamedTuple):
+    """What a checkpoint holds of a run: the model, its optimizer, and the average of its weights if there is one."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+
+    @property
+    def judged(self) -> nn.Module:
+        """What is evaluated and saved."""
+        return self.model if self.average is None else self.average.module
+
+    def parts(self) -> dict[str, Any]:
+        """By the names that they have in a checkpoint."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
+
+
+def _learner(run: Run, device: torch.device) -> _Learner:
+    # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    model, settings = build_model(run.recipe, run.condition).to(device, memory_format=layout), run.settings
+    optimizer = torch.optim.SGD(
+        model.parameters(), settings.learning_rate, settings.momentum, nesterov=settings.nesterov, fused=True
+    )
+    average = None
+    if settings.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+    return _Learner(model, optimizer, average)
+
+
+def _epoch(run: Run, epoch: int, learner: _Learner, digits: tuple[Digits, Digits]) -> dict[str, float]:
+    (train, test), settings, optimizer = digits, run.settings, learner.optimizer
     rates = settings.learning_rates(epoch)
     generator = _seed(run.seed, epoch, train.labels.device)
     begun = time.perf_counter()
     augmented = batches(train, settings.batch_size, settings.augmentation, generator)
-    training = train_epoch(model, _paced(augmented, optimizer, rates), optimizer, run.condition.penalty_of)
+    training = train_epoch(learner.model, _paced(augmented, optimizer, rates), optimizer, run.condition.penalty_of)
     seconds = time.perf_counter() - begun
-    validation = evaluate(model, test)
+    validation = evaluate(learner.judged, test)
     if not np.isfinite(validation.loss):  # the last step's update was too large
         raise NonFiniteLoss(step=-(-len(train.labels) // settings.batch_size))
     row = (epoch, rates[0], *training, validation.loss, validation.accuracy, seconds)
@@ -269,16 +294,16 @@ def save_run(folder: Path, run: Run, trained: Trained) -> None:
     write_results(folder, about, results)
 
 
-def _resume(folder: Path, run: Run, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Bring state, model and optimizer to where the checkpoint in `folder` is, if there is one."""
+def _resume(folder: Path, run: Run, state: dict[str, Any], learner: _Learner) -> None:
+    """Bring the state and the learner to where the checkpoint in `folder` is, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder)
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is not None:
         if differences(checkpoint, run.identity):
             raise RunError(f"the checkpoint in {folder} is of another run; delete it, and the run starts again")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, part in learner.parts().items():
+            part.load_state_dict(checkpoint[name])
         state.update({name: checkpoint.get(name, []) for name in ("history", "machines")})
     write_whole(folder / "history.csv", _history_csv(state["history"]))
 

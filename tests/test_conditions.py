@@ -102,7 +102,7 @@ def test_normalisation_layers_are_the_conditions():
         {"epochs": 0}, {"epochs": True}, {"epochs": 2.0}, {"train_images": 60_001}, {"train_images": 0},
         {"batch_size": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1}, {"dropout": 1.5}, {"momentum": 2},
         {"rotation": float("inf")}, {"jitter": -0.1}, {"shift": 29}, {"scale": 1.0}, {"schedule": "cosine"},
-        {"nesterov": 1}, {"held_out": 1}, {"decay_epochs": 0}, {"network": "PlainNet"},
+        {"nesterov": 1}, {"ema": 1.0}, {"held_out": 1}, {"decay_epochs": 0}, {"network": "PlainNet"},
         {"name": "../plain"},
     ],
 )  # fmt: skip
@@ -226,7 +226,9 @@ def test_settings_that_are_not_used_are_not_recorded():
         "name", "network", "dropout", "epochs", "train_images", "batch_size", "learning_rate", "decay", "decay_epochs",
         "momentum", "rotation", "jitter",
     }  # fmt: skip
-    changed = replace(PLAIN, schedule="one-cycle", shift=2.0, scale=0.1, nesterov=True, held_out=True, train_images=9)
+    changed = replace(
+        PLAIN, schedule="one-cycle", shift=2.0, scale=0.1, nesterov=True, ema=0.9, held_out=True, train_images=9
+    )
     assert recorded_recipe(recipe_entry(changed)) == changed
 
 

@@ -12,6 +12,7 @@ from conftest import GBN, L1_BN, TINY
 import s6lib.run
 from s6lib.errors import RunError
 from s6lib.files import is_complete, read_about, read_checkpoint
+from s6lib.models import PlainNet
 from s6lib.run import COLUMNS, Run, save_run, train_run
 
 
@@ -73,7 +74,24 @@ def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
     assert runs[0].history != runs[1].history
 
 
-CYCLE = replace(TINY, schedule="one-cycle", nesterov=True, learning_rate=0.1, shift=2.0, scale=0.1, held_out=True)
+CYCLE = replace(
+    TINY, schedule="one-cycle", nesterov=True, learning_rate=0.1, shift=2.0, scale=0.1, ema=0.9, held_out=True
+)
+
+
+def test_the_moving_average_is_what_is_judged_and_saved(monkeypatch):
+    """With a decay of 0.5, three steps leave 1/4, 1/4 and 1/2 of the three models; the first is the whole at first."""
+    seen = []
+
+    def spy(model, batches, optimizer, *penalties):
+        optimizer.register_step_post_hook(lambda *_: seen.append([w.detach().clone() for w in model.parameters()]))
+        return original(model, batches, optimizer, *penalties)
+
+    original = s6lib.run.train_epoch
+    monkeypatch.setattr(s6lib.run, "train_epoch", spy)
+    trained = train_run(Run(replace(TINY, epochs=1, train_images=192, ema=0.5), GBN, 1))
+    for name, first, second, third in zip(dict(PlainNet().named_parameters()), *seen, strict=True):
+        assert torch.allclose(trained.weights[name], first / 4 + second / 4 + third / 2, atol=1e-6)
 
 
 def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, tmp_path, monkeypatch):
