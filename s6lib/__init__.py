@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from s6lib.data import load_mnist
     from s6lib.errors import S6Error
     from s6lib.launch import run_study
-    from s6lib.models import BottleneckNet, PlainNet
+    from s6lib.models import BottleneckNet, PlainNet, SeparableNet
     from s6lib.norm import GhostBatchNorm
     from s6lib.study import Study
 
@@ -18,7 +18,7 @@ _HOMES = {
     "data": ("load_mnist",),
     "errors": ("S6Error",),
     "launch": ("run_study",),
-    "models": ("BottleneckNet", "PlainNet"),
+    "models": ("BottleneckNet", "PlainNet", "SeparableNet"),
     "norm": ("GhostBatchNorm",),
     "study": ("Study",),
 }
@@ -35,6 +35,7 @@ __all__ = [
     "PlainNet",
     "Recipe",
     "S6Error",
+    "SeparableNet",
     "Study",
     "load_mnist",
     "run_study",

@@ -9,7 +9,7 @@ from torchsummary import summary
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from s6lib.conditions import CONDITIONS, PLAIN, RECIPES, build_model
-from s6lib.models import BottleneckNet, Dropout, PlainNet, receptive_fields
+from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet, receptive_fields
 from s6lib.norm import GhostBatchNorm
 
 PLAIN_LAYERS = """
@@ -22,6 +22,11 @@ Conv 10x26x26 90 - ReLU - BN 20 - Conv 16x24x24 1,440 - ReLU - BN 32 - Conv 10x2
 MaxPool 10x12x12 - Conv 10x10x10 900 - ReLU - BN 20 - Conv 32x10x10 320 - BN 64 - ReLU - Conv 10x10x10 320 - ReLU -
 BN 20 - Conv 10x8x8 900 - ReLU - BN 20 - Conv 32x8x8 320 - BN 64 - ReLU - Conv 10x8x8 320 - ReLU - BN 20 -
 Conv 14x6x6 1,260 - ReLU - BN 28 - Conv 16x4x4 2,016 - ReLU - BN 32 - AvgPool 16x1x1 - Conv 10x1x1 160"""
+SEPARABLE_LAYERS = (
+    "Conv 18x28x28 162 - BN 36 - SiLU - MaxPool 18x14x14"
+    + "".join(f" - Conv 18x{side}x{side} 162 - Conv 18x{side}x{side} 324 - BN 36" for side in (12, 10, 8, 6))
+    + " - AvgPool 18x1x1 - Conv 10x1x1 180"
+)
 LONG = {"Conv": "Conv2d", "BN": "BatchNorm2d", "MaxPool": "MaxPool2d", "AvgPool": "AvgPool2d"}
 
 
@@ -44,6 +49,7 @@ def expected_layers(text):
     [
         (PlainNet, PLAIN_LAYERS, ["9,646", "0.63", "0.04", "0.67"]),
         (BottleneckNet, BOTTLENECK_LAYERS, ["8,546", "0.72", "0.03", "0.76"]),
+        (SeparableNet, SEPARABLE_LAYERS, ["2,466", "0.49", "0.01", "0.50"]),
     ],
 )
 def test_torchsummary_prints_the_layer_table(network, text, totals, capsys):
@@ -64,6 +70,25 @@ def test_every_condition_gives_logits(recipe, condition):
     model = build_model(recipe, condition)
     assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
     assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
+
+
+@pytest.mark.parametrize("width", [14, 18, 24, 32, 42])
+def test_a_separable_network_of_every_width(width):
+    model = SeparableNet(width, partial(GhostBatchNorm, num_splits=4))
+    assert sum(weights.numel() for weights in model.parameters()) == 4 * width**2 + 65 * width
+    assert sum(isinstance(layer, GhostBatchNorm) for layer in model.modules()) == 5
+    assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
+
+
+def test_a_block_adds_to_its_input_less_the_edge():
+    model = SeparableNet().eval()
+    for block in model.blocks:
+        nn.init.zeros_(block[2].weight)  # the block then says nothing, and features pass by
+    images = torch.randn(3, 1, 28, 28)
+    features = model.first(images)[:, :, 4:-4, 4:-4]
+    for _ in model.blocks:
+        features = nn.functional.silu(features)
+    assert torch.allclose(model(images), model.last(features).flatten(1), atol=1e-6)
 
 
 def test_summary_names_the_ghost_layers(capsys):
