@@ -134,3 +134,13 @@ def stability(history: pd.DataFrame) -> pd.DataFrame:
     )
     changes = epochs[epochs["part"] != ""].groupby(["part", "seed", "condition"])["change"].std()
     return changes.unstack().reindex(columns=history["condition"].unique())
+
+
+def passing(history: pd.DataFrame, level: float, last: int) -> pd.Series:
+    """Whether all of the `last` epochs of a run have at least this accuracy (0 to 1), by condition and seed.
+
+    Args:
+        history: a row an epoch, as `Study.history` gives it.
+    """
+    runs = history.sort_values("epoch", kind="stable").groupby(["condition", "seed"], sort=False)
+    return runs["val_accuracy"].apply(lambda accuracies: bool((accuracies.tail(last) >= level).all()))

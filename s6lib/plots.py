@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from s6lib.data import CLASS_NAMES, Digits
-from s6lib.statistics import condition_statistics, paired_comparisons
+from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons
 
 # Okabe and Ito's palette, told apart by colour-blind readers; a condition of the study has its colour in every figure.
 COLORS = {
@@ -332,4 +332,41 @@ def plot_split_sweep(
         axes.set_ylabel("test accuracy at the last epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         axes.set_title(_joined(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
+    return axes.figure
+
+
+def plot_frontier(
+    runs: pd.DataFrame, reported: pd.DataFrame, goal: float, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Accuracy by the number of parameters: every run, the means with their 95% intervals, and what others reported.
+
+    Args:
+        runs: a row a run: parameters, accuracy (percent).
+        reported: a row a report, of one run: parameters, accuracy (percent), kind ("last" or "best" epoch, "claim").
+        goal: an accuracy in percent, drawn as a line.
+    """
+    with rc_context(STYLE):
+        axes = _panel((9.5, 5.4), ax)
+        axes.axhline(goal, color="#333333", linewidth=1, linestyle="--")
+        axes.text(0.995, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", ha="right", fontsize=10)
+        markers = {"last": ("s", "reported, one run, last epoch"), "best": ("^", "reported, best epoch or best run")}
+        markers["claim"] = ("x", "claimed, without a log")
+        for kind, (marker, label) in markers.items():
+            rows = reported[reported["kind"] == kind]
+            axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
+        dots = {"color": COLORS["l1-bn"], "alpha": 0.35, "markersize": 5, "label": "a run of ours, last epoch"}
+        axes.plot(runs["parameters"], runs["accuracy"], "o", **dots)
+        sizes = {size: rows["accuracy"] for size, rows in runs.groupby("parameters")}
+        means = [rows.mean() for rows in sizes.values()]
+        ends = [mean_interval(rows) for rows in sizes.values()]
+        error = [[mean - low for mean, (low, _) in zip(means, ends, strict=True)]]
+        error += [[high - mean for mean, (_, high) in zip(means, ends, strict=True)]]
+        look = {"color": COLORS["l1-bn"], "marker": "D", "markeredgecolor": "white", "capsize": 4}
+        axes.errorbar(list(sizes), means, error, label="mean of ours, with its 95% interval", **look)
+        axes.set_xscale("log")
+        axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
+        axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
+        axes.legend(loc="upper left", fontsize=10)
     return axes.figure

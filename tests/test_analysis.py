@@ -12,6 +12,7 @@ from s6lib.analysis import (
     confused_pairs,
     confusion_matrix,
     misclassified,
+    passing,
     result_table,
     right_predictions,
     stability,
@@ -150,3 +151,17 @@ def test_stability_takes_the_steps_of_each_run_from_its_rates():
 def test_stability_at_one_learning_rate_has_one_part():
     table = stability(history_of([0.9, 0.92, 0.91], [0.1] * 3))
     assert table.index.get_level_values("part").tolist() == ["first rate"]
+
+
+def test_a_run_passes_if_all_of_its_last_epochs_do():
+    rows = [
+        ("a", 1, [0.90, 0.994, 0.994, 0.995]),
+        ("a", 2, [0.99, 0.994, 0.9939, 0.995]),
+        ("b", 1, [0.994, 0.9, 0.994, 0.994]),
+    ]
+    history = pd.DataFrame(
+        [(c, seed, epoch, accuracy) for c, seed, values in rows for epoch, accuracy in enumerate(values, 1)],
+        columns=["condition", "seed", "epoch", "val_accuracy"],
+    ).sample(frac=1, random_state=1)
+    assert passing(history, 0.994, last=3).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): False}
+    assert passing(history, 0.994, last=2).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): True}

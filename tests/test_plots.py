@@ -13,6 +13,7 @@ from s6lib.plots import (
     plot_confusion,
     plot_differences,
     plot_digits,
+    plot_frontier,
     plot_ghost_means,
     plot_loss,
     plot_misclassified,
@@ -20,7 +21,7 @@ from s6lib.plots import (
     plot_split_sweep,
     save,
 )
-from s6lib.statistics import condition_statistics, paired_comparisons
+from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons
 
 
 @pytest.mark.parametrize(("plot", "column"), [(plot_accuracy, "val_accuracy"), (plot_loss, "val_loss")])
@@ -233,3 +234,18 @@ def test_a_panel_may_be_given(tiny_study, plot):
     assert plot(tiny_study.outcomes(), ax=panel) is figure
     assert panel.has_data()
     assert not other.has_data()
+
+
+def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
+    runs = pd.DataFrame({"parameters": [100, 100, 100, 900, 900], "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6]})
+    reported = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
+    (axes,) = plot_frontier(runs, reported, 99.4, "sizes").axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["a run of ours, last epoch"].get_ydata().tolist() == runs["accuracy"].tolist()
+    assert lines["reported, one run, last epoch"].get_xdata().tolist() == [50]
+    assert lines["claimed, without a log"].get_ydata().tolist() == [98.5]
+    (bars,) = axes.containers
+    assert bars.lines[0].get_ydata().tolist() == pytest.approx([297.4 / 3, 99.55])
+    low, high = (point[1] for point in bars.lines[2][0].get_segments()[0])
+    assert (low, high) == pytest.approx(mean_interval([99.0, 99.1, 99.3]))
+    assert any(line.get_ydata() == [99.4, 99.4] for line in axes.get_lines())
