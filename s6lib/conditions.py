@@ -17,7 +17,7 @@ from s6lib.data import HELD_OUT, Augmentation
 from s6lib.identity import Recorded, described, is_library, name_of
 from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.train import l1_penalty, l2_penalty
+from s6lib.train import l1_l2_penalty
 
 Norm = Callable[[int], nn.Module]  # makes the normalisation layer for a number of channels
 Penalty = Callable[[nn.Module], Tensor]  # what is added to the loss, from a model: a scalar
@@ -88,14 +88,8 @@ class Condition:
 
     def penalty_of(self, model: nn.Module) -> Tensor | float:
         """What this condition adds to the loss: its three penalties, a differentiable scalar, or 0 if it has none."""
-        penalty: Tensor | float = 0.0
-        if self.l1:
-            penalty = penalty + self.l1 * l1_penalty(model)
-        if self.l2:
-            penalty = penalty + self.l2 * l2_penalty(model)
-        if self.penalty is not None:
-            penalty = penalty + self.penalty(model)
-        return penalty
+        penalty = l1_l2_penalty(model, self.l1, self.l2)
+        return penalty if self.penalty is None else penalty + self.penalty(model)
 
 
 @dataclass(frozen=True)

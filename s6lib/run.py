@@ -91,7 +91,9 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
             train, test = hold_out(train)
         train = Digits(train.images[: settings.train_images], train.labels[: settings.train_images])
         _seed(run.seed, 0, device)
-        learner = _learner(run, device)
+        # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
+        layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        learner = _learner(build_model(run.recipe, run.condition).to(device, memory_format=layout), settings)
         state = {**run.identity, "history": [], "machines": []}
         if folder is not None:
             _resume(folder, run, state, learner)
@@ -131,10 +133,7 @@ class _Learner(NamedTuple):
         return {name: part for name, part in self._asdict().items() if part is not None}
 
 
-def _learner(run: Run, device: torch.device) -> _Learner:
-    # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    model, settings = build_model(run.recipe, run.condition).to(device, memory_format=layout), run.settings
+def _learner(model: nn.Module, settings: Recipe) -> _Learner:
     optimizer = torch.optim.SGD(
         model.parameters(), settings.learning_rate, settings.momentum, nesterov=settings.nesterov, fused=True
     )

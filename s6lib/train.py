@@ -34,18 +34,19 @@ class Evaluation(NamedTuple):
     predictions: Tensor
 
 
-def l1_penalty(model: nn.Module) -> Tensor:
-    """The sum of |w| over all trainable parameters, a differentiable scalar."""
-    return _trainable(model).abs().sum()
+def l1_l2_penalty(model: nn.Module, l1: float, l2: float) -> Tensor | float:
+    """`l1` times the sum of |w| plus `l2` times that of w^2, over all trainable parameters: a differentiable scalar.
 
-
-def l2_penalty(model: nn.Module) -> Tensor:
-    """The sum of w^2 over all trainable parameters, a differentiable scalar."""
-    return _trainable(model).square().sum()
-
-
-def _trainable(model: nn.Module) -> Tensor:
-    return torch.cat([weights.flatten() for weights in model.parameters() if weights.requires_grad])
+    The parameters are strung together once, so that the backward pass adds up the two gradients of all of them at once.
+    """
+    penalty: Tensor | float = 0.0
+    if l1 or l2:
+        weights = torch.cat([weights.flatten() for weights in model.parameters() if weights.requires_grad])
+    if l1:
+        penalty = penalty + l1 * weights.abs().sum()
+    if l2:
+        penalty = penalty + l2 * weights.square().sum()
+    return penalty
 
 
 def train_epoch(

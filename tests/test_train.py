@@ -5,7 +5,7 @@ from torch import nn
 
 from s6lib.conditions import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, build_model
 from s6lib.data import Digits, normalise
-from s6lib.train import NonFiniteLoss, evaluate, l1_penalty, l2_penalty, predict_logits, train_epoch
+from s6lib.train import NonFiniteLoss, evaluate, l1_l2_penalty, predict_logits, train_epoch
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def sgd(model, lr=0.01):
 
 def test_penalties_are_sums_over_all_trainable_parameters(model):
     values = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
-    assert l1_penalty(model).item() == pytest.approx(float(values.abs().sum()), rel=1e-6)
-    assert l2_penalty(model).item() == pytest.approx(float((values**2).sum()), rel=1e-6)
+    assert l1_l2_penalty(model, 1.0, 0.0).item() == pytest.approx(float(values.abs().sum()), rel=1e-6)
+    assert l1_l2_penalty(model, 0.0, 1.0).item() == pytest.approx(float((values**2).sum()), rel=1e-6)
     frozen = next(model.parameters()).requires_grad_(False)
     expected = values.abs().sum() - frozen.double().abs().sum()
-    assert l1_penalty(model).item() == pytest.approx(float(expected), rel=1e-6)
+    assert l1_l2_penalty(model, 1.0, 0.0).item() == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_penalty_gradients_are_sign_and_twice_the_weight(model):
-    (l1_penalty(model) + l2_penalty(model)).backward()
+    l1_l2_penalty(model, 1.0, 1.0).backward()
     for weights in model.parameters():
         assert torch.allclose(weights.grad, weights.detach().sign() + 2 * weights.detach())
 

@@ -1,0 +1,97 @@
+"""What a step of training does where: its operations, on which device they are, and what is copied between the two.
+
+No GPU is needed: of fake tensors torch computes shapes, types and devices alone, and refuses to mix devices. It cannot go
+backward on them, so whole steps are counted on the CPU.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s6lib.__main__ import _own
+from s6lib.conditions import ALL_CONDITIONS, PLAIN, RECIPES, build_model
+from s6lib.data import PROJECT, Digits, batches
+from s6lib.run import _learner
+from s6lib.train import train_epoch
+
+CUDA = torch.device("cuda")
+FRONTIER, SIZES = _own(str(PROJECT / "studies" / "frontier.py"))
+STUDIES = [(recipe, condition) for recipe in RECIPES.values() for condition in ALL_CONDITIONS.values()]
+STUDIES += [(FRONTIER, condition) for condition in SIZES]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, views and bare memory aside, and those that copy from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched, self.copied = Counter(), Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.name().removeprefix("aten::")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        view = any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.copied[name] += 1
+        elif tensors and not view and not name.startswith(("empty", "new_empty")):
+            self.launched[name] += 1
+        return result
+
+
+def copies_of_a_forward(recipe, condition):
+    """What is copied from the indices of a batch to its loss, on a GPU that is not there."""
+    settings = recipe.changed_by(condition)
+    with FakeTensorMode():
+        with CUDA:
+            model = build_model(recipe, condition)
+            images = torch.zeros(2 * settings.batch_size, 28, 28, dtype=torch.uint8)
+            digits = Digits(images, torch.zeros(len(images), dtype=torch.int64))
+        stream = batches(digits, settings.batch_size, settings.augmentation, torch.Generator())
+        next(stream)  # what is copied once an epoch is behind it
+        with Operations() as operations:
+            batch, labels = next(stream)
+            loss = F.cross_entropy(model(batch), labels) + condition.penalty_of(model)
+    assert loss.shape == ()
+    assert {loss.device, batch.device, labels.device} == {torch.device("cuda:0")}
+    return operations.copied
+
+
+@pytest.mark.parametrize(("recipe", "condition"), STUDIES, ids=lambda one: getattr(one, "slug", None) or one.name)
+def test_a_step_copies_its_indices_and_how_its_images_are_moved(recipe, condition):
+    moved = 2 if recipe.shift or recipe.scale else 1  # a shift beside the turn
+    assert copies_of_a_forward(recipe, condition) == {"_to_copy": 1 + moved}
+
+
+def operations_of_a_step(recipe, condition, digits):
+    learner = _learner(build_model(recipe, condition), recipe.changed_by(condition))
+    for layer in learner.model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # on a CPU a mask takes operations of its own
+    stream = batches(digits, 64, recipe.augmentation, torch.Generator().manual_seed(1))
+    train_epoch(learner.model, [next(stream)], learner.optimizer, condition.penalty_of)
+    with Operations() as operations:
+        train_epoch(learner.model, [next(stream)], learner.optimizer, condition.penalty_of)
+    return operations.launched.total()
+
+
+def test_penalties_and_ghosts_add_no_more_operations_than_they_did(mnist):
+    """On a GPU these networks wait for the launch of operations, so their number is their time.
+
+    Two penalties: one addition for each of 22 parameters, and 17 more for all of them together. A ghost layer: 19 more
+    than BatchNorm, of which 6 are the other three norms and their gradients.
+    """
+    digits = Digits(mnist[0].images[:128], mnist[0].labels[:128])
+    slugs = ("bn", "l1-bn", "l1-l2-bn", "gbn", "l1-l2-gbn")
+    counted = {slug: operations_of_a_step(PLAIN, ALL_CONDITIONS[slug], digits) for slug in slugs}
+    bare = counted["bn"]
+    assert bare <= 101
+    assert counted["l1-bn"] - bare <= 30
+    assert counted["l1-l2-bn"] - bare == counted["l1-l2-gbn"] - counted["gbn"] <= 39
+    assert counted["gbn"] - bare <= 7 * 19
