@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +35,23 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself is safe once the folder is on the disk
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Rename `part` to `path`, which Windows refuses for as long as someone, the progress bar say, reads `path`."""
+    for seconds in (0.01, 0.1, 1):
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(part, path)
 
 
 def remove_parts(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Where runs go: this process, processes of this machine, or any concurrent.futures.Executor."""
 
+import ctypes
 import logging
 import os
 import pickle
@@ -204,11 +205,20 @@ def _follow(driver: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == driver:
-            time.sleep(1)
+        _wait_for_the_end_of(driver)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _wait_for_the_end_of(parent: int) -> None:
+    if os.name == "nt":  # where a process goes on naming a parent that is gone
+        synchronize, forever = 0x00100000, -1  # of winnt.h and winbase.h
+        kernel = ctypes.windll.kernel32
+        kernel.WaitForSingleObject(kernel.OpenProcess(synchronize, False, parent), forever)
+        return
+    while os.getppid() == parent:
+        time.sleep(1)
 
 
 @contextmanager

@@ -47,6 +47,28 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(("refusals", "waited"), [(0, []), (2, [0.01, 0.1]), (9, [0.01, 0.1, 1])])
+def test_a_file_that_someone_reads_is_replaced_when_he_has_read(tmp_path, monkeypatch, refusals, waited):
+    """Windows' refusal, in its place: a file that is open cannot be renamed onto there."""
+    original, slept = os.replace, []
+
+    def replace(source, target):
+        nonlocal refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise PermissionError("being used by another process")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr("time.sleep", slept.append)
+    (tmp_path / "file").write_bytes(b"first")
+    with contextlib.nullcontext() if refusals < 4 else pytest.raises(PermissionError, match="another process"):
+        write_whole(tmp_path / "file", b"second")
+    assert (tmp_path / "file").read_bytes() == (b"second" if len(waited) < 3 else b"first")
+    assert slept == waited
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 def test_results_come_back_and_remove_the_checkpoints(tmp_path):
     write_checkpoint(tmp_path, STATE)
     write_checkpoint(tmp_path, STATE)

@@ -12,6 +12,7 @@ import cloudpickle
 import pytest
 import torch
 from conftest import GBN, L1_BN, TINY
+from distributed import Client
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
@@ -135,6 +136,42 @@ def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(clus
     assert driver.returncode == 1, printed
     assert "cancelled, perhaps since the scheduler is gone; give the same command again" in printed
     assert list(out.rglob("run.json"))
+
+
+def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cluster, tiny_study, tmp_path):
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command(cluster, tmp_path / "out"), **settings) as driver:
+        line = driver.stdout.readline()
+        assert line == f"waiting for workers: none has come to tcp://{cluster.address} yet\n"
+        cluster.worker("--no-nanny", "--nthreads", "2")
+        printed, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, printed
+    study = Study(tmp_path / "out")
+    assert_same_study(study, tiny_study)
+    assert study.about()["process"].nunique() == 1
+    assert driver.pid not in set(study.about()["process"])
+
+
+def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_study, tmp_path):
+    cluster.worker("--no-nanny")
+    out = tmp_path / "out"
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command(cluster, out), **settings) as driver:
+        for line in driver.stdout:
+            if "3/8 epochs" in line:  # the first run has come back
+                driver.send_signal(signal.SIGINT)
+                break
+        printed, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert printed.splitlines()[-1].startswith("Stopped. Every finished run is kept, and of the others their finished")
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
+    assert 1 <= len(finished) < 4
+    with Client(f"tcp://{cluster.address}", set_as_default=False) as client:
+        kept = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+    assert kept == 0
+    assert main(command(cluster, out)[3:]) == 0
+    assert_same_study(Study(out), tiny_study)
+    assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
 
 
 @pytest.mark.parametrize("address", ["dask://nowhere", "tcp://127.0.0.1:8786", "ray://a:1", "dask://a/b:1"])
