@@ -1,10 +1,12 @@
-"""What saved runs say: tables of conditions and results, errors, and how steadily runs learn."""
+"""What saved runs say: tables of conditions and results, errors, weights, and how steadily runs learn."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from s6lib.conditions import Condition, Recipe
@@ -91,10 +93,20 @@ def confused_pairs(matrix: np.ndarray) -> pd.DataFrame:
     return pairs.sort_values("errors", ascending=False, kind="stable", ignore_index=True)
 
 
-def wrong_in_every_run(study: Study, labels: np.ndarray) -> np.ndarray:
-    """The numbers of the test images that every run of a study gets wrong."""
-    wrong = [study.predictions(condition, seed) != labels for condition, seed in study.runs]
-    return np.flatnonzero(np.all(wrong, axis=0))
+def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
+    """The test digits that some run of a study gets wrong, those that most runs get wrong first.
+
+    Columns: image, its number; actual, the name of its class; runs, how many get it wrong; and taken_for, the class
+    that most of them take it for.
+    """
+    votes = np.zeros((len(labels), 10), dtype=int)
+    for condition, seed in study.runs:
+        votes[np.arange(len(labels)), study.predictions(condition, seed)] += 1
+    votes[np.arange(len(labels)), labels] = 0
+    wrong = votes.sum(1)
+    images = np.argsort(-wrong, kind="stable")[: np.count_nonzero(wrong)]
+    names = [[CLASS_NAMES[label] for label in found[images]] for found in (labels, votes.argmax(1))]
+    return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
 
 
 def accuracies_on(digits: Digits, study: Study) -> pd.DataFrame:
@@ -113,6 +125,42 @@ def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.Da
         raise ValueError(f"no run of condition {condition!r}; choose one of: {', '.join(study.conditions)}")
     right = [study.predictions(condition, seed) == labels for seed in seeds]
     return pd.DataFrame(right, index=pd.Index(seeds, name="seed"))
+
+
+def convolution_weights(model: nn.Module) -> np.ndarray:
+    """The weights of all 2d convolutions of a model in one row, float32 (count,)."""
+    kernels = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    return torch.cat([weights.detach().flatten().cpu() for weights in kernels]).numpy()
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, share: float) -> nn.Module:
+    """A copy of a model with this share (0 to 1) of its convolution weights, the smallest of all layers, set to zero.
+
+    Nothing is trained afterwards. Han et al. 2015, arXiv:1506.02626, prune by one threshold a layer.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is from 0 to 1, not {share!r}")
+    sizes = np.abs(convolution_weights(model))
+    rank = np.empty(len(sizes), dtype=int)
+    rank[np.argsort(sizes, kind="stable")] = np.arange(len(sizes))
+    keep = torch.from_numpy(rank >= round(share * len(sizes)))
+    copy = deepcopy(model)
+    kernels = [layer.weight for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
+    for weights, kept in zip(kernels, keep.split([weights.numel() for weights in kernels]), strict=True):
+        weights.mul_(kept.view(weights.shape).to(weights.device))
+    return copy
+
+
+def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.DataFrame:
+    """The accuracy (0 to 1) on `digits` of every run after `pruned`: condition, seed, share, accuracy, a row each."""
+    rows = []
+    for condition, seed in study.runs:
+        model = study.model(condition, seed)
+        for share in shares:
+            accuracy = evaluate(pruned(model, share), digits).accuracy
+            rows.append({"condition": condition, "seed": seed, "share": share, "accuracy": accuracy})
+    return pd.DataFrame(rows)
 
 
 def stability(history: pd.DataFrame) -> pd.DataFrame:

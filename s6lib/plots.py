@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from s6lib.data import CLASS_NAMES, Digits
-from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons
+from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons, sign_flip_means
 
 # Okabe and Ito's palette, told apart by colour-blind readers; a condition of the study has its colour in every figure.
 COLORS = {
@@ -170,6 +170,58 @@ def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", cou
     return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=heading)
 
 
+def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
+    """How large the weights of each condition are: a histogram each, with the share of those that are almost zero.
+
+    Args:
+        weights: of each condition, in one row, as `convolution_weights` gives them; of several runs, one after another.
+        labels: the conditions' names; by default their slugs.
+    """
+    colors, bins = colors_of(list(weights)), np.linspace(-0.3, 0.3, 61)
+    columns = min(3, len(weights))
+    rows = -(-len(weights) // columns)
+    figure = Figure(figsize=(10, 0.6 + 2.3 * rows), layout="constrained")
+    with rc_context(STYLE):
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes in grid[len(weights) :]:
+            axes.axis("off")
+        for axes, (slug, values) in zip(grid, weights.items(), strict=False):
+            axes.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colors[slug])
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_title(f"{_label(slug, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
+        figure.supxlabel("weight", fontsize=12)
+        figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
+        figure.suptitle(title)
+    return figure
+
+
+def plot_pruning(
+    curve: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Accuracy by the share of convolution weights set to zero: the mean of the seeds, lowest and highest as a band.
+
+    Args:
+        curve: a row a point of a run, as `pruning_curve` gives it: condition, seed, share, accuracy.
+        labels: the conditions' names; by default their slugs.
+    """
+    colors = colors_of(list(curve["condition"].unique()))
+    with rc_context(STYLE):
+        axes = _panel((8.5, 4.6), ax)
+        for slug, rows in curve.groupby("condition", sort=False):
+            by_share = rows.groupby("share")["accuracy"].agg(["mean", "min", "max"])
+            dash = "--" if "gbn" in slug else "-"
+            axes.plot(by_share["mean"], dash, color=colors[slug], marker="o", markersize=4, label=_label(slug, labels))
+            axes.fill_between(by_share.index, by_share["min"], by_share["max"], color=colors[slug], alpha=0.15, lw=0)
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set(xlabel="share of the convolution weights set to zero, the smallest first", ylabel="test accuracy")
+        axes.legend(loc="lower left", frameon=False)
+        seeds = curve["seed"].nunique()
+        band = f"{seeds} seed{'s: mean, lowest and highest' * (seeds > 1)}"
+        axes.set_title(_joined(title, "\n", band))
+    return axes.figure
+
+
 def plot_class_balance(train: Digits, test: Digits) -> Figure:
     """How many digits of each class the two parts of MNIST hold."""
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -249,36 +301,69 @@ def plot_replication(
         axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
         _label_rows(axes, [_label(slug, labels) for slug in outcomes], means)
-        axes.set_title(_joined(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
+        _draw_scale(axes)
+        axes.set_title(_joined(title, "\n", f"{len(outcomes)} seeds: {DOTS}"))
     return axes.figure
 
 
-def plot_differences(
-    outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
-) -> Figure:
-    """Forest plot of the paired differences between all conditions, those that Holm's correction leaves in colour.
+def _draw_scale(axes: Axes) -> None:
+    """A bar as long as 5 of the 10,000 test digits, under the last row, at the left."""
+    low, high = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom + 0.5, top)
+    start, middle = low + 0.02 * (high - low), bottom + 0.15
+    axes.set_xlim(low, high)
+    axes.plot([start, start + 0.05], [middle] * 2, color="#333333", linewidth=2, marker="|", markersize=8)
+    axes.text(start + 0.05 + 0.01 * (high - low), middle, "5 test digits", va="center", fontsize=10, color="#333333")
 
-    Args: as in `plot_replication`.
+
+def plot_differences(
+    outcomes: pd.DataFrame,
+    labels: Mapping[str, str] | None = None,
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Forest plot of the paired differences, in groups and by size; those that Holm's correction leaves in colour.
+
+    The interval of a difference is its own 95% t interval, which goes with its own p; beside it is p after Holm.
+
+    Args: as in `plot_replication`, and
+        groups: the group of each condition. The pairs across two groups come first.
     """
-    comparisons = paired_comparisons(outcomes)
+    comparisons = _by_group(outcomes, groups or dict.fromkeys(outcomes, ""))
     with rc_context(STYLE):
-        axes = _panel((10, 1.2 + 0.36 * len(comparisons)), ax)
+        axes = _panel((10, 1.5 + 0.36 * len(comparisons)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in comparisons.itertuples():
             color = COLORS["gbn"] if row.p_holm <= 0.05 else COLORS["bn"]
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
             axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
+        changes = np.flatnonzero(comparisons["group"] != comparisons["group"].shift())[1:]
+        for row in changes:
+            axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
         names = [
             f"{_label(row.first, labels)}  minus  {_label(row.second, labels)}" for row in comparisons.itertuples()
         ]
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
-        beside = [f"{row.difference:+.3f}   {_p(row.p_holm)}" for row in comparisons.itertuples()]
+        beside = [f"{row.difference:+.3f}   {row.p:.3f}   {row.p_holm:.2f}" for row in comparisons.itertuples()]
         _label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
+        header = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 10}
+        axes.text(1.015, -0.95, f"points   p alone   among {len(names)}", color="#555555", **header)
         found = (comparisons["p_holm"] <= 0.05).sum()
         stand = f"{len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
-        axes.set_title(_joined(title, ", ", stand))
+        axes.set_title(_joined(title, ", ", stand), pad=18)
     return axes.figure
+
+
+def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
+    """The comparisons across groups first, then those within each; in both, the largest difference first."""
+    order = list(dict.fromkeys(groups.values()))
+    comparisons = paired_comparisons(outcomes[sorted(outcomes, key=lambda slug: order.index(groups[slug]))])
+    first, second = (comparisons[side].map(groups) for side in ("first", "second"))
+    comparisons["group"] = np.where(first == second, first.map(order.index) + 1, 0)
+    return comparisons.sort_values(["group", "difference"], ascending=[True, False], ignore_index=True)
 
 
 def _joined(title: str, mark: str, text: str) -> str:
@@ -300,6 +385,87 @@ def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
     for row, text in enumerate(texts):
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+
+
+def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None) -> Figure:
+    """What each seed alone would have reported: the accuracies of one run of each condition, the best one ringed.
+
+    Args: as in `plot_replication`.
+    """
+    colors, best = colors_of(list(outcomes)), outcomes.eq(outcomes.max(axis=1), axis=0)
+    with rc_context(STYLE):
+        axes = _panel((10, 4.4), ax)
+        for place, slug in enumerate(outcomes):
+            aside = np.arange(len(outcomes)) + 0.11 * (place - (outcomes.shape[1] - 1) / 2)
+            axes.plot(aside, outcomes[slug], "o", color=colors[slug], markersize=6, label=_label(slug, labels))
+            ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "#222222"}
+            axes.plot(aside[best[slug]], outcomes.loc[best[slug], slug], "o", **ring)
+        axes.set_xticks(range(len(outcomes)), outcomes.index)
+        axes.grid(visible=False, axis="x")
+        for seed in range(1, len(outcomes)):
+            axes.axvline(seed - 0.5, color="#E6E6E6", linewidth=1)
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
+        axes.set(xlabel="seed: one study of one run each", ylabel="test accuracy at the last epoch")
+        axes.figure.legend(loc="outside lower center", ncols=min(6, outcomes.shape[1]), frameon=False)
+        axes.set_title(
+            f"{len(outcomes)} studies, {best.any().sum()} of {outcomes.shape[1]} conditions win one (ringed)"
+        )
+    return axes.figure
+
+
+def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | None = None) -> Figure:
+    """The means that coin flips for the signs of paired differences give, with the mean that was found.
+
+    Those at least as far from zero, on either side, are in colour: their share is the p-value of `sign_flip_p`.
+    """
+    flips, found = sign_flip_means(differences), abs(float(np.mean(differences)))
+    edges = np.linspace(*(1.02 * max(found, flips.index.max()) * np.array([-1, 1])), 42)
+    far = np.abs(flips.index) >= found - 2e-6 * np.abs(differences).sum()  # to which the means are rounded
+    with rc_context(STYLE):
+        axes = _panel((9, 4), ax)
+        parts = [flips.index[~far], flips.index[far]]
+        axes.hist(parts, edges, weights=[flips[~far], flips[far]], stacked=True, color=["#BBBBBB", COLORS["gbn"]])
+        axes.axvline(np.mean(differences), color="#222222", linewidth=1.5)
+        axes.annotate(
+            f"found: {np.mean(differences):+.3f}".replace("-", "\N{MINUS SIGN}"),
+            (np.mean(differences), 0.9),
+            xytext=(-10 if np.mean(differences) > 0 else 10, 0),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="right" if np.mean(differences) > 0 else "left",
+        )
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
+        share = f"in colour: as far from 0 as what was found, {flips[far].sum():.1%} of all {2 ** len(differences):,}"
+        axes.set_title(_joined(title, "\n", share))
+    return axes.figure
+
+
+def plot_answers(
+    answers: pd.DataFrame, margin: float, questions: Mapping[str, str] | None = None, ax: Axes | None = None
+) -> Figure:
+    """Preregistered answers: each mean difference with its 90% (thick) and 95% t interval, and the margin in grey.
+
+    Args:
+        answers: a row a question: question, n, mean, low_90, high_90, low_95, high_95, said.
+        margin: in points, the largest difference that does not matter.
+        questions: in words; by default as they are named in the table.
+    """
+    with rc_context(STYLE):
+        axes = _panel((10, 1.6 + 0.5 * len(answers)), ax)
+        axes.axvspan(-margin, margin, color="#EEEEEE", linewidth=0)
+        axes.axvline(0, color="#333333", linewidth=1)
+        for row in answers.reset_index(drop=True).itertuples():
+            color = COLORS["l1-bn"]
+            axes.plot([row.low_95, row.high_95], [row.Index] * 2, color=color, linewidth=1.5)
+            axes.plot([row.low_90, row.high_90], [row.Index] * 2, color=color, linewidth=5, solid_capstyle="butt")
+            axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
+        names = [f"{_label(row.question, questions)} (n = {row.n})" for row in answers.itertuples()]
+        _label_rows(axes, names, list(answers["said"]))
+        axes.set_xlabel(
+            f"points of accuracy; grey: within \N{PLUS-MINUS SIGN}{margin:g}, thick: 90%, thin: 95% interval"
+        )
+    return axes.figure
 
 
 def plot_split_sweep(

@@ -163,14 +163,35 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     sample = _sample(differences)
     if not sample.any():
         return 1.0
-    # Whole numbers, so that sums that tie are seen to: 99.34 - 99.30 and 99.32 - 99.28 are not equal in floats.
-    steps = np.rint(1e6 * sample / np.abs(sample).sum())
+    steps = _whole_steps(sample)
+    sums, chances = _flipped_sums(steps)
+    as_large = np.abs(sums) >= abs(steps.sum()) - len(steps)  # each step is rounded by up to a half
+    return float(chances[as_large].sum())
+
+
+def sign_flip_means(differences: Sequence[float]) -> pd.Series:
+    """The chance of each mean that coin flips for the signs can give, by the mean: what `sign_flip_p` counts.
+
+    The means are in the unit of the differences, to a millionth of their sum. Raises ValueError for under two.
+    """
+    sample = _sample(differences)
+    total = np.abs(sample).sum()
+    sums, chances = _flipped_sums(_whole_steps(sample) if total else sample)
+    return pd.Series(chances, index=pd.Index(sums * total / (1e6 * len(sample)), name="mean"), name="chance")
+
+
+def _whole_steps(sample: np.ndarray) -> np.ndarray:
+    """Whole numbers, so that sums that tie are seen to: 99.34 - 99.30 and 99.32 - 99.28 are not equal in floats."""
+    return np.rint(1e6 * sample / np.abs(sample).sum())
+
+
+def _flipped_sums(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All sums of the steps with any signs, in order, and the chance of each."""
     sums, chances = np.zeros(1), np.ones(1)
     for step in steps:
         sums, places = np.unique(np.concatenate([sums + step, sums - step]), return_inverse=True)
         chances = np.bincount(places, np.tile(chances / 2, 2))
-    as_large = np.abs(sums) >= abs(steps.sum()) - len(steps)  # each step is rounded by up to a half
-    return float(chances[as_large].sum())
+    return sums, chances
 
 
 def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:

@@ -11,15 +11,18 @@ from s6lib.analysis import (
     condition_table,
     confused_pairs,
     confusion_matrix,
+    convolution_weights,
+    errors_by_digit,
     misclassified,
     passing,
+    pruned,
+    pruning_curve,
     result_table,
     right_predictions,
     stability,
-    wrong_in_every_run,
 )
 from s6lib.conditions import CONDITIONS, PLAIN, Condition
-from s6lib.data import CLASS_NAMES
+from s6lib.data import CLASS_NAMES, Digits
 from s6lib.train import predict_logits
 
 
@@ -98,12 +101,41 @@ def test_confusions_of_a_model_are_its_errors(tiny_study, mnist):
     assert confused_pairs(matrix)["errors"].sum() == (predictions != labels).sum()
 
 
-def test_wrong_in_every_run(tiny_study, mnist):
+def test_errors_by_digit_count_the_runs_that_are_wrong(tiny_study, mnist):
     labels = mnist[1].labels.numpy()
-    wrong = wrong_in_every_run(tiny_study, labels)
-    assert 0 < len(wrong) < 10_000
+    wrong = np.array([tiny_study.predictions(*run) != labels for run in tiny_study.runs])
+    table = errors_by_digit(tiny_study, labels)
+    assert table["runs"].tolist() == sorted(wrong.sum(0)[wrong.any(0)], reverse=True)
+    assert table["runs"].tolist() == wrong.sum(0)[table["image"]].tolist()
+    assert table["actual"].tolist() == [CLASS_NAMES[label] for label in labels[table["image"]]]
+    first = table.iloc[0]
+    taken = [CLASS_NAMES[tiny_study.predictions(*run)[first["image"]]] for run in tiny_study.runs]
+    others = [taken.count(name) for name in CLASS_NAMES if name != first["actual"]]
+    assert taken.count(first["taken_for"]) == max(others) > 0
+
+
+def test_pruning_zeroes_the_smallest_convolution_weights_of_a_copy(tiny_study):
+    model = tiny_study.model("gbn")
+    before = convolution_weights(model)
+    after = convolution_weights(pruned(model, 0.6))
+    assert len(before) == 9_466
+    gone = after == 0
+    assert gone.sum() == round(0.6 * 9_466)
+    assert np.abs(before[gone]).max() <= np.abs(before[~gone]).min()
+    assert (after[~gone] == before[~gone]).all()
+    assert (convolution_weights(model) == before).all()
+    assert (convolution_weights(pruned(model, 1)) == 0).all()
+    with pytest.raises(ValueError, match="a share is from 0 to 1, not 60"):
+        pruned(model, 60)
+
+
+def test_a_pruning_curve_starts_at_the_accuracy_of_the_run(tiny_study, mnist):
+    few = Digits(mnist[1].images[:500], mnist[1].labels[:500])
+    curve = pruning_curve(tiny_study, few, (0, 1)).set_index(["condition", "seed", "share"])["accuracy"]
     for condition, seed in tiny_study.runs:
-        assert (tiny_study.predictions(condition, seed)[wrong] != labels[wrong]).all()
+        right = tiny_study.predictions(condition, seed)[:500] == few.labels.numpy()
+        assert curve[condition, seed, 0] == right.mean()
+        assert curve[condition, seed, 1] < 0.2  # one class for all
 
 
 def test_right_predictions_are_those_of_the_condition_by_seed(tiny_study, mnist):

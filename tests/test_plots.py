@@ -9,6 +9,7 @@ from s6lib.analysis import misclassified
 from s6lib.plots import (
     COLORS,
     plot_accuracy,
+    plot_answers,
     plot_class_balance,
     plot_confusion,
     plot_differences,
@@ -17,11 +18,16 @@ from s6lib.plots import (
     plot_ghost_means,
     plot_loss,
     plot_misclassified,
+    plot_pruning,
     plot_replication,
+    plot_sign_flips,
     plot_split_sweep,
+    plot_weights,
+    plot_winners,
     save,
 )
-from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons
+from s6lib.preregistered import answer
+from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons, sign_flip_p
 
 
 @pytest.mark.parametrize(("plot", "column"), [(plot_accuracy, "val_accuracy"), (plot_loss, "val_loss")])
@@ -55,6 +61,56 @@ def test_saved_figures_are_sharp_and_the_same_each_time(tiny_study, tmp_path):
     a, b = (tmp_path / "new" / f"{name}.png" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
     assert matplotlib.image.imread(a).shape[:2] == (1000, 2000)
+
+
+def test_weights_are_shown_with_the_share_that_is_almost_zero():
+    weights = {"l1-bn": np.array([0, 0.0009, -0.0009, 0.1]), "bn": np.array([0.05, -0.05, 0.1])}
+    first, second, *_ = plot_weights(weights, {"bn": "BN"}).axes
+    assert (first.get_title(), second.get_title()) == ("l1-bn: 75% below 0.001", "BN: 0% below 0.001")
+    assert sum(bar.get_height() for bar in first.patches) == pytest.approx(1)
+
+
+def test_pruning_shows_the_mean_of_the_seeds():
+    curve = pd.DataFrame(
+        {"condition": "bn", "seed": [1, 1, 2, 2], "share": [0, 0.5] * 2, "accuracy": [1, 0.5, 0.9, 0.3]}
+    )
+    (axes,) = plot_pruning(curve, {"bn": "BN"}, "Net").axes
+    (line,) = axes.get_lines()
+    assert line.get_xydata().tolist() == [[0, 0.95], [0.5, 0.4]]
+    assert axes.get_title() == "Net\n2 seeds: mean, lowest and highest"
+
+
+def test_winners_are_ringed_and_ties_share():
+    outcomes = pd.DataFrame({"a": [2.0, 1.0, 3.0], "b": [1.0, 1.0, 2.0], "c": [0.0, 0.5, 1.0]}, index=[1, 2, 3])
+    (axes,) = plot_winners(outcomes).axes
+    ringed = [len(line.get_xdata()) for line in axes.get_lines() if line.get_markerfacecolor() == "none"]
+    assert ringed == [3, 1, 0]
+    assert axes.get_title() == "3 studies, 2 of 3 conditions win one (ringed)"
+
+
+@pytest.mark.parametrize("differences", [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20)])
+def test_the_coloured_share_of_the_sign_flips_is_p(differences):
+    (axes,) = plot_sign_flips(differences).axes
+    grey, coloured = (sum(bar.get_height() for bar in bars) for bars in axes.containers)
+    assert coloured == pytest.approx(sign_flip_p(differences))
+    assert grey + coloured == pytest.approx(1)
+
+
+def test_answers_have_both_intervals_and_what_is_said():
+    rng = np.random.default_rng(1)
+    right = pd.DataFrame(
+        rng.integers(9940, 9960, (32, 6)), columns=["bn", "l1-l2-bn", "gbn", "l1-l2-gbn", "l1-bn", "l2-bn"]
+    )
+    found = answer(right, right)
+    (axes,) = plot_answers(found, 0.05, {"G": "what GBN costs"}).axes
+    lines = axes.get_lines()[1:]
+    for place, row in enumerate(found.itertuples()):
+        assert list(lines[3 * place].get_xdata()) == [row.low_95, row.high_95]
+        assert list(lines[3 * place + 1].get_xdata()) == [row.low_90, row.high_90]
+        assert axes.texts[place].get_text() == row.said
+    assert axes.get_yticklabels()[0].get_text() == "what GBN costs (n = 32)"
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_width()) == (-0.05, 0.1)
 
 
 def test_class_balance_shows_the_counts(mnist):
@@ -95,6 +151,8 @@ def test_replication_shows_every_run_and_the_means_with_their_intervals(tiny_stu
         assert axes.texts[row.Index].get_text() == f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN", "GBN"]
     assert "2 seeds" in axes.get_title()
+    assert np.ptp(lines[6].get_xdata()) == pytest.approx(0.05)  # the bar of 5 digits
+    assert axes.texts[-1].get_text() == "5 test digits"
 
 
 def test_a_condition_without_a_colour_of_its_own_has_one_all_the_same(tiny_study, monkeypatch):
@@ -111,7 +169,18 @@ def test_differences_are_those_of_the_comparisons(tiny_study):
     assert mean.get_xdata() == [row.difference]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN  minus  GBN"]
     assert "0 of 1 differences stand" in axes.get_title()
-    assert axes.texts[0].get_text().replace("\N{MINUS SIGN}", "-") == f"{row.difference:+.3f}   p = {row.p_holm:.2f}"
+    beside = axes.texts[0].get_text().replace("\N{MINUS SIGN}", "-")
+    assert beside == f"{row.difference:+.3f}   {row.p:.3f}   {row.p_holm:.2f}"
+
+
+def test_differences_across_groups_come_first_and_each_group_by_size():
+    outcomes = pd.DataFrame(np.arange(12).reshape(4, 3) % 5, columns=["x", "y", "z"]) + np.array([0, 1, 5])
+    (axes,) = plot_differences(outcomes, groups={"x": "one", "y": "two", "z": "one"}).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[-1] == "x  minus  z"
+    assert set(names[:2]) == {"x  minus  y", "z  minus  y"}
+    differences = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "s"]
+    assert differences[0] > differences[1]
 
 
 def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
@@ -197,9 +266,9 @@ def test_figures_without_a_title_have_no_stray_marks(tiny_study):
     outcomes, history = tiny_study.outcomes(), tiny_study.history()
     assert plot_accuracy(history).get_suptitle() == "test accuracy"
     assert plot_accuracy(history, "Net").get_suptitle() == "Net: test accuracy"
-    for plot in (plot_replication, plot_differences):
+    for plot, mark in ((plot_replication, "\n"), (plot_differences, ", ")):
         assert plot(outcomes).axes[0].get_title().startswith("2 seeds: ")
-        assert plot(outcomes, title="Net").axes[0].get_title().startswith("Net, 2 seeds: ")
+        assert plot(outcomes, title="Net").axes[0].get_title().startswith(f"Net{mark}2 seeds: ")
 
 
 def test_conditions_without_a_label_show_their_name(tiny_study):
@@ -207,10 +276,10 @@ def test_conditions_without_a_label_show_their_name(tiny_study):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["l1-bn", "ghosts"]
 
 
-def test_a_small_p_is_not_shown_as_zero():
+def test_a_difference_that_stands_is_counted():
     outcomes = pd.DataFrame({"a": np.arange(12) / 100 + 1, "b": np.arange(12) / 100})
     (axes,) = plot_differences(outcomes).axes
-    assert axes.texts[0].get_text() == "+1.000   p < 0.01"
+    assert axes.texts[0].get_text() == "+1.000   0.000   0.00"
     assert "1 of 1 differences stand" in axes.get_title()
 
 
@@ -224,6 +293,8 @@ def test_a_sweep_needs_the_splits_of_every_condition(tiny_study):
     [
         plot_replication,
         plot_differences,
+        plot_winners,
+        lambda outcomes, ax: plot_sign_flips(outcomes["l1-bn"] - outcomes["gbn"], ax=ax),
         lambda outcomes, ax: plot_split_sweep(outcomes, {"l1-bn": 1, "gbn": 4}, 64, ax=ax),
         lambda outcomes, ax: plot_confusion(np.ones((10, 10), dtype=int), ax=ax),
     ],

@@ -22,6 +22,7 @@ from s6lib.statistics import (
     power,
     run_sd,
     seeds_needed,
+    sign_flip_means,
     sign_flip_p,
     variance_sources,
     verdict,
@@ -276,6 +277,15 @@ def test_sign_flip_sees_ties_of_decimals():
     assert sign_flip_p([value / 100 for value in hundredths]) == 1.0
     assert 99.34 - 99.30 != 99.32 - 99.28  # in floats, though both are 0.04
     assert sign_flip_p([99.34 - 99.30, 99.28 - 99.32, 99.34 - 99.30, 99.28 - 99.32]) == 1.0
+
+
+@given(VALUES)
+def test_sign_flip_means_are_those_of_all_signs(differences):
+    signs = np.array(list(itertools.product([-1, 1], repeat=len(differences))))
+    expected, means = (signs * differences).mean(1), sign_flip_means(differences)
+    near = 2e-6 * np.abs(differences).sum() + 1e-12
+    for mean in np.unique(expected):
+        assert means[np.abs(means.index - mean) < near].sum() == pytest.approx(np.mean(np.abs(expected - mean) < near))
 
 
 @given(VALUES, st.sampled_from([-3, 0.01, 1 / 3]))
