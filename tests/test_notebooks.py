@@ -11,12 +11,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from s6lib.conditions import PLAIN
 from s6lib.data import PROJECT
 from s6lib.launch import run_study
+from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 from set_address import set_address
@@ -36,7 +38,7 @@ def outputs(cell: dict) -> str:
 
 
 def test_the_series_is_complete():
-    names = ["01_data", "02_models", "03_study", "04_analysis", "05_replication"]
+    names = ["01_data", "02_models", "03_study", "04_analysis", "05_replication", "08_methods"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -52,10 +54,11 @@ class TestNotebook:
             assert not any(output.get("name") == "stderr" for output in cell["outputs"])
             assert not re.search(r"/(home|root|tmp|work|Users|usr|content)/", outputs(cell))
 
-    def test_cells_are_short_and_one_at_most_is_ignored(self, path):
+    def test_cells_are_short_and_few_are_ignored(self, path):
         cells = code_cells(path)
         assert all(len(cell["source"].splitlines()) <= 20 for cell in cells)
-        assert sum("NBVAL_IGNORE_OUTPUT" in cell["source"] for cell in cells) == 1
+        # The versions; and in 05 how many of the preregistered runs are in.
+        assert sum("NBVAL_IGNORE_OUTPUT" in cell["source"] for cell in cells) == 1 + (path.stem == "05_replication")
         assert not any(word in cell["source"] for cell in cells for word in ("NBVAL_SKIP", "NBVAL_RAISES"))
 
     def test_most_cells_show_something(self, path):
@@ -138,7 +141,7 @@ def own_folder(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication"])
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "08_methods"])
 def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder, name):
     notebook = nbformat.read(PROJECT / "notebooks" / f"{name}.ipynb", as_version=4)
     lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("FOLDER = ")]
@@ -146,7 +149,63 @@ def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder
     for cell in notebook.cells:
         cell.source = cell.source.replace(lines[0], f"from pathlib import Path\nFOLDER = Path({str(own_folder)!r})")
     NotebookClient(notebook, kernel_name="python3").execute()
-    assert name == "03_study" or list((own_folder / "images").glob("*.png"))
+    if name in ("04_analysis", "05_replication"):
+        assert list((own_folder / "images").glob("*.png"))
+
+
+def names_of(path: Path) -> dict[str, object]:
+    """What a notebook imports, and what its cell that opens FOLDER defines."""
+    cells = [cell["source"] for cell in code_cells(path)[1:]]
+    imports = [line for cell in cells for line in cell.splitlines() if re.match("(from|import) ", line)]
+    names = {"display": lambda shown: None}
+    exec("\n".join(imports), names)
+    exec(next(cell for cell in cells if "\nFOLDER = " in cell), names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["04_analysis", "05_replication", "08_methods"])
+def test_the_folded_solutions_print_what_stands_below_them(name, capsys):
+    path = PROJECT / "notebooks" / f"{name}.ipynb"
+    names, threads = names_of(path), torch.get_num_threads()
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+    solutions = re.findall(
+        r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL
+    )
+    assert len(solutions) == text.count("<details>") >= 3
+    for code, printed in solutions:
+        capsys.readouterr()
+        exec(code, names)
+        assert capsys.readouterr().out == printed
+    torch.set_num_threads(threads)
+
+
+def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys):
+    """On made-up accuracies: GBN costs 0.1 points, and all else is alike."""
+    for slug, seeds in (
+        *((slug, FACTORIAL_SEEDS) for slug in FACTORIAL),
+        *((slug, PENALTY_SEEDS) for slug in PENALTIES),
+    ):
+        for seed in seeds:
+            folder = tmp_path / "plain" / slug / f"seed-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.json").write_text("{}")
+            accuracy = 0.9950 - 0.001 * ("gbn" in slug) + 0.0001 * (seed % 3) + 0.0001 * (slug == "bn") * (seed % 2)
+            (folder / "history.csv").write_text(f"epoch,val_accuracy\n25,{accuracy:.4f}\n")
+    cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "05_replication.ipynb")]
+    count, shown = (next(cell for cell in cells if mark in cell) for mark in ("asked = {", "answer(read("))
+    names = {"FOLDER": tmp_path, "display": lambda figure: figure.canvas.draw()}
+    exec(count, names)
+    exec(shown, names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("168 of 168 runs are in\nG: GBN: costs 0.1")
+    assert "E: L1, L2 and L1 + L2: all within 0.05 points" in printed
+    bars = names["answers_figure"].axes[0].get_lines()
+    assert bars[3].get_xdata()[0] < -0.1  # drawn as a loss
+
+    (tmp_path / "plain" / "gbn" / "seed-30" / "run.json").unlink()
+    exec(count, names)
+    assert capsys.readouterr().out == "167 of 168 runs are in: no answer yet, and nobody has looked\n"
+    assert not names["COMPLETE"]
 
 
 OWN_CELLS = (
