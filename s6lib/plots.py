@@ -170,14 +170,42 @@ def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", cou
     return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=heading)
 
 
+def plot_penalties(l1: float, l2: float) -> Figure:
+    """The two penalties of one weight, and how hard each pulls it towards zero, which is the size of its gradient."""
+    sizes = np.linspace(-2, 2, 401)
+    curves = {
+        "l1-bn": ("L1", l1 * np.abs(sizes), np.full(401, l1)),
+        "l2-bn": ("L2", l2 * sizes**2, 2 * l2 * np.abs(sizes)),
+    }
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    with rc_context(STYLE):
+        left, right = figure.subplots(1, 2)
+        for slug, (name, penalty, pull) in curves.items():
+            left.plot(sizes, penalty, color=COLORS[slug], label=name, linewidth=2.5)
+            right.plot(sizes, pull, color=COLORS[slug], label=name, linewidth=2.5)
+        left.set(title=f"penalty: {l1:g} |w| and {l2:g} w²", xlabel="weight w", ylabel="added to the loss")
+        right.set(title="pull towards zero", xlabel="weight w", ylabel="size of the gradient")
+        crossing = l1 / (2 * l2)
+        right.annotate(
+            f"alike at |w| = {crossing:g}", (crossing, l1), (0.37, 0.9), textcoords="axes fraction",
+            arrowprops={"arrowstyle": "->", "color": "#666666"}, fontsize=10,
+        )  # fmt: skip
+        left.legend(frameon=False)
+        for axes in (left, right):
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return figure
+
+
 def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
     """How large the weights of each condition are: a histogram each, with the share of those that are almost zero.
 
     Args:
         weights: of each condition, in one row, as `convolution_weights` gives them; of several runs, one after another.
+            A slug may be followed by a blank and, say, the epoch.
         labels: the conditions' names; by default their slugs.
     """
-    colors, bins = colors_of(list(weights)), np.linspace(-0.3, 0.3, 61)
+    slugs = [name.partition(" ")[0] for name in weights]
+    colors, bins = colors_of(list(dict.fromkeys(slugs))), np.linspace(-0.3, 0.3, 61)
     columns = min(3, len(weights))
     rows = -(-len(weights) // columns)
     figure = Figure(figsize=(10, 0.6 + 2.3 * rows), layout="constrained")
@@ -185,10 +213,10 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in grid[len(weights) :]:
             axes.axis("off")
-        for axes, (slug, values) in zip(grid, weights.items(), strict=False):
+        for axes, slug, (name, values) in zip(grid, slugs, weights.items(), strict=False):
             axes.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colors[slug])
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.set_title(f"{_label(slug, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
+            axes.set_title(f"{_label(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
         figure.supxlabel("weight", fontsize=12)
         figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
         figure.suptitle(title)

@@ -157,13 +157,13 @@ def names_of(path: Path) -> dict[str, object]:
     """What a notebook imports, and what its cell that opens FOLDER defines."""
     cells = [cell["source"] for cell in code_cells(path)[1:]]
     imports = [line for cell in cells for line in cell.splitlines() if re.match("(from|import) ", line)]
-    names = {"display": lambda shown: None}
+    names = {"display": lambda shown: None, "sys": sys}
     exec("\n".join(imports), names)
     exec(next(cell for cell in cells if "\nFOLDER = " in cell), names)
     return names
 
 
-@pytest.mark.parametrize("name", ["04_analysis", "05_replication", "08_methods"])
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "08_methods"])
 def test_the_folded_solutions_print_what_stands_below_them(name, capsys):
     path = PROJECT / "notebooks" / f"{name}.ipynb"
     names, threads = names_of(path), torch.get_num_threads()

@@ -1,3 +1,4 @@
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from s6lib.plots import (
     plot_ghost_means,
     plot_loss,
     plot_misclassified,
+    plot_penalties,
     plot_pruning,
     plot_replication,
     plot_sign_flips,
@@ -320,3 +322,27 @@ def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
     low, high = (point[1] for point in bars.lines[2][0].get_segments()[0])
     assert (low, high) == pytest.approx(mean_interval([99.0, 99.1, 99.3]))
     assert any(line.get_ydata() == [99.4, 99.4] for line in axes.get_lines())
+
+
+def test_penalties_and_their_pulls_are_those_of_autograd():
+    left, right = plot_penalties(2e-4, 1e-4).axes
+    for lines, penalty in zip(
+        zip(left.get_lines(), right.get_lines(), strict=True),
+        (lambda w: 2e-4 * w.abs(), lambda w: 1e-4 * w**2),
+        strict=True,
+    ):
+        weights = torch.tensor(lines[0].get_xdata(), requires_grad=True)
+        value = penalty(weights)
+        value.sum().backward()
+        assert lines[0].get_ydata() == pytest.approx(value.detach().numpy())
+        nonzero = weights.detach().numpy() != 0  # at zero |w| has no gradient
+        assert lines[1].get_ydata()[nonzero] == pytest.approx(weights.grad.abs().numpy()[nonzero])
+    assert right.texts[0].get_text() == "alike at |w| = 1"
+
+
+def test_weights_of_several_epochs_have_the_colour_of_their_condition():
+    weights = {f"{slug} {epoch}": np.zeros(3) for slug in ("bn", "l1-bn") for epoch in (0, 1)}
+    drawn = [axes.patches[0].get_facecolor() for axes in plot_weights(weights).axes if axes.patches]
+    assert [matplotlib.colors.to_hex(color).upper() for color in drawn] == [
+        COLORS[s] for s in ("bn",) * 2 + ("l1-bn",) * 2
+    ]
