@@ -243,6 +243,7 @@ def try_out(recipe: Recipe, condition: Condition) -> None:
     Raises ValueError, naming the condition, if that fails, the logits are not (2, 10), or the penalty is no scalar.
     """
     name = f"{condition.label} ({condition.slug}) with recipe {recipe.name}"
+    recipe.changed_by(condition)  # names the two itself where they do not fit
     with torch.random.fork_rng([]):
         try:
             model = build_model(recipe, condition).eval()
