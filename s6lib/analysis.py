@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s6lib.conditions import Condition, Recipe
 from s6lib.data import CLASS_NAMES, Digits
@@ -161,6 +161,34 @@ def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.D
             accuracy = evaluate(pruned(model, share), digits).accuracy
             rows.append({"condition": condition, "seed": seed, "share": share, "accuracy": accuracy})
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def ghost_scatter(model: nn.Module, images: Tensor, splits: Sequence[int]) -> pd.DataFrame:
+    """The noise of ghost statistics: how far the means of ghost batches scatter around those of the batch.
+
+    A row a normalisation layer, numbered from 1, a column a number of splits. In SDs of a channel, averaged over the
+    channels of what the layer is given, but for those that are dead, in evaluation mode.
+
+    Args:
+        images: a batch for the model, (N, 1, 28, 28).
+    """
+    rows: list[list[float]] = []
+
+    def look(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        channels = inputs[0].transpose(0, 1).flatten(2)  # (C, N, pixels)
+        center, scale = channels.mean((1, 2)), channels.std((1, 2))
+        means = [torch.stack([ghost.mean((1, 2)) for ghost in channels.tensor_split(count, 1)]) for count in splits]
+        rows.append([float(((each - center) / scale).square().mean(0).sqrt().nanmean()) for each in means])
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=list(splits))
 
 
 def stability(history: pd.DataFrame) -> pd.DataFrame:

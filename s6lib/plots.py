@@ -134,22 +134,26 @@ def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.D
     )
 
 
-def plot_digits(images: Tensor, titles: Sequence[str], columns: int, title: str = "") -> Figure:
+def plot_digits(
+    images: Tensor, titles: Sequence[str], columns: int, title: str = "", rows: Sequence[str] = ()
+) -> Figure:
     """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its title; of none, a figure that says so.
 
-    Raises ValueError if there are not as many titles as images.
+    `rows` are names of the rows, if they have any. Raises ValueError if there are not as many titles as images.
     """
     if len(titles) != len(images):
         raise ValueError(f"{len(images)} images need as many titles, not {len(titles)}")
-    rows = max(1, -(-len(images) // columns))
+    count = max(1, -(-len(images) // columns))
     lines = 1 + max((text.count("\n") for text in titles), default=0)
     figure = Figure(
-        figsize=(1.6 * columns, rows * (1.35 + 0.2 * lines) + 0.35 * title.count("\n") + 0.4), layout="constrained"
+        figsize=(1.6 * columns, count * (1.35 + 0.2 * lines) + 0.35 * title.count("\n") + 0.4), layout="constrained"
     )
     with rc_context(STYLE):
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        grid = figure.subplots(count, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")
+        for axes, name in zip(grid[::columns], rows, strict=False):
+            axes.text(-0.1, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=10)
         for axes, image, text in zip(grid, images, titles, strict=False):
             axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
             axes.set_title(text, fontsize=10)
@@ -262,25 +266,36 @@ def plot_class_balance(train: Digits, test: Digits) -> Figure:
     return figure
 
 
-def plot_ghost_means(activations: Tensor, splits: Sequence[int] = (1, 4, 16)) -> Figure:
-    """The noise of ghost statistics: means of ghost batches around that of the whole batch, in its SDs, by channel.
+def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+    """How far the means of ghost batches scatter, by the depth of their layer: a line for each number of splits.
 
     Args:
-        activations: (N, C, H, W), the input of a normalisation layer.
-        splits: numbers of ghost batches to compare.
+        scatter: as `ghost_scatter` gives it: a row a layer, a column a number of splits.
     """
-    center, scale = activations.mean((0, 2, 3)), activations.std((0, 2, 3))
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
     with rc_context(STYLE):
-        panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
-        for axes, count in zip(panels, splits, strict=True):
-            ghosts = activations.tensor_split(count)
-            for ghost in ghosts:
-                noise = (ghost.mean((0, 2, 3)) - center) / scale
-                axes.plot(noise.numpy(), "o", color=COLORS["gbn"], alpha=0.6, markersize=5)
-            size = f"{len(ghosts[0])} images each"
-            axes.set(title=f"{count} split{'s' if count > 1 else ''}, {size}", xlabel="channel")
-        panels[0].set_ylabel("ghost mean minus batch mean\n(SDs of the channel)")
+        axes = _panel((8, 3.8), ax)
+        for alpha, splits in zip(np.linspace(0.4, 1, scatter.shape[1]), scatter, strict=True):
+            look = {"color": COLORS["gbn"], "marker": "o", "alpha": alpha, "linewidth": 2}
+            axes.plot(scatter.index, scatter[splits], label=f"{splits} splits", **look)
+        axes.set_xticks(list(scatter.index))
+        axes.set(
+            xlabel="normalisation layer", ylabel="scatter of the ghosts' means\n(SDs of the channel)", ylim=(0, None)
+        )
+        axes.legend(frameon=False)
+        axes.set_title(title)
+    return axes.figure
+
+
+def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
+    """How frequent each level of ink is, in images (N, 28, 28) of each name; the background is left out."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        for (name, grey), color in zip(images.items(), COLORS.values(), strict=False):
+            ink = grey[grey > 0].float().numpy()
+            axes.hist(ink, np.arange(0, 257, 8), histtype="step", label=name, color=color, linewidth=1.8)
+        axes.set(xlabel="grey level (255: full ink)", ylabel="pixels")
+        axes.legend(frameon=False, loc="upper center")
     return figure
 
 

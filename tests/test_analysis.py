@@ -13,6 +13,7 @@ from s6lib.analysis import (
     confusion_matrix,
     convolution_weights,
     errors_by_digit,
+    ghost_scatter,
     misclassified,
     passing,
     pruned,
@@ -21,8 +22,8 @@ from s6lib.analysis import (
     right_predictions,
     stability,
 )
-from s6lib.conditions import CONDITIONS, PLAIN, Condition
-from s6lib.data import CLASS_NAMES, Digits
+from s6lib.conditions import CONDITIONS, PLAIN, Condition, build_model
+from s6lib.data import CLASS_NAMES, Digits, normalise
 from s6lib.train import predict_logits
 
 
@@ -197,3 +198,17 @@ def test_a_run_passes_if_all_of_its_last_epochs_do():
     ).sample(frac=1, random_state=1)
     assert passing(history, 0.994, last=3).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): False}
     assert passing(history, 0.994, last=2).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): True}
+
+
+def test_ghosts_scatter_as_their_means_do(mnist):
+    model = build_model(PLAIN, CONDITIONS[3])
+    images = normalise(mnist[0].images[:64])
+    table = ghost_scatter(model, images, (1, 4, 16))
+    assert table.shape == (7, 3)
+    assert table[1].abs().max() < 1e-5
+    assert (table[4] < table[16]).all()
+    before = model.layers[:2](images)  # what the first normalisation is given
+    ghosts = torch.stack([ghost.mean((0, 2, 3)) for ghost in before.tensor_split(4)])
+    expected = ((ghosts - before.mean((0, 2, 3))) / before.std((0, 2, 3))).square().mean(0).sqrt().mean()
+    assert table[4][1] == pytest.approx(expected.item(), rel=1e-4)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())

@@ -16,7 +16,8 @@ from s6lib.plots import (
     plot_differences,
     plot_digits,
     plot_frontier,
-    plot_ghost_means,
+    plot_ghost_scatter,
+    plot_grey_levels,
     plot_loss,
     plot_misclassified,
     plot_penalties,
@@ -121,14 +122,24 @@ def test_class_balance_shows_the_counts(mnist):
     assert [bar.get_height() for bar in test.patches] == mnist[1].labels.bincount().tolist()
 
 
-def test_ghost_means_are_those_of_the_parts():
-    activations = torch.randn(16, 3, 5, 5)
-    whole, quarters = plot_ghost_means(activations, (1, 4)).axes
-    assert np.allclose(whole.get_lines()[0].get_ydata(), 0, atol=1e-6)
-    expected = (activations[4:8].mean((0, 2, 3)) - activations.mean((0, 2, 3))) / activations.std((0, 2, 3))
-    assert np.allclose(quarters.get_lines()[1].get_ydata(), expected, atol=1e-6)
-    (alone,) = plot_ghost_means(activations, (4,)).axes
-    assert np.array_equal(alone.get_lines()[1].get_ydata(), quarters.get_lines()[1].get_ydata())
+def test_the_scatter_of_ghosts_has_a_line_a_number_of_splits():
+    table = pd.DataFrame({4: [0.1, 0.2], 16: [0.2, 0.4]}, index=[1, 2])
+    (axes,) = plot_ghost_scatter(table).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["4 splits", "16 splits"]
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.1, 0.2], [0.2, 0.4]]
+
+
+def test_grey_levels_leave_out_the_background():
+    images = {"a": torch.tensor([[[0, 0], [9, 255]]]), "b": torch.tensor([[[0, 9], [9, 9]]])}
+    (axes,) = plot_grey_levels(images).axes
+    first, second = (patch.get_xy() for patch in axes.patches)
+    assert first[:, 1].max() == 1
+    assert second[:, 1].max() == 3
+
+
+def test_rows_of_digits_have_their_names(mnist):
+    figure = plot_digits(mnist[1].images[:4], [""] * 4, columns=2, rows=("first", "second"))
+    assert [axes.texts[0].get_text() for axes in figure.axes if axes.texts] == ["first", "second"]
 
 
 def test_confusion_shows_errors_alone():
