@@ -23,7 +23,7 @@ from s6lib.run import COLUMNS, Run, Trained
 from s6lib.workers import Order, packed
 
 ROUNDS, RUNS = 3, 1_000
-RECIPE = replace(PLAIN, epochs=1)
+RECIPE = replace(PLAIN, epochs=1, train_images=30_000)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from s6lib.analysis import pruning_curve
 from s6lib.conditions import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
-from s6lib.data import PROJECT
+from s6lib.data import PROJECT, Digits
 from s6lib.preregistered import FACTORIAL_SEEDS
 from s6lib.statistics import (
     condition_statistics,
@@ -86,6 +87,17 @@ def test_the_first_screen_is_what_the_results_say(replication):
     said = re.search(r"between two means is (\d+) digits, and\s+p = ([\d.]+)", README)
     largest, p = comparisons["difference"].abs().max(), comparisons["p_holm"].min()
     assert said.groups() == (f"{100 * largest:.0f}", f"{p:.2f}")
+
+
+def test_pruning_leaves_what_is_said(replication, mnist):
+    """On every tenth test digit, as in the notebook that draws it."""
+    digits = Digits(*(part[::10] for part in mnist[1]))
+    study = Study(PROJECT / "results", conditions=("l1-bn", "bn"), seeds=replication.seeds)
+    left = pruning_curve(study, digits, [0.7]).groupby("condition")["accuracy"].mean()
+    said = re.search(
+        r"smallest (\d+)% of .*? with L1\s+it still gets (\d+)% .*?trained without a penalty (\d+)%", README, re.DOTALL
+    )
+    assert said.groups() == ("70", f"{100 * left['l1-bn']:.0f}", f"{100 * left['bn']:.0f}")
 
 
 def test_the_largest_difference_on_new_seeds_is_as_said(replication):
