@@ -1,4 +1,9 @@
 import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -17,6 +22,25 @@ settings.load_profile("s6lib")
 # Two epochs on ten batches: seconds, and long enough for every part of a run.
 TINY = replace(PLAIN, epochs=2, train_images=640)
 L1_BN, _, _, GBN, _ = CONDITIONS
+
+
+@contextmanager
+def bounded(command: list[str], seconds: float = 300, **popen) -> Iterator[subprocess.Popen]:
+    """A command in a session of its own, all of which is killed if it takes longer, and when the test has failed.
+
+    So a study that hangs fails its test. Popen alone would wait for it, even after a `communicate` that timed out.
+    """
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **settings | popen) as process:
+        limit = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        limit.start()
+        try:
+            yield process
+            process.wait()
+        finally:
+            limit.cancel()
+            with suppress(ProcessLookupError):  # as it should be
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

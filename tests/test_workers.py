@@ -11,7 +11,7 @@ from dataclasses import replace
 import cloudpickle
 import pytest
 import torch
-from conftest import GBN, L1_BN, TINY
+from conftest import GBN, L1_BN, TINY, bounded
 from distributed import Client
 from test_study import assert_same_study
 
@@ -73,8 +73,7 @@ def command(cluster, out, *more):
 def test_a_study_on_a_cluster_equals_the_local_one_though_a_worker_is_killed(cluster, tiny_study, tmp_path):
     workers = [cluster.worker("--no-nanny"), cluster.worker("--no-nanny")]
     out, printed = tmp_path / "out", ""
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command(cluster, out), **settings) as driver:
+    with bounded(command(cluster, out)) as driver:
         for line in driver.stdout:
             printed += line
             if "epoch 2/2" in line and workers[0].poll() is None:  # a run has come back; the next ones are under way
@@ -127,8 +126,7 @@ def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
 def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(cluster, tmp_path):
     cluster.worker("--no-nanny")
     out, printed = tmp_path / "out", ""
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command(cluster, out), **settings) as driver:
+    with bounded(command(cluster, out)) as driver:
         for line in driver.stdout:
             printed += line
             if "3/8 epochs" in line and cluster.scheduler.poll() is None:  # the first run has come back
@@ -139,8 +137,7 @@ def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(clus
 
 
 def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cluster, tiny_study, tmp_path):
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command(cluster, tmp_path / "out"), **settings) as driver:
+    with bounded(command(cluster, tmp_path / "out")) as driver:
         line = driver.stdout.readline()
         assert line == f"waiting for workers: none has come to tcp://{cluster.address} yet\n"
         cluster.worker("--no-nanny", "--nthreads", "2")
@@ -155,8 +152,7 @@ def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cl
 def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_study, tmp_path):
     cluster.worker("--no-nanny")
     out = tmp_path / "out"
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with subprocess.Popen(command(cluster, out), **settings) as driver:
+    with bounded(command(cluster, out)) as driver:
         for line in driver.stdout:
             if "3/8 epochs" in line:  # the first run has come back
                 driver.send_signal(signal.SIGINT)

@@ -5,9 +5,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from conftest import bounded
 
 from s6lib.__main__ import main
 from s6lib.study import Study
@@ -23,12 +24,9 @@ def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "s6lib", *REQUEST, "--out", str(out), "--jobs", "2", "--device", "cpu", *more]
 
 
-@contextmanager
-def started(out: Path, *more: str, **popen) -> Iterator[subprocess.Popen]:
+def started(out: Path, *more: str, **popen) -> AbstractContextManager[subprocess.Popen]:
     """A tiny study under way. Its pipe closes when driver and workers have all ended."""
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with subprocess.Popen(command(out, *more), **(settings | popen)) as process:
-        yield process
+    return bounded(command(out, *more), **popen)
 
 
 def end(process: subprocess.Popen, code: int) -> str:
