@@ -1,5 +1,6 @@
 """What is published under results/ is what the saved weights give, and what the code trains."""
 
+import os
 from dataclasses import replace
 from functools import cache
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 
 from s6lib.conditions import CONDITIONS, RECIPES
-from s6lib.data import PROJECT
+from s6lib.data import PROJECT, Digits
 from s6lib.run import Run, train_run
 from s6lib.study import Study
 from s6lib.train import evaluate
 
+THOROUGH = "S6LIB_THOROUGH" in os.environ
 RESULTS = PROJECT / "results"
 RUNS = sorted(path.parent.relative_to(RESULTS) for path in RESULTS.rglob("seed-*/run.json"))
 
@@ -33,16 +35,19 @@ def test_saved_weights_give_the_published_numbers(run, mnist):
     *folder, recipe, condition, seed = run.parts
     study, seed = published(recipe, RESULTS.joinpath(*folder)), int(seed.removeprefix("seed-"))
     assert not study.recipe.held_out
-    evaluation = evaluate(study.model(condition, seed), mnist[1])
+    whole = THOROUGH or seed in (1, 2)  # of the others every fifth digit, and another fifth for each seed
+    part = slice(None) if whole else slice(seed % 5, None, 5)
+    digits = Digits(*(tensors[part] for tensors in mnist[1]))
+    evaluation, saved = evaluate(study.model(condition, seed), digits), study.predictions(condition, seed)
     history = study.history().query("condition == @condition and seed == @seed")
     assert history["epoch"].tolist() == list(range(1, study.recipe.epochs + 1))
     # Two logits that nearly tie may change places on another processor: three images in ten thousand.
-    differ = np.count_nonzero(evaluation.predictions.numpy() != study.predictions(condition, seed))
-    assert differ <= 3
-    assert evaluation.accuracy == pytest.approx(history["val_accuracy"].iloc[-1], abs=3e-4)
-    assert evaluation.loss == pytest.approx(history["val_loss"].iloc[-1], rel=1e-3)
-    saved = float((study.predictions(condition, seed) == mnist[1].labels.numpy()).mean())
-    assert saved == pytest.approx(history["val_accuracy"].iloc[-1], abs=1e-9)
+    assert np.count_nonzero(evaluation.predictions.numpy() != saved[part]) <= 3
+    right = float((saved == mnist[1].labels.numpy()).mean())
+    assert right == pytest.approx(history["val_accuracy"].iloc[-1], abs=1e-9)
+    if whole:
+        assert evaluation.accuracy == pytest.approx(right, abs=3e-4)
+        assert evaluation.loss == pytest.approx(history["val_loss"].iloc[-1], rel=1e-3)
 
 
 def test_the_first_epoch_trains_again_to_its_published_row():
