@@ -417,10 +417,6 @@ def _label(slug: str, labels: Mapping[str, str] | None) -> str:
     return (labels or {}).get(slug, slug)
 
 
-def _p(p: float) -> str:
-    return f"p = {p:.2f}" if p >= 0.01 else "p < 0.01"
-
-
 def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
     """One row a name, the first on top, and a text right of the panel beside each."""
     axes.set_yticks(range(len(names)), names)
@@ -558,22 +554,23 @@ def plot_frontier(
         axes = _panel((9.5, 5.4), ax)
         axes.axhline(goal, color="#333333", linewidth=1, linestyle="--")
         axes.text(0.995, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", ha="right", fontsize=10)
-        markers = {"last": ("s", "reported, one run, last epoch"), "best": ("^", "reported, best epoch or best run")}
-        markers["claim"] = ("x", "claimed, without a log")
+        markers = {
+            "last": ("s", "reported, one run, last epoch"),
+            "best": ("^", "reported, best epoch or best run"),
+            "claim": ("x", "claimed, without a log"),
+        }
         for kind, (marker, label) in markers.items():
             rows = reported[reported["kind"] == kind]
             axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
         dots = {"color": COLORS["l1-bn"], "alpha": 0.35, "markersize": 5, "label": "a run of ours, last epoch"}
         axes.plot(runs["parameters"], runs["accuracy"], "o", **dots)
-        sizes = {size: rows["accuracy"] for size, rows in runs.groupby("parameters")}
-        means = [rows.mean() for rows in sizes.values()]
-        ends = [mean_interval(rows) for rows in sizes.values()]
-        error = [[mean - low for mean, (low, _) in zip(means, ends, strict=True)]]
-        error += [[high - mean for mean, (_, high) in zip(means, ends, strict=True)]]
+        sizes = runs.groupby("parameters")["accuracy"]
+        means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
         look = {"color": COLORS["l1-bn"], "marker": "D", "markeredgecolor": "white", "capsize": 4}
-        axes.errorbar(list(sizes), means, error, label="mean of ours, with its 95% interval", **look)
+        error = np.abs(ends.T - means.to_numpy())
+        axes.errorbar(means.index, means, error, label="mean of ours, with its 95% interval", **look)
         axes.set_xscale("log")
-        axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+        axes.set_xticks(means.index, [f"{size:,}" for size in means.index])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
         axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
