@@ -304,10 +304,15 @@ def _made(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(entry: Any) -> Callable[..., nn.Module] | None:
-    """A network of the library. What a stranger's run.json names else is not imported."""
-    if isinstance(entry, dict) and entry.get("partial") in models.NETWORKS:
-        return partial(models.NETWORKS[entry["partial"]], **entry["arguments"])
-    return models.NETWORKS.get(entry) if isinstance(entry, str) else None
+    """A network of the library, by itself or with numbers for arguments. What else a run.json names is not imported."""
+    if isinstance(entry, str):
+        return models.NETWORKS.get(entry)
+    network, arguments = entry.get("partial"), entry.get("arguments", {})
+    if not isinstance(network, str) or not all(isinstance(value, int | float) for value in arguments.values()):
+        return None
+    placed = [value for name, value in arguments.items() if name.isdecimal()]
+    named = {name: value for name, value in arguments.items() if not name.isdecimal()}
+    return partial(models.NETWORKS[network], *placed, **named) if network in models.NETWORKS else None
 
 
 def layers(recipe: Recipe, condition: Condition) -> list[str]:

@@ -24,7 +24,7 @@ from s6lib.conditions import (
     try_out,
 )
 from s6lib.identity import Recorded
-from s6lib.models import BottleneckNet, PlainNet
+from s6lib.models import BottleneckNet, PlainNet, SeparableNet
 from s6lib.norm import GhostBatchNorm
 
 
@@ -232,10 +232,21 @@ def test_settings_that_are_not_used_are_not_recorded():
     assert recorded_recipe(recipe_entry(changed)) == changed
 
 
-def test_a_network_of_the_library_with_its_arguments_can_be_made_from_what_is_recorded():
-    recipe = Recipe("first", partial(PlainNet, norm_first=True))
-    kinds = [type(layer) for layer in build_model(recorded_recipe(recipe_entry(recipe)), CONTROL).layers[:3]]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+@pytest.mark.parametrize("network", [partial(SeparableNet, width=14), partial(SeparableNet, 14)])
+def test_a_network_of_the_library_with_numbers_can_be_made_from_what_is_recorded(network):
+    entry = recipe_entry(Recipe("small", network))
+    again = recorded_recipe(entry)
+    assert recipe_entry(again) == entry
+    assert sum(weights.numel() for weights in build_model(again, CONTROL).parameters()) == 1_694
+
+
+@pytest.mark.parametrize("network", [partial(Own), partial(PlainNet, norm=nn.InstanceNorm2d)])
+def test_a_partial_of_ones_own_is_known_by_name_alone(network):
+    entry = recipe_entry(Recipe("own", network))
+    again = recorded_recipe(entry)
+    assert recipe_entry(again) == entry
+    with pytest.raises(ValueError, match=r"is known from run\.json alone"):
+        build_model(again, CONTROL)
 
 
 def test_what_is_known_by_name_alone_cannot_be_made():
