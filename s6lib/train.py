@@ -69,6 +69,7 @@ def train_epoch(
     for images, labels in batches:
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
+        # After the logits: autograd adds gradients up from the last to the first, and the last bits are settled.
         penalty = torch.zeros_like(loss) + penalty_of(model)
         optimizer.zero_grad()
         (loss + penalty).backward()

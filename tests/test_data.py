@@ -19,6 +19,7 @@ from torchvision.datasets import MNIST, QMNIST
 from s6lib.data import (
     CLASS_NAMES,
     DATA,
+    STD,
     Augmentation,
     Digits,
     MnistError,
@@ -324,6 +325,21 @@ def test_batches_come_from_the_generator_alone(mnist):
     torch.manual_seed(2)
     assert torch.equal(first, drawn(3))
     assert not torch.equal(first, drawn(4))
+
+
+def test_what_the_published_recipes_draw_is_settled(mnist):
+    """Order, brightness, contrast, angles, in this order: whatever else is drawn comes after them."""
+    digits, generator = Digits(*(part[:150] for part in mnist[0])), torch.Generator().manual_seed(5)
+    order = torch.randperm(150, generator=generator)
+    brightness, contrast, angles = (torch.rand(150, generator=generator).mul_(2).sub_(1) for _ in range(3))
+    expected = adjust_brightness(digits.images[order], 1 + 0.1 * brightness)
+    expected = normalise(rotate(adjust_contrast(expected, 1 + 0.1 * contrast), 7.0 * angles))
+    drawn = list(batches(digits, 64, Augmentation(7.0, 0.1), torch.Generator().manual_seed(5)))
+    assert torch.equal(torch.cat([labels for _, labels in drawn]), digits.labels[order])
+    images = torch.cat([images for images, _ in drawn])
+    # A mean, in the contrast, may round otherwise in another batch: a pixel is then one grey level off.
+    assert (images - expected).abs().max() <= 1.01 / (255 * STD)
+    assert (images != expected).sum() <= 150
 
 
 def test_each_image_of_a_batch_has_its_own_augmentation(mnist):

@@ -75,7 +75,9 @@ def test_every_condition_gives_logits(recipe, condition):
 @pytest.mark.parametrize("width", [14, 18, 24, 32, 42])
 def test_a_separable_network_of_every_width(width):
     model = SeparableNet(width, partial(GhostBatchNorm, num_splits=4))
-    assert sum(weights.numel() for weights in model.parameters()) == 4 * width**2 + 65 * width
+    count = sum(weights.numel() for weights in model.parameters())
+    assert count == 4 * width**2 + 65 * width
+    assert re.search(rf"\b{width} (makes )?{count:,}\b", SeparableNet.__doc__)
     assert sum(isinstance(layer, GhostBatchNorm) for layer in model.modules()) == 5
     assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
 

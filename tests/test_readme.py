@@ -85,6 +85,8 @@ def test_the_first_screen_is_what_the_results_say(replication):
     said = re.search(r"differ by about (\d+) digits, and the best and worst .*? by about (\d+)\.", README, re.DOTALL)
     assert said.groups() == (f"{100 * two_runs:.0f}", f"{100 * equal_conditions(sd)[1]:.0f}")
     said = re.search(r"between two means is (\d+) digits, and\s+p = ([\d.]+)", README)
+    assert f"before {len(FACTORIAL_SEEDS)} fresh seeds were run" in README
+    assert len(comparisons) == 15
     largest, p = comparisons["difference"].abs().max(), comparisons["p_holm"].min()
     assert said.groups() == (f"{100 * largest:.0f}", f"{p:.2f}")
 

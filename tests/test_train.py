@@ -39,6 +39,32 @@ def test_penalty_gradients_are_sign_and_twice_the_weight(model):
         assert torch.allclose(weights.grad, weights.detach().sign() + 2 * weights.detach())
 
 
+def test_gradients_are_those_of_two_penalties_apart_to_the_last_bit(batches):
+    """As the first published runs computed them."""
+    models = [build_model(BOTTLENECK, CONTROL) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images, labels = batches[0]
+
+    def strung(model):
+        return torch.cat([weights.flatten() for weights in model.parameters()])
+
+    def apart(model):
+        return 2e-4 * strung(model).abs().sum() + 1e-4 * strung(model).square().sum()
+
+    for model, penalty_of in zip(models, (lambda model: l1_l2_penalty(model, 2e-4, 1e-4), apart), strict=True):
+        loss = F.cross_entropy(model(images), labels)  # before the penalty: autograd adds up from the last to the first
+        (loss + penalty_of(model)).backward()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_penalty_comes_after_the_logits(model, batches):
+    called = []
+    model.register_forward_hook(lambda *_: called.append("logits"))
+    train_epoch(model, batches[:2], sgd(model), lambda model: called.append("penalty") or 0.0)
+    assert called == ["logits", "penalty"] * 2
+
+
 @pytest.mark.parametrize("condition", CONDITIONS, ids=lambda c: c.slug)
 def test_epoch_equals_the_steps_done_by_hand(condition, batches):
     torch.manual_seed(1)
