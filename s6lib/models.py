@@ -141,7 +141,7 @@ class SeparableNet(nn.Module):
 
     def __init__(self, width: int = 18, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.first = nn.Sequential(_conv(1, width, padding=1), norm(width), nn.SiLU(), nn.MaxPool2d(2))
+        self.first = nn.Sequential(_conv(1, width, padding=1), nn.MaxPool2d(2), norm(width), nn.SiLU())
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(width, width, 3, groups=width, bias=False), _conv(width, width, kernel=1), norm(width)
@@ -153,7 +153,8 @@ class SeparableNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.first(images)
         for block in self.blocks:
-            features = F.silu(block(features) + features[:, :, 1:-1, 1:-1])
+            # Cropped by a negative pad: the gradient of a slice would leave the memory format, and be slow from there.
+            features = F.silu(block(features) + F.pad(features, (-1, -1, -1, -1)))
         return self.last(features).flatten(1)
 
 

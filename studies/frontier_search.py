@@ -19,7 +19,7 @@ class Trial(nn.Module):
 
     c8: a 3x3 convolution to 8 channels, padded; v8: unpadded. s8: a depthwise 3x3, padded, and a 1x1; t8: unpadded.
     r, R: the last kernel again, padded or not, with a norm of its own. m, M: a new depthwise 3x3, the last 1x1
-    again. P: a maximum over 2x2.
+    again. P: a maximum over 2x2. p8: c8 with that maximum before its norm.
     """
 
     def __init__(self, norm=nn.BatchNorm2d, plan="", activation="relu", residual=True):
@@ -32,26 +32,27 @@ class Trial(nn.Module):
             if kind == "P":
                 self.steps.append((kind, None, None))
                 continue
-            if kind in "cv":
+            if kind in "cvp":
                 self.kernels.append(nn.Conv2d(channels, width, 3, bias=False))
             if kind in "stmM":
                 depth = nn.Conv2d(channels, channels, 3, groups=channels, bias=False)
                 mix = self.kernels[-1][1] if kind in "mM" else nn.Conv2d(channels, width, 1, bias=False)
                 self.kernels.append(nn.Sequential(depth, mix))
             self.norms.append(norm(width))
-            self.steps.append((kind in "csrm", len(self.kernels) - 1, len(self.norms) - 1))
+            self.steps.append((kind, len(self.kernels) - 1, len(self.norms) - 1))
             channels = width
         self.head = nn.Conv2d(channels, 10, 1, bias=False)
 
     def forward(self, x):
-        for pad, kernel, norm in self.steps:
-            if pad == "P":
+        for kind, kernel, norm in self.steps:
+            if kind == "P":
                 x = F.max_pool2d(x, 2)
                 continue
-            y = self.norms[norm](self.kernels[kernel](F.pad(x, [int(pad)] * 4)))
+            y = self.kernels[kernel](F.pad(x, [int(kind in "csrmp")] * 4))
+            y = self.norms[norm](F.max_pool2d(y, 2) if kind == "p" else y)
             if self.residual and y.shape[1] == x.shape[1]:
                 edge = (x.shape[2] - y.shape[2]) // 2
-                y = y + x[:, :, edge : x.shape[2] - edge, edge : x.shape[3] - edge]
+                y = y + F.pad(x, [-edge] * 4)
             x = self.activation(y)
         return self.head(x.mean((2, 3), keepdim=True)).flatten(1)
 
@@ -107,4 +108,6 @@ CONDITIONS = (
     _trial("t24-double-ema", "c24 P t24 t24 t24 t24", changes={"learning_rate": 0.2, "ema": 0.999}),
     _trial("plain-10k-relu", _PLAIN, "relu", residual=False),
     _trial("t24-32", "c24 P t24 t24 t24 t24", changes={"batch_size": 32}),
+    _trial("pool-18", "p18 t18 t18 t18 t18"),
+    _trial("pool-24", "p24 t24 t24 t24 t24"),
 )
