@@ -1,5 +1,6 @@
 """Every figure, one function each. They return a `matplotlib.figure.Figure`; `save` writes it as a PNG at 2x."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
 from s6lib.data import CLASS_NAMES, Digits
@@ -546,7 +547,7 @@ def plot_frontier(
     """Accuracy by the number of parameters: every run, the means with their 95% intervals, and what others reported.
 
     Args:
-        runs: a row a run: parameters, accuracy (percent).
+        runs: a row a run: network, parameters, accuracy (percent).
         reported: a row a report, of one run: parameters, accuracy (percent), kind ("last" or "best" epoch, "claim").
         goal: an accuracy in percent, drawn as a line.
     """
@@ -562,17 +563,47 @@ def plot_frontier(
         for kind, (marker, label) in markers.items():
             rows = reported[reported["kind"] == kind]
             axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
-        dots = {"color": COLORS["l1-bn"], "alpha": 0.35, "markersize": 5, "label": "a run of ours, last epoch"}
-        axes.plot(runs["parameters"], runs["accuracy"], "o", **dots)
-        sizes = runs.groupby("parameters")["accuracy"]
-        means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
-        look = {"color": COLORS["l1-bn"], "marker": "D", "markeredgecolor": "white", "capsize": 4}
-        error = np.abs(ends.T - means.to_numpy())
-        axes.errorbar(means.index, means, error, label="mean of ours, with its 95% interval", **look)
+        colors = itertools.cycle((COLORS["l1-bn"], COLORS["gbn"]))
+        for (network, rows), color in zip(runs.groupby("network", sort=False), colors, strict=False):
+            _draw_sizes(axes, rows, network, color)
         axes.set_xscale("log")
-        axes.set_xticks(means.index, [f"{size:,}" for size in means.index])
-        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
         axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
-        axes.legend(loc="upper left", fontsize=10)
+        axes.legend(loc="lower right", fontsize=10)
+    return axes.figure
+
+
+def _draw_sizes(axes: Axes, runs: pd.DataFrame, network: str, color: str) -> None:
+    """One network's runs as dots, and for each of its sizes the mean with its 95% interval."""
+    axes.plot(runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.35, markersize=5)
+    sizes = runs.groupby("parameters")["accuracy"]
+    means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
+    error = np.abs(ends.T - means.to_numpy())
+    look = {"color": color, "marker": "D", "markeredgecolor": "white", "capsize": 4}
+    axes.errorbar(means.index, means, error, label=f"{network}: mean with its 95% interval", **look)
+
+
+def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+    """What each change earns: mean differences, with their 95% intervals, a row each, from the top.
+
+    Args:
+        gains: a row a change: label, group, n (pairs), mean, low, high (points). A line is drawn between two groups.
+    """
+    groups = list(dict.fromkeys(gains["group"]))
+    colors = dict(zip(groups, itertools.cycle((COLORS["l1-bn"], COLORS["bn"])), strict=False))
+    with rc_context(STYLE):
+        axes = _panel((9.5, 1.5 + 0.36 * len(gains)), ax)
+        axes.axvline(0, color="#333333", linewidth=1)
+        for row in gains.reset_index(drop=True).itertuples():
+            axes.plot([row.low, row.high], [row.Index] * 2, color=colors[row.group], linewidth=2)
+            axes.plot(row.mean, row.Index, "D", color=colors[row.group], markeredgecolor="white", markersize=8)
+        for edge in np.flatnonzero(gains["group"] != gains["group"].shift())[1:]:
+            axes.axhline(edge - 0.5, color="#999999", linewidth=0.8)
+        beside = [f"{row.mean:+.3f}  (n = {row.n})".replace("-", "\N{MINUS SIGN}") for row in gains.itertuples()]
+        _label_rows(axes, list(gains["label"]), beside)
+        axes.set_xlabel("gain in test accuracy, in points: mean of paired differences, 95% interval")
+        axes.set_title(title)
     return axes.figure

@@ -16,6 +16,7 @@ from s6lib.plots import (
     plot_differences,
     plot_digits,
     plot_frontier,
+    plot_gains,
     plot_ghost_scatter,
     plot_grey_levels,
     plot_loss,
@@ -321,18 +322,51 @@ def test_a_panel_may_be_given(tiny_study, plot):
 
 
 def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
-    runs = pd.DataFrame({"parameters": [100, 100, 100, 900, 900], "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6]})
+    runs = pd.DataFrame(
+        {
+            "network": ["Net"] * 5 + ["Other"] * 2,
+            "parameters": [100, 100, 100, 900, 900, 850, 850],
+            "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6, 99.7, 99.8],
+        }
+    )
     reported = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
     (axes,) = plot_frontier(runs, reported, 99.4, "sizes").axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert lines["a run of ours, last epoch"].get_ydata().tolist() == runs["accuracy"].tolist()
+    dots = [line.get_ydata().tolist() for line in axes.get_lines() if line.get_alpha() == 0.35]
+    assert dots == [[99.0, 99.1, 99.3, 99.5, 99.6], [99.7, 99.8]]
     assert lines["reported, one run, last epoch"].get_xdata().tolist() == [50]
     assert lines["claimed, without a log"].get_ydata().tolist() == [98.5]
-    (bars,) = axes.containers
-    assert bars.lines[0].get_ydata().tolist() == pytest.approx([297.4 / 3, 99.55])
-    low, high = (point[1] for point in bars.lines[2][0].get_segments()[0])
+    net, other = axes.containers
+    assert net.lines[0].get_ydata().tolist() == pytest.approx([297.4 / 3, 99.55])
+    assert (net.get_label(), other.get_label()) == (
+        "Net: mean with its 95% interval",
+        "Other: mean with its 95% interval",
+    )
+    low, high = (point[1] for point in net.lines[2][0].get_segments()[0])
     assert (low, high) == pytest.approx(mean_interval([99.0, 99.1, 99.3]))
     assert any(line.get_ydata() == [99.4, 99.4] for line in axes.get_lines())
+
+
+def test_gains_stand_in_rows_with_their_intervals_and_a_line_between_groups():
+    gains = pd.DataFrame(
+        [
+            ("more", "change", 5, 0.1, 0.05, 0.15),
+            ("less", "change", 5, -0.1, -0.2, 0.0),
+            ("other", "b", 9, 0, -1, 1),
+        ],
+        columns=["label", "group", "n", "mean", "low", "high"],
+    )
+    (axes,) = plot_gains(gains, "gains").axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["more", "less", "other"]
+    assert [text.get_text() for text in axes.texts] == [
+        "+0.100  (n = 5)",
+        "\N{MINUS SIGN}0.100  (n = 5)",
+        "+0.000  (n = 9)",
+    ]
+    bars = [list(line.get_xdata()) for line in axes.get_lines() if line.get_linewidth() == 2]
+    assert bars == [[0.05, 0.15], [-0.2, 0.0], [-1, 1]]
+    edges = [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
+    assert edges == [1.5]
 
 
 def test_penalties_and_their_pulls_are_those_of_autograd():
