@@ -18,6 +18,7 @@ from distributed import Client, LocalCluster
 from loky import ProcessPoolExecutor
 
 from s6lib.conditions import CONTROL, PLAIN, build_model
+from s6lib.files import serialised
 from s6lib.launch import run_study
 from s6lib.run import COLUMNS, Run, Trained
 from s6lib.workers import Order, packed
@@ -55,7 +56,7 @@ def growth(workers_of: type | object) -> float:
 
 def finished_run(_: bytes) -> Trained:
     """What a run of 25 epochs sends back, without the training."""
-    weights = build_model(PLAIN, CONTROL).state_dict()
+    weights = serialised(lambda file: torch.save(build_model(PLAIN, CONTROL).state_dict(), file))
     history = [dict.fromkeys(COLUMNS, float(epoch)) for epoch in range(25)]
     return Trained(history, weights, np.zeros(10_000, np.uint8), [{"torch": str(torch.__version__)}])
 
