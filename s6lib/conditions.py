@@ -56,7 +56,8 @@ class Condition:
         num_splits: ghost batches a batch, or None for BatchNorm2d.
         norm: a normalisation of one's own instead: makes the layer for a number of channels.
         penalty: a penalty of one's own, added to the loss: from the model, a scalar.
-        changes: settings of the recipe that are others for this condition, by name.
+        changes: settings of the recipe that are others for this condition, by name. All but held_out: conditions are
+            compared on the same digits.
 
     Raises ValueError for a value that makes no sense.
     """
@@ -82,7 +83,7 @@ class Condition:
         for name in ("norm", "penalty"):
             value = getattr(self, name)
             _require(value is None or callable(value), name, "a function or a class", value)
-        known = [setting.name for setting in fields(Recipe)[1:]]
+        known = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "held_out")]
         sound = isinstance(self.changes, Mapping) and all(name in known for name in self.changes)
         _require(sound, "changes", f"a dict of settings of the recipe, which are {', '.join(known)}", self.changes)
 
