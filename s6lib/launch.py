@@ -119,7 +119,9 @@ def _saved(out: str | Path, run: Run, trained: Trained | str) -> Iterator[str]:
 
 
 def _shown(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
-    names = [f"{run.condition.label}, seed {run.seed}" for run in runs]
+    conditions = {run.condition for run in runs}
+    shared = len({condition.label for condition in conditions}) < len(conditions)
+    names = [f"{run.condition.slug if shared else run.condition.label}, seed {run.seed}" for run in runs]
     histories = {name: run.folder(out) / "history.csv" for name, run in zip(names, runs, strict=True)}
     return progress(histories, {name: run.settings.epochs for name, run in zip(names, runs, strict=True)})
 

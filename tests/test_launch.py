@@ -38,6 +38,15 @@ def test_a_seed_that_is_no_whole_number_is_refused(tmp_path, seed):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_conditions_of_one_label_have_a_progress_line_each(tmp_path, capsys):
+    recipe = replace(TINY, epochs=1, train_images=64)
+    run_study(recipe, (Condition("one", "same"), Condition("two", "same")), 1, tmp_path, jobs=1)
+    shown = capsys.readouterr().err
+    assert "one, seed 1: epoch 1/1" in shown
+    assert "two, seed 1: epoch 1/1" in shown
+    assert "2/2 epochs" in shown
+
+
 def test_seeds_of_numpy_are_seeds(tmp_path):
     """A stopped run with one goes on, and a finished run is written: JSON knows no int64."""
     recipe = replace(TINY, epochs=1, train_images=64)
@@ -175,15 +184,13 @@ def test_a_study_of_ones_own_runs_in_worker_processes_as_here(own_study, tmp_pat
 
 
 def test_what_is_ones_own_is_recorded_by_name_and_by_what_it_is(own_study):
-    about = json.loads((own_study.run_folder("groups") / "run.json").read_text())
+    about = json.loads((own_study.folder / "own" / "groups" / "seed-1" / "run.json").read_text())
     assert about["recipe"]["network"]["name"] == "Own"
     assert "nn.Conv2d(1, 4, 5, 3)" in about["recipe"]["network"]["source"]
     assert about["condition"]["norm"]["source"] == "lambda channels: nn.GroupNorm(2, channels)"
     assert any("GroupNorm(2, 4" in line for line in about["layers"])
-    assert (
-        "torch.eye(4)"
-        in json.loads((own_study.run_folder("decorrelated") / "run.json").read_text())["condition"]["penalty"]["source"]
-    )
+    about = json.loads((own_study.folder / "own" / "decorrelated" / "seed-1" / "run.json").read_text())
+    assert "torch.eye(4)" in about["condition"]["penalty"]["source"]
 
 
 def test_a_folder_of_ones_own_can_be_read_without_the_code_but_for_its_models(own_study):
