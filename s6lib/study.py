@@ -191,10 +191,6 @@ class Study:
             for name in RESULTS:
                 read_result(found.folder, name)
 
-    def run_folder(self, condition: str | Condition, seed: int | None = None) -> Path:
-        """Where a run is kept."""
-        return self._run(condition, seed).folder
-
     def _read_history(self, condition: str, seed: int) -> pd.DataFrame:
         folder = self._found[condition, seed].folder
         try:
