@@ -10,15 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from s6lib.conditions import PLAIN
+from s6lib.conditions import ALL_CONDITIONS, PLAIN
 from s6lib.data import PROJECT
+from s6lib.files import serialised
 from s6lib.launch import run_study
+from s6lib.models import PlainNet
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
+from s6lib.run import COLUMNS, Run, Trained, save_run
+from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 from set_address import set_address
@@ -179,21 +184,28 @@ def test_the_folded_solutions_print_what_stands_below_them(path, capsys):
     torch.set_num_threads(threads)
 
 
+def made_up_run(folder, slug, seed):
+    """GBN costs 0.1 points, and all else is alike; a quarter of the weights are zero where there is L1."""
+    model, run = PlainNet(), Run(PLAIN, ALL_CONDITIONS[slug], seed)
+    for weights in model.parameters() if "l1" in slug else ():
+        weights.data.flatten()[::4] = 0
+    accuracy = 0.9950 - 0.001 * ("gbn" in slug) + 0.0001 * (seed % 3) + 0.0001 * (slug == "bn") * (seed % 2)
+    row = {"val_accuracy": round(accuracy, 4), "val_loss": 0.02 + 0.001 * ("gbn" in slug) + 0.0001 * (seed % 5)}
+    history = [{**dict.fromkeys(COLUMNS, 0.0), "epoch": epoch, **row} for epoch in range(1, 26)]
+    weights = serialised(lambda file: torch.save(model.state_dict(), file))
+    save_run(run.folder(folder), run, Trained(history, weights, np.zeros(10_000, np.uint8), [{}]))
+
+
 def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys):
-    """On made-up accuracies: GBN costs 0.1 points, and all else is alike."""
-    for slug, seeds in (
-        *((slug, FACTORIAL_SEEDS) for slug in FACTORIAL),
-        *((slug, PENALTY_SEEDS) for slug in PENALTIES),
-    ):
-        for seed in seeds:
-            folder = tmp_path / "plain" / slug / f"seed-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.json").write_text("{}")
-            accuracy = 0.9950 - 0.001 * ("gbn" in slug) + 0.0001 * (seed % 3) + 0.0001 * (slug == "bn") * (seed % 2)
-            (folder / "history.csv").write_text(f"epoch,val_accuracy\n25,{accuracy:.4f}\n")
+    asked = {(slug, seed) for slug in FACTORIAL for seed in (*range(1, 11), *FACTORIAL_SEEDS)}
+    for slug, seed in sorted(asked | {(slug, seed) for slug in PENALTIES for seed in PENALTY_SEEDS}):
+        made_up_run(tmp_path, slug, seed)
     cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "05_replication.ipynb")]
-    count, shown = (next(cell for cell in cells if mark in cell) for mark in ("asked = {", "answer(read("))
-    names = {"FOLDER": tmp_path, "display": lambda figure: figure.canvas.draw()}
+    count, shown, beside, weights = (
+        next(cell for cell in cells if mark in cell)
+        for mark in ("asked = {", "answer(read(", "contrasts(read(", "weights that are below")
+    )
+    names = {"FOLDER": tmp_path, "PUBLISHED": True, "Study": Study, "np": np, "display": lambda _: None}
     exec(count, names)
     exec(shown, names)
     printed = capsys.readouterr().out
@@ -202,8 +214,20 @@ def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys
     bars = names["answers_figure"].axes[0].get_lines()
     assert bars[3].get_xdata()[0] < -0.1  # drawn as a loss
 
+    exec(beside, names)
+    printed = capsys.readouterr().out
+    (g,) = names["found"].query("question == 'G'")["mean"]
+    assert printed.startswith(f"last epoch       G            {g:+.3f}, 95% interval ")
+    assert f"epochs 19 to 25  G            {g:+.3f}" in printed  # here all epochs are alike
+    assert "test loss        G            -1.000, 95% interval -1.000 to -1.000" in printed
+    assert len(printed.splitlines()) == 10
+    exec(weights, names)
+    shares = [float(share) for share in re.findall(r"([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)]
+    assert [share > 24 for share in shares] == ["l1" in slug for slug in FACTORIAL]
+
     (tmp_path / "plain" / "gbn" / "seed-30" / "run.json").unlink()
-    exec(count, names)
+    for cell in (count, shown, beside, weights):
+        exec(cell, names)
     assert capsys.readouterr().out == "167 of 168 runs are in: no answer yet, and nobody has looked\n"
     assert not names["COMPLETE"]
 
