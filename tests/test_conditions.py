@@ -127,7 +127,7 @@ def test_nesterov_needs_a_momentum():
     "change",
     [{"l1": -1}, {"l2": float("nan")}, {"l1": float("inf")}, {"num_splits": 0}, {"num_splits": 1.5},
      {"norm": 4}, {"penalty": 1e-4}, {"changes": {"colour": 1}}, {"changes": {"name": "other"}}, {"changes": None},
-        {"changes": {"held_out": True}},
+     {"changes": {"held_out": True}},
      {"slug": ".."}, {"slug": "a/b"}, {"slug": ""}, {"slug": "gbn\n"}],
 )  # fmt: skip
 def test_condition_refuses_what_makes_no_sense(change):
