@@ -572,7 +572,7 @@ def plot_frontier(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
         axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
-        axes.legend(loc="lower right", fontsize=10)
+        axes.legend(loc="lower left", fontsize=10)
     return axes.figure
 
 
