@@ -554,7 +554,7 @@ def plot_frontier(
     with rc_context(STYLE):
         axes = _panel((9.5, 5.4), ax)
         axes.axhline(goal, color="#333333", linewidth=1, linestyle="--")
-        axes.text(0.995, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", ha="right", fontsize=10)
+        axes.text(0.005, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", fontsize=10)
         markers = {
             "last": ("s", "reported, one run, last epoch"),
             "best": ("^", "reported, best epoch or best run"),
