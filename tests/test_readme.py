@@ -4,9 +4,10 @@ import importlib
 import math
 import re
 
+import pandas as pd
 import pytest
 
-from s6lib.analysis import pruning_curve
+from s6lib.analysis import passing, pruning_curve
 from s6lib.conditions import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.data import PROJECT, Digits
 from s6lib.preregistered import FACTORIAL_SEEDS
@@ -14,6 +15,7 @@ from s6lib.statistics import (
     condition_statistics,
     equal_conditions,
     friedman_p,
+    mean_interval,
     paired_comparisons,
     run_sd,
     seeds_needed,
@@ -184,6 +186,72 @@ def test_one_accuracy_is_as_uncertain_as_said():
     said = float(re.search(r"uncertain by about ([\d.]+) points either way", RESULTS)[1])
     low, high = wilson_interval(0.995)
     assert 100 * (high - low) / 2 == pytest.approx(said, abs=0.01)
+
+
+def averaged():
+    return Study(PROJECT / "results", conditions="average")
+
+
+@pytest.fixture(scope="module")
+def frontier():
+    """A row a size after 25 epochs, as condition_statistics has it, with network and parameters."""
+    tables = []
+    for name, study in (
+        ("SeparableNet", Study(PROJECT / "results" / "epochs-25", "frontier")),
+        ("PlainNet", averaged()),
+    ):
+        table = condition_statistics(study.outcomes())
+        models = [study.model(slug) for slug in table["condition"]]
+        counts = [sum(weights.numel() for weights in model.parameters()) for model in models]
+        tables.append(table.assign(network=name, parameters=counts))
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_the_table_of_the_frontier_is_what_the_results_say(frontier):
+    passed = passing(Study(PROJECT / "results" / "epochs-15", "frontier").history(), 0.994, 5).groupby("condition")
+    passed = {slug: f"{runs.sum()} of {len(runs)}" for slug, runs in passed}
+    expected = [
+        (
+            f"{row.network}, {row.parameters:,}",
+            str(row.n),
+            f"{row.mean:.3f}",
+            f"{row.low:.2f}",
+            f"{row.high:.2f}",
+            passed.get(row.condition, ""),
+        )
+        for row in frontier.itertuples()
+    ]
+    rows = re.findall(
+        r"^\| (\w+, [\d,]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| (.*?) ?\|$", RESULTS, re.MULTILINE
+    )
+    assert rows == expected
+
+
+def test_the_recipe_gains_what_is_said():
+    gains = averaged().outcomes()["average"] - Study(PROJECT / "results", conditions="bn").outcomes()["bn"]
+    gains = gains.dropna()
+    numbers = gains.mean(), *mean_interval(gains)
+    said = re.search(r"gains (\S+) points by it .*?interval (\S+) to (\S+), n = (\d+)", RESULTS, re.DOTALL)
+    minus = "\N{MINUS SIGN}"
+    assert said.groups() == (*(f"{number:.3f}".replace("-", minus) for number in numbers), str(len(gains)))
+    said = re.search(r"gains\s+PlainNet (\S+) points \((\S+) to (\S+)\)", README)
+    assert said.groups() == tuple(f"{number:.2f}".replace("-", minus) for number in numbers)
+    assert (numbers[1] <= 0) == ("which so few seeds do not show yet" in README)
+
+
+def test_the_smallest_network_of_the_goal_is_as_said(frontier):
+    networks = frontier[frontier["network"] == "SeparableNet"]
+    row = networks[networks["mean"] >= 99.4].sort_values("parameters").iloc[0]
+    said = re.search(
+        r"with a mean of 99\.4% has ([\d,]+) parameters\s+\(([\d.]+)%, (\d+) seeds, "
+        r"95% interval ([\d.]+) to ([\d.]+)\)",
+        README,
+    )
+    numbers = f"{row['mean']:.2f}", str(row.n), f"{row.low:.2f}", f"{row.high:.2f}"
+    assert said.groups() == (f"{row.parameters:,}", *numbers)
+    ends = [f"{row.parameters:,} parameters {row.mean:.2f}%" for row in networks.itertuples()]
+    assert f"means of {row.n} seeds, {ends[0]}, {ends[-1]}]" in README
+    assert len(ends) == 5
 
 
 def test_figures_are_there_and_have_a_text():
