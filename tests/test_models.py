@@ -93,6 +93,17 @@ def test_a_block_adds_to_its_input_less_the_edge():
     assert torch.allclose(model(images), model.last(features).flatten(1), atol=1e-6)
 
 
+def test_the_gradient_of_a_block_keeps_the_memory_format_of_its_images():
+    """A crop by slicing would not, and each step from there backward would take half as long again."""
+    model = SeparableNet().to(memory_format=torch.channels_last)
+    seen = []
+    for block in model.blocks:
+        block.register_full_backward_hook(lambda block, inputs, outputs: seen.append(outputs[0]))
+    model(torch.randn(4, 1, 28, 28)).sum().backward()
+    assert len(seen) == 4
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in seen)
+
+
 def test_summary_names_the_ghost_layers(capsys):
     summary(build_model(PLAIN, CONDITIONS[3]), (1, 28, 28), device="cpu")
     assert capsys.readouterr().out.count("GhostBatchNorm-") == 7
