@@ -53,8 +53,8 @@ class Study:
     Args:
         folder: what `run_study` was given as `out`.
         recipe: the recipe or its name. For `model`, a network of one's own needs the recipe itself.
-        conditions: look at these alone, conditions or their slugs; by default at all. What is one's own in a condition
-            needs the condition itself, likewise.
+        conditions: look at these alone, in this order, conditions or their slugs; by default at all. What is one's own
+            in a condition needs the condition itself, likewise.
         seeds: look at these alone, or at this one; by default at all.
 
     Raises StudyError if there is no such run, or runs of one name were trained differently, or otherwise than what is
@@ -87,7 +87,8 @@ class Study:
             )
         given = {condition.slug: condition for condition in conditions or () if isinstance(condition, Condition)}
         _require_one_training(runs, recipe, given)
-        order = list(dict.fromkeys([*given, *ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
+        asked = [_slug(condition) for condition in conditions or ()]
+        order = list(dict.fromkeys([*asked, *ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
         runs.sort(key=lambda run: (order.index(run.condition.slug), run.seed))
         self.recipe = recipe if isinstance(recipe, Recipe) else runs[0].recipe
         self.conditions = {run.condition.slug: run.condition for run in runs}
@@ -204,7 +205,7 @@ class Study:
         return table
 
     def _run(self, condition: str | Condition, seed: int | None) -> _Found:
-        slug = condition.slug if isinstance(condition, Condition) else condition
+        slug = _slug(condition)
         seeds = [k for known, k in self._found if known == slug and seed in (None, k)]
         if not seeds:
             known = ", ".join(f"{slug} {k}" for slug, k in self._found)
@@ -237,10 +238,14 @@ def _found(folder: Path) -> _Found:
     return run
 
 
+def _slug(condition: Condition | str) -> str:
+    return condition.slug if isinstance(condition, Condition) else condition
+
+
 def _chosen(
     found: list[_Found], conditions: Collection[Condition | str] | None, seeds: Iterable[int] | int | None
 ) -> list[_Found]:
-    slugs = None if conditions is None else {c.slug if isinstance(c, Condition) else c for c in conditions}
+    slugs = None if conditions is None else {_slug(condition) for condition in conditions}
     wanted = None if seeds is None else {seeds} if isinstance(seeds, Integral) else set(seeds)
     return [
         run

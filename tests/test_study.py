@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GBN, TINY
+from conftest import GBN, L1_BN, TINY
 
 from s6lib.errors import DamagedFile, StudyError
 from s6lib.files import RESULTS, write_results
@@ -123,6 +123,13 @@ def test_outcomes_need_the_same_seeds_of_every_condition(tiny_study, tmp_path):
 @pytest.mark.parametrize("recipe", ["plain", TINY])
 def test_a_study_takes_slugs_or_conditions_and_a_recipe_or_its_name(tiny_study, conditions, recipe):
     assert Study(tiny_study.folder, recipe, conditions, 2).runs == [("gbn", 2)]
+
+
+@pytest.mark.parametrize("conditions", [("gbn", "l1-bn"), (GBN, "l1-bn"), ("gbn", L1_BN), (GBN, L1_BN)])
+def test_conditions_stand_in_the_order_in_which_they_were_asked_for(tiny_study, conditions):
+    study = Study(tiny_study.folder, TINY, conditions)
+    assert list(study.conditions) == list(study.outcomes()) == ["gbn", "l1-bn"]
+    assert study.runs == [("gbn", 1), ("gbn", 2), ("l1-bn", 1), ("l1-bn", 2)]
 
 
 def test_a_condition_may_be_given_where_its_slug_is(tiny_study):
