@@ -1,6 +1,5 @@
 """Every figure, one function each. They return a `matplotlib.figure.Figure`; `save` writes it as a PNG at 2x."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -383,9 +382,7 @@ def plot_differences(
             color = COLORS["gbn"] if row.p_holm <= 0.05 else COLORS["bn"]
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
             axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
-        changes = np.flatnonzero(comparisons["group"] != comparisons["group"].shift())[1:]
-        for row in changes:
-            axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
+        _separate(axes, comparisons["group"])
         names = [
             f"{_label(row.first, labels)}  minus  {_label(row.second, labels)}" for row in comparisons.itertuples()
         ]
@@ -425,6 +422,12 @@ def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
     for row, text in enumerate(texts):
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+
+
+def _separate(axes: Axes, groups: pd.Series) -> None:
+    """A line wherever the rows of one group end and those of the next begin."""
+    for row in np.flatnonzero(groups != groups.shift())[1:]:
+        axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
 
 
 def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None) -> Figure:
@@ -547,7 +550,7 @@ def plot_frontier(
     """Accuracy by the number of parameters: every run, the means with their 95% intervals, and what others reported.
 
     Args:
-        runs: a row a run: network, parameters, accuracy (percent).
+        runs: a row a run: network (of six at most), parameters, accuracy (percent).
         reported: a row a report, of one run: parameters, accuracy (percent), kind ("last" or "best" epoch, "claim").
         goal: an accuracy in percent, drawn as a line.
     """
@@ -563,8 +566,7 @@ def plot_frontier(
         for kind, (marker, label) in markers.items():
             rows = reported[reported["kind"] == kind]
             axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
-        colors = itertools.cycle((COLORS["l1-bn"], COLORS["gbn"]))
-        for (network, rows), color in zip(runs.groupby("network", sort=False), colors, strict=False):
+        for (network, rows), color in zip(runs.groupby("network", sort=False), COLORS.values(), strict=False):
             _draw_sizes(axes, rows, network, color)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -590,18 +592,16 @@ def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
     """What each change earns: mean differences, with their 95% intervals, a row each, from the top.
 
     Args:
-        gains: a row a change: label, group, n (pairs), mean, low, high (points). A line is drawn between two groups.
+        gains: a row a change: label, group (of six at most), n (pairs), mean, low, high (points).
     """
-    groups = list(dict.fromkeys(gains["group"]))
-    colors = dict(zip(groups, itertools.cycle((COLORS["l1-bn"], COLORS["bn"])), strict=False))
+    colors = dict(zip(gains["group"].unique(), COLORS.values(), strict=False))
     with rc_context(STYLE):
         axes = _panel((9.5, 1.5 + 0.36 * len(gains)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in gains.reset_index(drop=True).itertuples():
             axes.plot([row.low, row.high], [row.Index] * 2, color=colors[row.group], linewidth=2)
             axes.plot(row.mean, row.Index, "D", color=colors[row.group], markeredgecolor="white", markersize=8)
-        for edge in np.flatnonzero(gains["group"] != gains["group"].shift())[1:]:
-            axes.axhline(edge - 0.5, color="#999999", linewidth=0.8)
+        _separate(axes, gains["group"])
         beside = [f"{row.mean:+.3f}  (n = {row.n})".replace("-", "\N{MINUS SIGN}") for row in gains.itertuples()]
         _label_rows(axes, list(gains["label"]), beside)
         axes.set_xlabel("gain in test accuracy, in points: mean of paired differences, 95% interval")
