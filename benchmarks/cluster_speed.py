@@ -80,5 +80,4 @@ if __name__ == "__main__":
         ratios = [growth(workers_of) for _ in range(ROUNDS)]
         print(f"two {name} against one: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     costs = [1000 * seconds_a_run() for _ in range(ROUNDS)]
-    print(f"sending {RUNS:,} runs and fetching them: {statistics.median(costs):.1f} ms a run ", end="")
-    print(f"({min(costs):.1f} to {max(costs):.1f})")
+    print(f"sending and fetching: {statistics.median(costs):.1f} ms a run ({min(costs):.1f} to {max(costs):.1f})")
