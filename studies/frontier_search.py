@@ -1,9 +1,10 @@
 """How network and recipe of studies/frontier.py were found: trials on the held-out digits, one seed, ten epochs.
 
-    python -m s6lib run --study studies/frontier_search.py --out runs-search
+    python -m s6lib run --study studies/frontier_search.py --out studies/search
 
 What came out is in frontier_search.csv, in the order in which they were tried, each with the results of those before
-in view. No trial has seen a test digit.
+in view, and the runs themselves in search/. No trial has seen a test digit. Two longer trials, of 25 epochs, came before
+these, and ten more were stopped on the way; they are not in the table.
 """
 
 from functools import partial

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from s6lib import PLAIN, PlainNet, SeparableNet
 from s6lib.__main__ import _own
 from s6lib.conditions import build_model, recipe_entry, try_out
-from s6lib.data import PROJECT
+from s6lib.data import PROJECT, Digits, hold_out
+from s6lib.files import read_about, read_result
+from s6lib.train import evaluate
 
 FILES = sorted((PROJECT / "studies").glob("*.py"))
 
@@ -42,6 +46,25 @@ def test_the_search_has_seen_no_test_digit_and_its_table_is_of_its_trials():
         assert recipe.changed_by(condition).held_out
         assert table["parameters"][condition.slug] == parameters(recipe, condition)
         assert table["plan"][condition.slug] == condition.changes["network"].keywords["plan"]
+
+
+def test_the_table_of_the_search_is_what_its_saved_weights_give(mnist):
+    """On every tenth held-out digit; what was saved of all of them gives the table."""
+    recipe, conditions = _own(str(PROJECT / "studies" / "frontier_search.py"))
+    table = pd.read_csv(PROJECT / "studies" / "frontier_search.csv").set_index("trial")
+    held_out = hold_out(mnist[0])[1]
+    for condition in conditions:
+        folder = PROJECT / "studies" / "search" / recipe.name / condition.slug / "seed-1"
+        about, row = read_about(folder)["recipe"], table.loc[condition.slug]
+        assert about == recipe_entry(recipe) | {"network": about["network"]}
+        model = build_model(recipe, condition)
+        model.load_state_dict(torch.load(read_result(folder, "weights.pt"), weights_only=True))
+        tenth = evaluate(model, Digits(*(part[::10] for part in held_out))).predictions.numpy()
+        saved = np.load(read_result(folder, "predictions.npy"))
+        assert np.count_nonzero(tenth != saved[::10]) <= 1  # two logits may nearly tie, on another processor
+        assert row["held_out_accuracy"] == round(100 * (saved == held_out.labels.numpy()).mean(), 2)
+        last = pd.read_csv(read_result(folder, "history.csv")).iloc[-1]
+        assert (row["train_loss"], row["held_out_loss"]) == (round(last["train_loss"], 4), round(last["val_loss"], 4))
 
 
 def test_the_ablation_leads_from_the_published_recipe_to_that_of_the_frontier():
