@@ -566,8 +566,10 @@ def plot_frontier(
         for kind, (marker, label) in markers.items():
             rows = reported[reported["kind"] == kind]
             axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
-        for (network, rows), color in zip(runs.groupby("network", sort=False), COLORS.values(), strict=False):
-            _draw_sizes(axes, rows, network, color)
+        sides = 3 * (1.025, 0.975)  # of two networks of about one size, the runs stand right and left
+        networks = runs.groupby("network", sort=False)
+        for (network, rows), color, side in zip(networks, COLORS.values(), sides, strict=False):
+            _draw_sizes(axes, rows, f"{network}: mean with its 95% interval", color, side)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -578,14 +580,14 @@ def plot_frontier(
     return axes.figure
 
 
-def _draw_sizes(axes: Axes, runs: pd.DataFrame, network: str, color: str) -> None:
-    """One network's runs as dots, and for each of its sizes the mean with its 95% interval."""
-    axes.plot(runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.35, markersize=5)
+def _draw_sizes(axes: Axes, runs: pd.DataFrame, label: str, color: str, side: float) -> None:
+    """One network's runs as dots, beside the mean of each of its sizes with its 95% interval."""
+    axes.plot(side * runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.45, markersize=5)
     sizes = runs.groupby("parameters")["accuracy"]
     means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
     error = np.abs(ends.T - means.to_numpy())
     look = {"color": color, "marker": "D", "markeredgecolor": "white", "capsize": 4}
-    axes.errorbar(means.index, means, error, label=f"{network}: mean with its 95% interval", **look)
+    axes.errorbar(means.index, means, error, label=label, **look)
 
 
 def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:

@@ -332,7 +332,7 @@ def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
     reported = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
     (axes,) = plot_frontier(runs, reported, 99.4, "sizes").axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    dots = [line.get_ydata().tolist() for line in axes.get_lines() if line.get_alpha() == 0.35]
+    dots = [line.get_ydata().tolist() for line in axes.get_lines() if line.get_alpha() == 0.45]
     assert dots == [[99.0, 99.1, 99.3, 99.5, 99.6], [99.7, 99.8]]
     assert lines["reported, one run, last epoch"].get_xdata().tolist() == [50]
     assert lines["claimed, without a log"].get_ydata().tolist() == [98.5]
