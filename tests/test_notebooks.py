@@ -11,12 +11,14 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from s6lib.conditions import ALL_CONDITIONS, PLAIN
+from s6lib.__main__ import _own
+from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN
 from s6lib.data import PROJECT
 from s6lib.files import serialised
 from s6lib.launch import run_study
@@ -184,22 +186,24 @@ def test_the_folded_solutions_print_what_stands_below_them(path, capsys):
     torch.set_num_threads(threads)
 
 
-def made_up_run(folder, slug, seed):
-    """GBN costs 0.1 points, and all else is alike; a quarter of the weights are zero where there is L1."""
-    model, run = PlainNet(), Run(PLAIN, ALL_CONDITIONS[slug], seed)
-    for weights in model.parameters() if "l1" in slug else ():
+def made_up_run(folder, condition, seed, accuracy, loss=0.02):
+    """A run of 25 epochs, all alike; a quarter of the weights are zero where there is L1."""
+    model, run = PlainNet(), Run(PLAIN, condition, seed)
+    for weights in model.parameters() if condition.l1 else ():
         weights.data.flatten()[::4] = 0
-    accuracy = 0.9950 - 0.001 * ("gbn" in slug) + 0.0001 * (seed % 3) + 0.0001 * (slug == "bn") * (seed % 2)
-    row = {"val_accuracy": round(accuracy, 4), "val_loss": 0.02 + 0.001 * ("gbn" in slug) + 0.0001 * (seed % 5)}
+    row = {"val_accuracy": round(accuracy, 4), "val_loss": loss}
     history = [{**dict.fromkeys(COLUMNS, 0.0), "epoch": epoch, **row} for epoch in range(1, 26)]
     weights = serialised(lambda file: torch.save(model.state_dict(), file))
     save_run(run.folder(folder), run, Trained(history, weights, np.zeros(10_000, np.uint8), [{}]))
 
 
 def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys):
+    """On made-up accuracies: GBN costs 0.1 points, and all else is alike."""
     asked = {(slug, seed) for slug in FACTORIAL for seed in (*range(1, 11), *FACTORIAL_SEEDS)}
     for slug, seed in sorted(asked | {(slug, seed) for slug in PENALTIES for seed in PENALTY_SEEDS}):
-        made_up_run(tmp_path, slug, seed)
+        accuracy = 0.9950 - 0.001 * ("gbn" in slug) + 0.0001 * (seed % 3) + 0.0001 * (slug == "bn") * (seed % 2)
+        loss = 0.02 + 0.001 * ("gbn" in slug) + 0.0001 * (seed % 5)
+        made_up_run(tmp_path, ALL_CONDITIONS[slug], seed, accuracy, loss)
     cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "05_replication.ipynb")]
     count, shown, beside, weights = (
         next(cell for cell in cells if mark in cell)
@@ -228,8 +232,36 @@ def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys
     (tmp_path / "plain" / "gbn" / "seed-30" / "run.json").unlink()
     for cell in (count, shown, beside, weights):
         exec(cell, names)
-    assert capsys.readouterr().out == "167 of 168 runs are in: no answer yet, and nobody has looked\n"
+    assert capsys.readouterr().out == "167 of 168 runs are in: no answer before all are\n"
     assert not names["COMPLETE"]
+
+
+def test_the_ablation_is_judged_once_all_its_runs_are_in(tmp_path, capsys):
+    """On made-up accuracies: shift and scale earn 0.1 points, and nothing else earns any."""
+    steps = (CONTROL, *_own(str(PROJECT / "studies" / "ablation.py"))[1])
+    for number, condition in enumerate((*steps, *CONDITIONS)):
+        for seed in range(1, 11) if condition in (CONTROL, *CONDITIONS) else range(1, 6):
+            earned = 0.001 * (number in range(2, len(steps)))
+            made_up_run(tmp_path, condition, seed, 0.9950 + earned + 0.0001 * ((seed + number) % 3))
+    cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "07_frontier.ipynb")]
+    whole, judged, drawn = (
+        next(cell for cell in cells if mark in cell) for mark in ("def gain(", "STEPS = (", "plot_gains(")
+    )
+    names = {"FOLDER": tmp_path, "Study": Study, "pd": pd, "plain": Study(tmp_path, conditions="average")}
+    for cell in (whole, judged, drawn):
+        exec(cell, names)
+    assert "35 of 35 runs are in" in capsys.readouterr().out
+    assert names["table"]["label"].tolist() == [condition.label for condition in steps[1:]]
+    assert names["table"]["mean"].round(2).tolist() == [0, 0.1, 0, 0, 0, 0]
+    assert names["stands"].tolist() == ["shift and scale"]
+    assert names["whole"]["mean"] == pytest.approx(0.1, abs=0.01)
+    assert len(names["gains"]) == 12
+
+    (tmp_path / "plain" / "no-dropout" / "seed-3" / "run.json").unlink()
+    for cell in (judged, drawn):
+        exec(cell, names)
+    assert capsys.readouterr().out == "34 of 35 runs are in\n"
+    assert len(names["gains"]) == 6
 
 
 OWN_CELLS = (
