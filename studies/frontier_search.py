@@ -3,8 +3,8 @@
     python -m s6lib run --study studies/frontier_search.py --out studies/search
 
 What came out is in frontier_search.csv, in the order in which they were tried, each with the results of those before
-in view, and the runs themselves in search/. No trial has seen a test digit. Two longer trials, of 25 epochs, came before
-these, and ten more were stopped on the way; they are not in the table.
+in view, and the runs themselves in search/. No trial has seen a test digit. Two longer trials, of 25 epochs, came
+before these, and ten more were stopped on the way; they are not in the table.
 """
 
 from functools import partial
