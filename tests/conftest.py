@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -32,6 +33,10 @@ def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that none is left alone on one core at the end."""
     longest = ("test_workers", "test_notebooks", "test_faults")
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # statsmodels collects garbage at each of Holm's corrections, and would go through all of torch
 
 
 @contextmanager

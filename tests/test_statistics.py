@@ -188,7 +188,7 @@ def test_paired_comparisons_of_known_differences():
     assert list(table["seeds_0.03"]) == [seeds_needed(sd, 0.03, comparisons=3) for sd in table["sd"]]
 
 
-@settings(max_examples=10)  # statsmodels collects garbage at each correction, which takes its time
+@settings(max_examples=30)
 @given(TABLES, st.randoms(use_true_random=False))
 def test_comparisons_are_paired_by_seed_in_whatever_order(rows, random):
     outcomes = percents(rows)
@@ -197,7 +197,7 @@ def test_comparisons_are_paired_by_seed_in_whatever_order(rows, random):
     assert friedman_p(shuffled) == pytest.approx(friedman_p(outcomes))
 
 
-@settings(max_examples=10)
+@settings(max_examples=30)
 @given(TABLES)
 def test_swapped_conditions_differ_by_the_opposite(rows):
     outcomes = percents(rows)[["a", "b"]]
@@ -206,7 +206,7 @@ def test_swapped_conditions_differ_by_the_opposite(rows):
     assert (back.p, back.sd) == pytest.approx((there.p, there.sd))
 
 
-@settings(max_examples=10)
+@settings(max_examples=30)
 @given(TABLES, st.sampled_from([0.01, 100, 1 / 3]), st.sampled_from([0, -99.4, 1000]))
 def test_p_values_do_not_depend_on_the_unit(rows, scale, shift):
     outcomes = percents(rows)
@@ -218,7 +218,7 @@ def test_p_values_do_not_depend_on_the_unit(rows, scale, shift):
     assert friedman_p(moved) == pytest.approx(friedman_p(outcomes))
 
 
-@settings(max_examples=15)
+@settings(max_examples=30)
 @given(TABLES)
 def test_percents_in_floats_give_the_p_of_whole_digits(rows):
     whole = pd.DataFrame(np.array(rows) + 9940, columns=list("abcd"))
