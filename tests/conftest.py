@@ -25,16 +25,6 @@ TINY = replace(PLAIN, epochs=2, train_images=640)
 L1_BN, _, _, GBN, _ = CONDITIONS
 
 
-def pytest_configure(config):
-    config.option.loadscopereorder = False  # of xdist, which would start with the file of the most tests
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that none is left alone on one core at the end."""
-    longest = ("test_workers", "test_notebooks", "test_faults")
-    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
-
-
 def pytest_collection_finish() -> None:
     gc.freeze()  # statsmodels collects garbage at each of Holm's corrections, and would go through all of torch
 
