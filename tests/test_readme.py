@@ -6,7 +6,10 @@ import re
 
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
+from statsmodels.stats.multitest import multipletests
 
+from s6lib.__main__ import _own
 from s6lib.analysis import passing, pruning_curve
 from s6lib.conditions import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.data import PROJECT, Digits
@@ -26,6 +29,7 @@ from s6lib.study import Study
 README = (PROJECT / "README.md").read_text()
 RESULTS = (PROJECT / "docs" / "results.md").read_text()
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+MINUS = "\N{MINUS SIGN}"
 LAYER = (PROJECT / "docs" / "ghost_batch_norm.md").read_text()
 
 
@@ -232,11 +236,22 @@ def test_the_recipe_gains_what_is_said():
     gains = gains.dropna()
     numbers = gains.mean(), *mean_interval(gains)
     said = re.search(r"gains (\S+) points by it .*?interval (\S+) to (\S+), n = (\d+)", RESULTS, re.DOTALL)
-    minus = "\N{MINUS SIGN}"
-    assert said.groups() == (*(f"{number:.3f}".replace("-", minus) for number in numbers), str(len(gains)))
+    assert said.groups() == (*(f"{number:.3f}".replace("-", MINUS) for number in numbers), str(len(gains)))
     said = re.search(r"gains\s+PlainNet (\S+) points \((\S+) to (\S+)\)", README)
-    assert said.groups() == tuple(f"{number:.2f}".replace("-", minus) for number in numbers)
+    assert said.groups() == tuple(f"{number:.2f}".replace("-", MINUS) for number in numbers)
     assert (numbers[1] <= 0) == ("which so few seeds do not show yet" in README)
+
+
+def test_the_table_of_single_changes_is_what_the_results_say():
+    slugs = ["bn", *(condition.slug for condition in _own(str(PROJECT / "studies" / "ablation.py"))[1])]
+    study = Study(PROJECT / "results", conditions=slugs, seeds=range(1, 6))
+    gains = study.outcomes().diff(axis=1).iloc[:, 1:]
+    p_values = multipletests(ttest_1samp(gains, 0).pvalue, method="holm")[1]
+    rows = re.findall(r"^\| (\D.*) \| (\S+) \| (\S+) to (\S+) \| ([\d.]+) \|$", RESULTS, re.MULTILINE)
+    assert len(rows) == 6
+    for row, slug, p in zip(rows, gains, p_values, strict=True):
+        numbers = [round(number, 3) + 0.0 for number in (gains[slug].mean(), *mean_interval(gains[slug]))]  # never -0.0
+        assert row == (study.labels[slug], *(f"{number:.3f}".replace("-", MINUS) for number in numbers), f"{p:.3f}")
 
 
 def test_the_smallest_network_of_the_goal_is_as_said(frontier):
