@@ -6,9 +6,9 @@
 The runs of BN by the published recipe are there already, and the first change is compared with them. "average" is the
 whole recipe of studies/frontier.py; after it comes a penalty, which that has not.
 
-On seeds 1 to 5 the first change gains 0.11 points, and none of the others 0.03; but among six no gain stands. So the
-first alone is tried again. Fixed before seeds 6 to 10 of it are run: one-cycle minus bn on these five seeds, one
-two-sided paired t test at 5%, no correction, since it is the only one.
+On seeds 1 to 5 only the first change seemed to gain, and among six no gain stood. So it alone was tried again. Fixed
+before seeds 6 to 10 of it were run: one-cycle minus bn on these five seeds, one two-sided paired t test at 5%, no
+correction, since it is the only one.
 """
 
 from functools import partial

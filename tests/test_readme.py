@@ -29,7 +29,6 @@ from s6lib.study import Study
 README = (PROJECT / "README.md").read_text()
 RESULTS = (PROJECT / "docs" / "results.md").read_text()
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-MINUS = "\N{MINUS SIGN}"
 LAYER = (PROJECT / "docs" / "ghost_batch_norm.md").read_text()
 
 
@@ -186,6 +185,10 @@ def test_a_second_seed_moves_the_accuracies_as_said():
     assert outcomes.loc[1].idxmax() != outcomes.loc[2].idxmax()
 
 
+def signed(number, digits=3):
+    return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")  # never -0.0
+
+
 def test_one_accuracy_is_as_uncertain_as_said():
     said = float(re.search(r"uncertain by about ([\d.]+) points either way", RESULTS)[1])
     low, high = wilson_interval(0.995)
@@ -236,7 +239,8 @@ def test_the_recipe_gains_what_is_said():
     gains = gains.dropna()
     numbers = gains.mean(), *mean_interval(gains)
     said = re.search(r"gains (\S+) points by it .*?interval (\S+) to (\S+), n = (\d+)", RESULTS, re.DOTALL)
-    assert said.groups() == (*(f"{number:.3f}".replace("-", MINUS) for number in numbers), str(len(gains)))
+    assert said.groups() == (*map(signed, numbers), str(len(gains)))
+    assert (numbers[1] <= 0) == (re.search(r"shown\s+by so few seeds", RESULTS) is not None)
 
 
 def test_the_table_of_single_changes_is_what_the_results_say():
@@ -247,20 +251,20 @@ def test_the_table_of_single_changes_is_what_the_results_say():
     rows = re.findall(r"^\| (\D.*) \| (\S+) \| (\S+) to (\S+) \| ([\d.]+) \|$", RESULTS, re.MULTILINE)
     assert len(rows) == 6
     for row, slug, p in zip(rows, gains, p_values, strict=True):
-        numbers = [round(number, 3) + 0.0 for number in (gains[slug].mean(), *mean_interval(gains[slug]))]  # never -0.0
-        assert row == (study.labels[slug], *(f"{number:.3f}".replace("-", MINUS) for number in numbers), f"{p:.3f}")
+        numbers = map(signed, (gains[slug].mean(), *mean_interval(gains[slug])))
+        assert row == (study.labels[slug], *numbers, f"{p:.3f}")
+    assert (p_values.min() > 0.05) == ("None stands after the correction" in RESULTS)
 
 
 def test_one_cycle_on_fresh_seeds_is_as_said():
     outcomes = Study(PROJECT / "results", conditions=("bn", "one-cycle"), seeds=range(6, 11)).outcomes()
     gains = outcomes["one-cycle"] - outcomes["bn"]
-    p = ttest_1samp(gains, 0).pvalue
+    numbers, p = (gains.mean(), *mean_interval(gains)), ttest_1samp(gains, 0).pvalue
     said = re.search(r"^(\S+) points \(95% interval (\S+) to (\S+), p = ([\d.]+)\): it (.*)\.$", RESULTS, re.MULTILINE)
-    numbers = [f"{number:.3f}".replace("-", MINUS) for number in (gains.mean(), *mean_interval(gains), p)]
     verdict = "stands" if p <= 0.05 and gains.mean() > 0 else "does not stand"
-    assert said.groups() == (*numbers, verdict)
+    assert said.groups() == (*map(signed, numbers), f"{p:.3f}", verdict)
     said = re.search(r"gains PlainNet (\S+) points \((\S+) to (\S+), (\d+) fresh seeds\)", README)
-    assert said.groups() == (*(f"{float(number):.2f}" for number in numbers[:3]), str(len(gains)))
+    assert said.groups() == (*(signed(number, 2) for number in numbers), str(len(gains)))
 
 
 def test_the_smallest_network_of_the_goal_is_as_said(frontier):
