@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
-from torchvision.datasets import MNIST, QMNIST
-from torchvision.datasets.utils import check_integrity, download_url
 
 from s6lib.errors import S6Error
 
@@ -23,12 +21,12 @@ DATA = PROJECT / "data"
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, on the scale 0 to 1
 FILL = 1  # the grey level, of 255, that rotation brings in from outside the image
-CLASS_NAMES = tuple(name.split(" - ")[1] for name in MNIST.classes)  # "zero" to "nine"
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 HELD_OUT = 10_000  # of the training digits, the last: for choices, which are not to be made on the test digits
 
-_MD5 = dict(MNIST.resources)  # of the archives: training images, training labels, test images, test labels
-_CRC32 = {  # of what they hold, as each says in its last eight bytes (RFC 1952)
+# The archives, and the checksum of what each holds, which it says itself in its last eight bytes (RFC 1952).
+_CRC32 = {
     "train-images-idx3-ubyte.gz": 0xE9F4D8B3,
     "train-labels-idx1-ubyte.gz": 0xE0CB4AD2,
     "t10k-images-idx3-ubyte.gz": 0x91373BDF,
@@ -70,7 +68,7 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
     downloaded. Raises MnistError where that fails.
     """
     raw = Path(root).expanduser() / "MNIST" / "raw"
-    contents = {raw / name: _content(raw / name) for name in _MD5}
+    contents = {raw / name: _content(raw / name) for name in _CRC32}
     missing = [archive for archive, content in contents.items() if content is None]
     if missing:
         _download(missing)
@@ -87,6 +85,8 @@ def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> 
 
     They are downloaded when first asked for. Raises MnistError where that fails, or a file is damaged.
     """
+    from torchvision.datasets import QMNIST
+
     try:
         qmnist = QMNIST(Path(root).expanduser(), what="test50k", download=True)
     except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
@@ -110,12 +110,20 @@ def _content(archive: Path) -> bytes | None:
         content = unpacked.read_bytes()
         if zlib.crc32(content) == _CRC32[archive.name]:
             return content
-    if not check_integrity(archive, _MD5[archive.name]):
+    if not _is_whole(archive):
         return None
     content = gzip.decompress(archive.read_bytes())
     with suppress(OSError):  # a read-only folder or a full disk: the next load unpacks again
         unpacked.write_bytes(content)
     return content
+
+
+def _is_whole(archive: Path) -> bool:
+    # torchvision takes as long to import as torch does, and digits that are unpacked need none of it.
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import check_integrity
+
+    return check_integrity(archive, dict(MNIST.resources)[archive.name])
 
 
 def _tensor(content: bytes) -> Tensor:
@@ -133,7 +141,7 @@ def _download(archives: list[Path]) -> None:
             for archive in archives:
                 _download_from_a_mirror(archive)
     except (RuntimeError, OSError, EOFError) as error:
-        damaged = [archive for archive in archives if not check_integrity(archive, _MD5[archive.name])]
+        damaged = [archive for archive in archives if not _is_whole(archive)]
         if not damaged:
             raise
         raise MnistError(
@@ -145,9 +153,13 @@ def _download(archives: list[Path]) -> None:
 
 def _download_from_a_mirror(archive: Path) -> None:
     """Leave a whole archive as it is: another process may have brought it."""
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import download_url
+
+    md5 = dict(MNIST.resources)[archive.name]
     for mirror in MNIST.mirrors:
         try:
-            return download_url(f"{mirror}{archive.name}", archive.parent, archive.name, _MD5[archive.name])
+            return download_url(f"{mirror}{archive.name}", archive.parent, archive.name, md5)
         except (RuntimeError, OSError, EOFError) as error:
             failure = error
     raise failure

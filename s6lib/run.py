@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -241,7 +241,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
     }
     place = {"host": platform.node(), "process": os.getpid()}
     return {

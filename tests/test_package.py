@@ -44,6 +44,13 @@ def test_statistics_know_no_torch():
     assert "torch" not in {name.partition(".")[0] for name in imports_of_all(source)}
 
 
+def test_torchvision_is_imported_only_where_it_is_needed():
+    """It takes as long to import as torch does, in each worker."""
+    for path in FOLDER.glob("*.py"):
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert "torchvision" not in " ".join(map(ast.unparse, at_once)), path
+
+
 def imports_of_all(source: str) -> set[str]:
     nodes = list(ast.walk(ast.parse(source)))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
