@@ -16,7 +16,9 @@ from s6lib.data import load_mnist
 from s6lib.launch import run_study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-torch.set_num_threads(1)  # a second thread gains nothing here, and loses much beside the tests' other processes
+# A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("s6lib", deadline=None, report_multiple_bugs=False)
 settings.load_profile("s6lib")
 
@@ -27,6 +29,10 @@ L1_BN, _, _, GBN, _ = CONDITIONS
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # statsmodels collects garbage at each of Holm's corrections, and would go through all of torch
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or nanobind reports at the end, line by line, what is never freed
 
 
 @contextmanager
