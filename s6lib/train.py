@@ -89,7 +89,10 @@ def train_epoch(
 def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
     """The logits, float32 (N, 10), of grey-level images (N, 28, 28), without augmentation, in evaluation mode."""
     model.eval()
-    return torch.cat([model(normalise(part)) for part in images.split(batch_size)])
+    # Of one channel, the strides alone tell the memory format: these say channels_last, in which models are trained,
+    # and convolutions of this size take about half the time.
+    parts = (normalise(part).squeeze(1).unsqueeze(3).movedim(3, 1) for part in images.split(batch_size))
+    return torch.cat([model(part) for part in parts])
 
 
 def evaluate(model: nn.Module, digits: Digits) -> Evaluation:

@@ -131,3 +131,13 @@ def test_evaluation_changes_nothing(model, mnist):
     evaluate(model, Digits(*(tensor[:300] for tensor in mnist[1])))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert isinstance(model, nn.Module)
+
+
+def test_a_saved_model_is_judged_in_the_memory_format_of_training(model, mnist):
+    """So its logits are those of training to the last bit, and it is as fast, though its weights lie otherwise."""
+    images, seen = mnist[1].images[:250], []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    logits = predict_logits(model, images)
+    hook.remove()
+    assert seen == [(784, 1, 28, 1)]
+    assert torch.equal(logits, predict_logits(model.to(memory_format=torch.channels_last), images))
