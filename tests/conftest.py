@@ -19,6 +19,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that starts the suite in the background has it ignore Ctrl-C, and with it the studies that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("s6lib", deadline=None, report_multiple_bugs=False)
 settings.load_profile("s6lib")
 
