@@ -45,7 +45,7 @@ def test_statistics_know_no_torch():
 
 
 def test_torchvision_is_imported_only_where_it_is_needed():
-    """It takes as long to import as torch does, in each worker."""
+    """It takes as long to import as torch does."""
     for path in FOLDER.glob("*.py"):
         at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert "torchvision" not in " ".join(map(ast.unparse, at_once)), path

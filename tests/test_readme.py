@@ -249,7 +249,7 @@ def test_no_goal_of_the_frontier_is_reached(frontier, challenge):
     assert not any(reached.values()), reached
     assert "none of the goals set beforehand is reached" in RESULTS
     reports = pd.read_csv(PROJECT / "data" / "frontier.csv").query("kind == 'last' and accuracy >= 99.4")
-    assert f"in one run, takes {reports['parameters'].min():,} parameters" in RESULTS
+    assert f"in one run, has {reports['parameters'].min():,} parameters" in RESULTS
 
 
 def test_the_recipe_gains_what_is_said():
