@@ -100,20 +100,23 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
         history, machines = state["history"], state["machines"]
         here = _machine(device)
         machines[:] = [machine for machine in machines if machine != here] + [here]
+        predictions = None
         for epoch in range(len(history) + 1, settings.epochs + 1):
             try:
-                history.append(_epoch(run, epoch, learner, (train, test)))
+                row, predictions = _epoch(run, epoch, learner, (train, test))
             except NonFiniteLoss as error:
                 raise RunError(
                     f"{run}: the loss is not finite at epoch {epoch}, step {error.step}; lower the learning rate or "
                     "the penalties"
                 ) from error
+            history.append(row)
             if folder is not None:
                 write_checkpoint(folder, {**state, **{n: part.state_dict() for n, part in learner.parts().items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
-        predictions = evaluate(learner.judged, test).predictions.numpy()
+        if predictions is None:  # it was stopped after its last epoch
+            predictions = evaluate(learner.judged, test).predictions
     weights = {name: value.cpu().contiguous() for name, value in learner.judged.state_dict().items()}
-    return Trained(history, serialised(lambda file: torch.save(weights, file)), predictions, machines)
+    return Trained(history, serialised(lambda file: torch.save(weights, file)), predictions.numpy(), machines)
 
 
 class _Learner(NamedTuple):
@@ -144,7 +147,8 @@ def _learner(model: nn.Module, settings: Recipe) -> _Learner:
     return _Learner(model, optimizer, average)
 
 
-def _epoch(run: Run, epoch: int, learner: _Learner, digits: tuple[Digits, Digits]) -> dict[str, float]:
+def _epoch(run: Run, epoch: int, learner: _Learner, digits: tuple[Digits, Digits]) -> tuple[dict[str, float], Tensor]:
+    """Train an epoch: its row of the history, and the classes of the test digits after it."""
     (train, test), settings, optimizer = digits, run.settings, learner.optimizer
     rates = settings.learning_rates(epoch)
     generator = _seed(run.seed, epoch, train.labels.device)
@@ -156,7 +160,7 @@ def _epoch(run: Run, epoch: int, learner: _Learner, digits: tuple[Digits, Digits
     if not np.isfinite(validation.loss):  # the last step's update was too large
         raise NonFiniteLoss(step=-(-len(train.labels) // settings.batch_size))
     row = (epoch, rates[0], *training, validation.loss, validation.accuracy, seconds)
-    return dict(zip(COLUMNS, row, strict=True))
+    return dict(zip(COLUMNS, row, strict=True)), validation.predictions
 
 
 def _paced(
