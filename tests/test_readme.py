@@ -13,7 +13,7 @@ from s6lib.__main__ import _own
 from s6lib.analysis import passing, pruning_curve
 from s6lib.conditions import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.data import PROJECT, Digits
-from s6lib.preregistered import FACTORIAL_SEEDS
+from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read
 from s6lib.statistics import (
     condition_statistics,
     equal_conditions,
@@ -94,6 +94,43 @@ def test_the_first_screen_is_what_the_results_say(replication):
     assert len(comparisons) == 15
     largest, p = comparisons["difference"].abs().max(), comparisons["p_holm"].min()
     assert said.groups() == (f"{100 * largest:.0f}", f"{p:.2f}")
+
+
+def points(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def answers_in_words(found: pd.DataFrame) -> list[str]:
+    """What the README says of G, P and E: the sentences that the page prescribes, and the numbers behind them."""
+    lines = []
+    (_, g), (_, p), *_ = found.iterrows()
+    # G is what GBN costs; here, as in the sentence, above 0 is a gain.
+    gain = {**g, "mean": -g["mean"], "low_95": -g["high_95"], "high_95": -g["low_95"]}
+    for subject, row in (("Ghost Batch Normalization in place of BatchNorm", gain), ("L1 + L2", p)):
+        luck = "p < 0.001" if row["p_holm"] < 0.001 else f"p = {row['p_holm']:.3f}"
+        interval = f"95% interval {points(row['low_95'])} to {points(row['high_95'])}"
+        lines.append(f"{subject}: **{row['said']}** ({points(row['mean'])}, {interval}, n = {row['n']}, {luck}).")
+    pairs = found.iloc[2:]
+    apart = pairs.loc[pairs["said"] != "within 0.05 points", "question"]
+    said = f"not shown to be within 0.05 points: {', '.join(apart)}" if len(apart) else "all within 0.05 points"
+    widest = pairs.loc[pairs[["low_90", "high_90"]].abs().max(axis=1).idxmax()]
+    interval = f"{widest['question']}, 90% interval {points(widest['low_90'])} to {points(widest['high_90'])}"
+    lines.append(f"L1, L2 and L1 + L2, with BatchNorm: **{said}** (farthest out: {interval}, n = {widest['n']}).")
+    return lines
+
+
+def test_the_preregistered_answer_is_said_once_all_runs_are_in():
+    asked = ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
+    runs = {f"{slug}/seed-{seed}" for slugs, seeds in asked for slug in slugs for seed in seeds}
+    if not all((PROJECT / "results" / "plain" / run / "run.json").exists() for run in runs):
+        assert "those runs are under way" in README
+        return
+    found = answer(*(read(PROJECT / "results", *of) for of in asked))
+    for line in answers_in_words(found):
+        assert line in " ".join(README.split())
+    assert "(images/plain_preregistered.png)" in README
+    assert "under way" not in README
+    assert f"{len(runs)} of {len(runs)} runs are in" in (PROJECT / "notebooks" / "05_replication.ipynb").read_text()
 
 
 def test_pruning_leaves_what_is_said(replication, mnist):
