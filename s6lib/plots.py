@@ -485,7 +485,11 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
 
 
 def plot_answers(
-    answers: pd.DataFrame, margin: float, questions: Mapping[str, str] | None = None, ax: Axes | None = None
+    answers: pd.DataFrame,
+    margin: float,
+    questions: Mapping[str, str] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
 ) -> Figure:
     """Preregistered answers: each mean difference with its 90% (thick) and 95% t interval, and the margin in grey.
 
@@ -506,8 +510,10 @@ def plot_answers(
         names = [f"{_label(row.question, questions)} (n = {row.n})" for row in answers.itertuples()]
         _label_rows(axes, names, list(answers["said"]))
         axes.set_xlabel(
-            f"points of accuracy; grey: within \N{PLUS-MINUS SIGN}{margin:g}, thick: 90%, thin: 95% interval"
+            f"difference in test accuracy, in points; grey: within \N{PLUS-MINUS SIGN}{margin:g}, "
+            "thick: 90%, thin: 95% interval"
         )
+        axes.set_title(title)
     return axes.figure
 
 

@@ -106,13 +106,14 @@ def test_answers_have_both_intervals_and_what_is_said():
         rng.integers(9940, 9960, (32, 6)), columns=["bn", "l1-l2-bn", "gbn", "l1-l2-gbn", "l1-bn", "l2-bn"]
     )
     found = answer(right, right)
-    (axes,) = plot_answers(found, 0.05, {"G": "what GBN costs"}).axes
+    (axes,) = plot_answers(found, 0.05, {"G": "what GBN costs"}, "answers").axes
     lines = axes.get_lines()[1:]
     for place, row in enumerate(found.itertuples()):
         assert list(lines[3 * place].get_xdata()) == [row.low_95, row.high_95]
         assert list(lines[3 * place + 1].get_xdata()) == [row.low_90, row.high_90]
         assert axes.texts[place].get_text() == row.said
     assert axes.get_yticklabels()[0].get_text() == "what GBN costs (n = 32)"
+    assert axes.get_title() == "answers"
     (band,) = axes.patches
     assert (band.get_x(), band.get_width()) == (-0.05, 0.1)
 
