@@ -22,7 +22,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from s6lib.conditions import Condition, Recipe, build_model, condition_entry, layers, recipe_entry
 from s6lib.data import Digits, batches, hold_out, load_mnist
 from s6lib.errors import RunError
-from s6lib.files import read_checkpoint, remove_parts, serialised, write_checkpoint, write_results, write_whole
+from s6lib.files import (
+    is_complete,
+    read_checkpoint,
+    remove_parts,
+    serialised,
+    write_checkpoint,
+    write_results,
+    write_whole,
+)
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
 
 History = list[dict[str, float]]
@@ -95,7 +103,8 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
         layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
         learner = _learner(build_model(run.recipe, run.condition).to(device, memory_format=layout), settings)
         state = {**run.identity, "history": [], "machines": []}
-        if folder is not None:
+        # A run that seemed lost and was sent out again may have come back all the same: then its folder is done with.
+        if folder is not None and not is_complete(folder):
             _resume(folder, run, state, learner)
         history, machines = state["history"], state["machines"]
         here = _machine(device)
@@ -110,7 +119,7 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
                     "the penalties"
                 ) from error
             history.append(row)
-            if folder is not None:
+            if folder is not None and not is_complete(folder):
                 write_checkpoint(folder, {**state, **{n: part.state_dict() for n, part in learner.parts().items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         if predictions is None:  # it was stopped after its last epoch

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,6 +223,23 @@ def test_the_current_interface_to_tf32_may_have_been_used():
         train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
     finally:
         torch.backends.fp32_precision = before
+
+
+def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(tiny_study, undisturbed, tmp_path, monkeypatch):
+    """As when a worker is killed with a result that has just been fetched: its run is sent out again."""
+
+    def completed_meanwhile(*arguments):
+        shutil.copytree(done, folder, dirs_exist_ok=True)
+        return original(*arguments)
+
+    original, run = s6lib.run.train_epoch, Run(TINY, GBN, 1)
+    done, folder = run.folder(tiny_study.folder), tmp_path / "run"
+    monkeypatch.setattr(s6lib.run, "train_epoch", completed_meanwhile)
+    for _ in range(2):  # in its first epoch, and before it
+        assert_same_run(train_run(run, folder), undisturbed)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            path.name: path.read_bytes() for path in done.iterdir()
+        }
 
 
 def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, monkeypatch):
