@@ -86,7 +86,7 @@ class Trained(NamedTuple):
 
 
 def train_run(run: Run, folder: Path | None = None, device: str | torch.device = "cpu") -> Trained:
-    """Train a run; with a `folder`, go on from its checkpoint and renew it at each epoch's end.
+    """Train a run; with a `folder`, go on from its checkpoint and renew it at each epoch's end, unless it is complete.
 
     All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
     not. Raises RunError when the loss is not finite, or the checkpoint is another run's.
@@ -103,8 +103,7 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
         layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
         learner = _learner(build_model(run.recipe, run.condition).to(device, memory_format=layout), settings)
         state = {**run.identity, "history": [], "machines": []}
-        # A run that seemed lost and was sent out again may have come back all the same: then its folder is done with.
-        if folder is not None and not is_complete(folder):
+        if _may_write_in(folder):
             _resume(folder, run, state, learner)
         history, machines = state["history"], state["machines"]
         here = _machine(device)
@@ -119,13 +118,21 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
                     "the penalties"
                 ) from error
             history.append(row)
-            if folder is not None and not is_complete(folder):
+            if _may_write_in(folder):
                 write_checkpoint(folder, {**state, **{n: part.state_dict() for n, part in learner.parts().items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         if predictions is None:  # it was stopped after its last epoch
             predictions = evaluate(learner.judged, test).predictions
     weights = {name: value.cpu().contiguous() for name, value in learner.judged.state_dict().items()}
     return Trained(history, serialised(lambda file: torch.save(weights, file)), predictions.numpy(), machines)
+
+
+def _may_write_in(folder: Path | None) -> bool:
+    """Whether a run in training may write in its folder: not once that is complete.
+
+    For a run that seemed lost, and was sent out again, may have come back all the same.
+    """
+    return folder is not None and not is_complete(folder)
 
 
 class _Learner(NamedTuple):
