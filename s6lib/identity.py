@@ -60,6 +60,19 @@ def _described(thing: Any, within: tuple) -> Entry:
     return entry | ({"uses": used} if used else {})
 
 
+def without_docstrings(source: str) -> str:
+    """A recorded source without the words that change nothing; what is not Python comes back as it is."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return source
+    with_words = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, with_words) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def name_of(thing: Any) -> str:
     """A short name for tables: of a function or class its own, of an object its class's."""
     if isinstance(thing, partial):

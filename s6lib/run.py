@@ -31,6 +31,7 @@ from s6lib.files import (
     write_results,
     write_whole,
 )
+from s6lib.identity import without_docstrings
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
 
 History = list[dict[str, float]]
@@ -328,10 +329,12 @@ def _resume(folder: Path, run: Run, state: dict[str, Any], learner: _Learner) ->
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """In what a recorded run differs from the one that is wanted, in words; a label is but a name, and is let pass."""
+    """In what a recorded run differs from the one that is wanted, in words; labels and docstrings change nothing."""
     said = []
     for name in wanted:
         old, new = found.get(name), wanted[name]
+        if name == "source":
+            old, new = (without_docstrings(source) if isinstance(source, str) else source for source in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             said += differences(old, {**dict.fromkeys(old), **new})
         elif name != "label" and old != new:

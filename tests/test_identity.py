@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 from torch import nn
 
-from s6lib.identity import Recorded, described, is_library, name_of
+from s6lib.identity import Recorded, described, is_library, name_of, without_docstrings
 from s6lib.models import PlainNet
 from s6lib.norm import GhostBatchNorm
 
@@ -50,6 +50,14 @@ def test_what_is_ones_own_is_known_by_its_source_and_by_what_that_uses():
     assert net["source"].startswith("class Net(Base):")
     assert net["uses"]["GROUPS"] == 2
     assert described(Net)["name"] == name_of(Net) == "Net"
+
+
+def test_only_docstrings_are_taken_out_of_a_source():
+    source = "class A:\n    'W'\n\n    def f(self):\n        'W'\n        return 'all'\n\n    def g(self):\n        'W'"
+    bare = "class A:\n\n    def f(self):\n        return 'all'\n\n    def g(self):\n        pass"
+    assert without_docstrings(source) == without_docstrings(bare) == bare
+    for other in ("lambda x: 'kept'", "no Python at all", "\0"):
+        assert without_docstrings(other) == other
 
 
 def test_what_a_function_closes_over_counts():

@@ -17,7 +17,7 @@ from s6lib.errors import RunError
 from s6lib.files import is_complete, read_about, read_checkpoint
 from s6lib.models import PlainNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.run import COLUMNS, Run, save_run, train_run
+from s6lib.run import COLUMNS, Run, differences, save_run, train_run
 
 
 class Stopped(BaseException):
@@ -253,3 +253,13 @@ def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, mo
     assert about["host"] == "elsewhere"
     assert about["earlier"][0]["core"] == undisturbed.machines[0]["core"]
     assert re.search(r"L2 unified \d+K", about["earlier"][0]["core"]) or not Path("/sys/devices/system/cpu").exists()
+
+
+def test_words_about_code_make_no_other_run():
+    def entry(source, label="A"):
+        return {"condition": {"label": label, "penalty": {"name": "f", "source": source}}}
+
+    found = entry("def f(model):\n    'Some words.'\n    return 1")
+    assert not differences(found, entry("def f(model):\n    'Other words.'\n    return 1", "B"))
+    (said,) = differences(found, entry("def f(model):\n    return 2"))
+    assert said == "source = 'return 1', not 'return 2'"
