@@ -64,8 +64,8 @@ class TestNotebook:
     def test_cells_are_short_and_few_are_ignored(self, path):
         cells = code_cells(path)
         assert all(len(cell["source"].splitlines()) <= 20 for cell in cells)
-        # The versions; in 05 how many of the preregistered runs are in; in 06 numbers of runs that are trained anew.
-        allowed = 1 + {"05_replication": 1, "06_your_own": 4}.get(path.stem, 0)
+        # The versions; in 06 numbers of runs that are trained anew.
+        allowed = 5 if path.stem == "06_your_own" else 1
         assert sum("NBVAL_IGNORE_OUTPUT" in cell["source"] for cell in cells) == allowed
         assert not any(word in cell["source"] for cell in cells for word in ("NBVAL_SKIP", "NBVAL_RAISES"))
 
