@@ -162,7 +162,7 @@ def test_a_file_of_ones_own_that_is_none_is_one_line(tmp_path, capsys, monkeypat
 
 def test_more_seeds_and_another_condition_are_reported_for_what_was_asked(tmp_path, capsys):
     """The README's own sequence: first the study, then two conditions with more seeds."""
-    short = ["--epochs", "1", "--train-images", "640", "--jobs", "2", "--device", "cpu", "--out", str(tmp_path)]
+    short = ["--epochs", "1", "--train-images", "640", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["run", "--conditions", "l1-bn", "gbn", *short]) == 0
     assert main(["run", "--conditions", "gbn", "bn", "--seeds", "1", "2", *short]) == 0
     assert "GBN" in capsys.readouterr().out
