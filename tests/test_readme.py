@@ -118,9 +118,10 @@ def luck_of(row: pd.Series) -> str:
 def answers_in_words(answers: pd.DataFrame) -> list[str]:
     """What the README says of G, P and E: the sentences that the page prescribes, and the numbers behind them."""
     lines = []
-    subjects = ("Ghost Batch Normalization in place of BatchNorm", "L1 + L2")
+    subjects = ("Ghost BatchNorm (4 ghosts) instead of BatchNorm", "L1 + L2")
     for subject, (_, row) in zip(subjects, answers.iloc[:2].iterrows(), strict=True):
         numbers = f"{points(row['mean'])}, 95% interval {interval_of(row, 95)}, n = {row['n']}, {luck_of(row)}"
+        numbers += f", alone {row['p']:.3f}" if row["p"] < row["p_holm"] else ""
         lines.append(f"{subject}: **{row['said']}** ({numbers}).")
     pairs = answers.iloc[2:]
     apart = pairs.loc[pairs["said"] != "within 0.05 points", "question"]
@@ -133,7 +134,7 @@ def answers_in_words(answers: pd.DataFrame) -> list[str]:
 
 def answers_in_a_table(answers: pd.DataFrame) -> list[str]:
     """The same for docs/results.md, with every interval."""
-    names = {"G": "G: GBN in place of BN", "P": "P: L1 + L2"}
+    names = {"G": "G: GBN (4 ghosts) in place of BN", "P": "P: L1 + L2"}
     rows = []
     for _, row in answers.iterrows():
         name, luck = names.get(row["question"], f"E: {row['question']}"), luck_of(row) if row["p"] >= 0 else ""
