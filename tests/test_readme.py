@@ -30,6 +30,7 @@ README = (PROJECT / "README.md").read_text()
 RESULTS = (PROJECT / "docs" / "results.md").read_text()
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 LAYER = (PROJECT / "docs" / "ghost_batch_norm.md").read_text()
+PREREGISTERED = ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -99,8 +100,7 @@ def points(value: float) -> str:
 @pytest.fixture(scope="module")
 def answers():
     """The preregistered answers, a row each. G is what GBN costs; here, as in the sentences, above 0 is a gain."""
-    asked = ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
-    found = answer(*(read(PROJECT / "results", *of) for of in asked))
+    found = answer(*(read(PROJECT / "results", *of) for of in PREREGISTERED))
     gain, cost = ["mean", "low_95", "high_95", "low_90", "high_90"], ["mean", "high_95", "low_95", "high_90", "low_90"]
     found.loc[0, gain] = -found.loc[0, cost].to_numpy(dtype=float)
     found["question"] = found["question"].str.replace(" - ", " minus ")
@@ -151,8 +151,7 @@ def test_the_preregistered_answer_is_said_as_the_page_prescribes(answers):
 
 
 def test_the_preregistered_runs_are_as_many_and_from_where_it_is_said():
-    asked = ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
-    about = pd.concat(Study(PROJECT / "results", "plain", *of).about() for of in asked)
+    about = pd.concat(Study(PROJECT / "results", "plain", *of).about() for of in PREREGISTERED)
     about = about.drop_duplicates(["condition", "seed"])
     assert f"before {len(FACTORIAL_SEEDS)} fresh seeds were run" in " ".join(README.split())
     assert f"{len(about)} of {len(about)} runs are in" in (PROJECT / "notebooks" / "05_replication.ipynb").read_text()
