@@ -18,11 +18,11 @@ import torch
 from distributed import Client, LocalCluster
 from loky import ProcessPoolExecutor
 
-from s6lib.conditions import CONTROL, PLAIN, build_model
-from s6lib.files import serialised
-from s6lib.launch import run_study
-from s6lib.run import COLUMNS, Run, Trained
-from s6lib.workers import Order, packed
+from s6lib.lab.files import serialised
+from s6lib.lab.launch import run_study
+from s6lib.lab.run import COLUMNS, Run, Trained
+from s6lib.lab.workers import Order, packed
+from s6lib.recipes import CONTROL, PLAIN, build_model
 
 ROUNDS, RUNS = 3, 1_000
 RECIPE = replace(PLAIN, epochs=1, train_images=30_000)

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from s6lib.conditions import ALL_CONDITIONS, CONTROL, PLAIN
 from s6lib.data import DATA, FILL, MEAN, STD
+from s6lib.lab.run import Run, train_run
 from s6lib.models import Dropout, PlainNet
-from s6lib.run import Run, train_run
+from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN
 
 ROUNDS = 7
 IMAGES = 12_800

@@ -5,19 +5,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s6lib.conditions import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe
     from s6lib.data import load_mnist
     from s6lib.errors import S6Error
-    from s6lib.launch import run_study
+    from s6lib.lab.launch import run_study
     from s6lib.models import BottleneckNet, PlainNet, SeparableNet
     from s6lib.norm import GhostBatchNorm
+    from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe
     from s6lib.study import Study
 
 _HOMES = {
-    "conditions": ("ALL_CONDITIONS", "BOTTLENECK", "CONDITIONS", "CONTROL", "PLAIN", "Condition", "Recipe"),
+    "recipes": ("ALL_CONDITIONS", "BOTTLENECK", "CONDITIONS", "CONTROL", "PLAIN", "Condition", "Recipe"),
     "data": ("load_mnist",),
     "errors": ("S6Error",),
-    "launch": ("run_study",),
+    "lab.launch": ("run_study",),
     "models": ("BottleneckNet", "PlainNet", "SeparableNet"),
     "norm": ("GhostBatchNorm",),
     "study": ("Study",),

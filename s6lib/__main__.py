@@ -18,7 +18,7 @@ from s6lib.errors import RunsFailed, S6Error, StudyError
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from concurrent.futures import Executor
 
-    from s6lib.conditions import Condition, Recipe
+    from s6lib.recipes import Condition, Recipe
     from s6lib.study import Study
 
 RECIPE_NAMES = ("plain", "bottleneck")
@@ -102,7 +102,7 @@ def _known(name: str, known: dict[str, Any]) -> Any:
 
 def _own(file: str) -> tuple["Recipe", list["Condition"]]:
     """RECIPE and CONDITIONS of a user's file. Raises StudyError if it cannot be read or does not define them."""
-    from s6lib.conditions import Condition, Recipe
+    from s6lib.recipes import Condition, Recipe
 
     path = Path(file)
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
@@ -124,7 +124,7 @@ def _own(file: str) -> tuple["Recipe", list["Condition"]]:
 
 def _asked(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
     """The recipe and the conditions that a command line asks for."""
-    from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, RECIPES
+    from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES
 
     if arguments.study is not None and arguments.recipe is not None:
         raise StudyError("--study and --recipe both name a recipe; give one of them")
@@ -149,14 +149,14 @@ def _cluster(scheduler: str | None) -> Iterator["Executor | None"]:
     if scheduler is None:
         yield None
         return
-    from s6lib.workers import dask_executor
+    from s6lib.lab.workers import dask_executor
 
     with dask_executor(scheduler) as executor:
         yield executor
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from s6lib.launch import run_study
+    from s6lib.lab.launch import run_study
 
     recipe, conditions = _asked(arguments)
     with _cluster(arguments.cluster) as executor:

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from s6lib.conditions import Condition, Recipe
 from s6lib.data import CLASS_NAMES, Digits
 from s6lib.identity import name_of
+from s6lib.recipes import Condition, Recipe
 from s6lib.study import Study
 from s6lib.train import evaluate, predict_logits
 

@@ -12,7 +12,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from s6lib.conditions import (
+from s6lib.errors import DamagedFile, StudyError
+from s6lib.identity import name_of
+from s6lib.lab.files import RESULTS, read_about, read_result
+from s6lib.lab.run import COLUMNS, differences
+from s6lib.recipes import (
     ALL_CONDITIONS,
     CONDITIONS,
     PLAIN,
@@ -25,10 +29,6 @@ from s6lib.conditions import (
     recorded_condition,
     recorded_recipe,
 )
-from s6lib.errors import DamagedFile, StudyError
-from s6lib.files import RESULTS, read_about, read_result
-from s6lib.identity import name_of
-from s6lib.run import COLUMNS, differences
 
 
 def recipes_in(folder: str | Path) -> list[str]:

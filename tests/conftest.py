@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from s6lib.conditions import CONDITIONS, PLAIN
 from s6lib.data import load_mnist
-from s6lib.launch import run_study
+from s6lib.lab.launch import run_study
+from s6lib.recipes import CONDITIONS, PLAIN
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.

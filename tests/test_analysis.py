@@ -22,8 +22,8 @@ from s6lib.analysis import (
     right_predictions,
     stability,
 )
-from s6lib.conditions import CONDITIONS, PLAIN, Condition, build_model
 from s6lib.data import CLASS_NAMES, Digits, normalise
+from s6lib.recipes import CONDITIONS, PLAIN, Condition, build_model
 from s6lib.train import predict_logits
 
 

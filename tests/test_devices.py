@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s6lib.__main__ import _own
-from s6lib.conditions import ALL_CONDITIONS, PLAIN, RECIPES, build_model
 from s6lib.data import PROJECT, Digits, batches
-from s6lib.run import _learner
+from s6lib.lab.run import _learner
+from s6lib.recipes import ALL_CONDITIONS, PLAIN, RECIPES, build_model
 from s6lib.train import train_epoch
 
 CUDA = torch.device("cuda")

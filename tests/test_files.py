@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from s6lib.files import (
+from s6lib.lab.files import (
     RESULTS,
     DamagedFile,
     is_complete,

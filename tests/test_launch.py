@@ -10,11 +10,11 @@ from filelock import FileLock
 from test_study import assert_same_study
 from torch import nn
 
-from s6lib.conditions import CONTROL, Condition, Recipe
 from s6lib.errors import RunsFailed, StudyError
-from s6lib.files import is_complete
-from s6lib.launch import run_study
-from s6lib.run import Run
+from s6lib.lab.files import is_complete
+from s6lib.lab.launch import run_study
+from s6lib.lab.run import Run
+from s6lib.recipes import CONTROL, Condition, Recipe
 from s6lib.study import Study
 
 
@@ -96,8 +96,8 @@ def test_no_more_workers_than_cores(tmp_path, monkeypatch):
         asked.append(jobs)
         raise StudyError("not run")
 
-    monkeypatch.setattr("s6lib.workers._pool", spied)
-    monkeypatch.setattr("s6lib.workers.cpu_count", lambda: 3)
+    monkeypatch.setattr("s6lib.lab.workers._pool", spied)
+    monkeypatch.setattr("s6lib.lab.workers.cpu_count", lambda: 3)
     for jobs, seeds in ((None, 9), (2, 9), (1000, 9), (None, 2)):
         with pytest.raises(StudyError, match="not run"):
             run_study(TINY, (GBN,), range(seeds), tmp_path, jobs=jobs, device="cpu", show_progress=False)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from s6lib.__main__ import RECIPE_NAMES, SLUGS, main
-from s6lib.conditions import ALL_CONDITIONS, RECIPES
 from s6lib.data import MnistError
+from s6lib.recipes import ALL_CONDITIONS, RECIPES
 
 
 def test_run_trains_reports_and_draws(tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(command, messa
 
 
 def test_a_failed_run_is_exit_code_1(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("s6lib.run.evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr("s6lib.lab.run.evaluate", lambda *_: 1 / 0)
     command = ["run", "--conditions", "gbn", "--epochs", "1", "--train-images", "64", "--jobs", "1"]
     assert main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert "GBN (gbn), seed 1: ZeroDivisionError" in capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_missing_digits_are_one_line_and_exit_code_1(tmp_path, capsys, monkeypat
     def missing(*_):
         raise MnistError("archive missing")
 
-    monkeypatch.setattr("s6lib.launch.load_mnist", missing)
+    monkeypatch.setattr("s6lib.lab.launch.load_mnist", missing)
     assert main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.endswith("python -m s6lib: archive missing\n")
 

@@ -8,9 +8,9 @@ from torch import nn
 from torchsummary import summary
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from s6lib.conditions import CONDITIONS, PLAIN, RECIPES, build_model
 from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet, receptive_fields
 from s6lib.norm import GhostBatchNorm
+from s6lib.recipes import CONDITIONS, PLAIN, RECIPES, build_model
 
 PLAIN_LAYERS = """
 Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -

@@ -18,13 +18,13 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from s6lib.__main__ import _own
-from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN
 from s6lib.data import PROJECT
-from s6lib.files import serialised
-from s6lib.launch import run_study
+from s6lib.lab.files import serialised
+from s6lib.lab.launch import run_study
+from s6lib.lab.run import COLUMNS, Run, Trained, save_run
 from s6lib.models import PlainNet
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
-from s6lib.run import COLUMNS, Run, Trained, save_run
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN
 from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import s6lib.progress
-from s6lib.progress import Change, _show_lines, progress
-from s6lib.run import COLUMNS
+import s6lib.lab.progress
+from s6lib.lab.progress import Change, _show_lines, progress
+from s6lib.lab.run import COLUMNS
 
 
 def write(path: Path, *accuracies: float) -> None:
@@ -45,7 +45,7 @@ def test_the_count_of_epochs_follows_a_run_that_fell_back(capsys):
 
 
 def test_bars_in_a_terminal(histories, capsys, monkeypatch):
-    monkeypatch.setattr(s6lib.progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(s6lib.lab.progress.sys.stderr, "isatty", lambda: True, raising=False)
     with progress(histories, dict.fromkeys(histories, 4)):
         write(histories["GBN, seed 1"], 0.98, 0.985, 0.99, 0.9944)
         write(histories["GBN, seed 3"])

@@ -11,9 +11,9 @@ from statsmodels.stats.multitest import multipletests
 
 from s6lib.__main__ import _own
 from s6lib.analysis import passing, pruning_curve
-from s6lib.conditions import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.data import PROJECT, Digits
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read
+from s6lib.recipes import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.statistics import (
     condition_statistics,
     equal_conditions,

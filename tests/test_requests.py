@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import s6lib.__main__
-import s6lib.launch
-from s6lib.conditions import ALL_CONDITIONS, CONTROL, PLAIN, RECIPES, Condition
+import s6lib.lab.launch
 from s6lib.errors import StudyError
+from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN, RECIPES, Condition
 
 WORDS = st.one_of(
     st.sampled_from(
@@ -54,7 +54,7 @@ def test_every_command_line_ends_with_an_exit_code_and_a_line(command, options):
     argv = [*command, *(word for option in options for word in option)]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(s6lib.launch, "run_study", study_not_run)
+        patch.setattr(s6lib.lab.launch, "run_study", study_not_run)
         patch.setattr(s6lib.__main__, "_cluster", lambda scheduler: contextlib.nullcontext())
         try:
             code = s6lib.__main__.main(argv)

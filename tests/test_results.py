@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from s6lib.conditions import CONDITIONS, RECIPES
 from s6lib.data import PROJECT, Digits
-from s6lib.run import Run, train_run
+from s6lib.lab.run import Run, train_run
+from s6lib.recipes import CONDITIONS, RECIPES
 from s6lib.study import Study
 from s6lib.train import evaluate
 

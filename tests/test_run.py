@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import GBN, L1_BN, TINY
 
-import s6lib.run
+import s6lib.lab.run
 from s6lib.errors import RunError
-from s6lib.files import is_complete, read_about, read_checkpoint
+from s6lib.lab.files import is_complete, read_about, read_checkpoint
+from s6lib.lab.run import COLUMNS, Run, differences, save_run, train_run
 from s6lib.models import PlainNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.run import COLUMNS, Run, differences, save_run, train_run
 
 
 class Stopped(BaseException):
@@ -61,14 +61,14 @@ def test_randomness_comes_from_the_seed_alone(undisturbed):
 
 def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
     drawn = []
-    original = s6lib.run.batches
+    original = s6lib.lab.run.batches
 
     def spy(*args):
         for images, labels in original(*args):
             drawn.append((images, labels))
             yield images, labels
 
-    monkeypatch.setattr(s6lib.run, "batches", spy)
+    monkeypatch.setattr(s6lib.lab.run, "batches", spy)
     once = replace(TINY, epochs=1)
     runs = [train_run(Run(once, condition, 1)) for condition in (L1_BN, GBN)]
     for (images, labels), (others, other_labels) in zip(drawn[:10], drawn[10:], strict=True):
@@ -90,8 +90,8 @@ def test_the_moving_average_is_what_is_judged_and_saved(monkeypatch):
         optimizer.register_step_post_hook(lambda *_: seen.append([w.detach().clone() for w in model.parameters()]))
         return original(model, batches, optimizer, *penalties)
 
-    original = s6lib.run.train_epoch
-    monkeypatch.setattr(s6lib.run, "train_epoch", spy)
+    original = s6lib.lab.run.train_epoch
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", spy)
     trained = train_run(Run(replace(TINY, epochs=1, train_images=192, ema=0.5), GBN, 1))
     weights = torch.load(io.BytesIO(trained.weights))
     for name, first, second, third in zip(dict(PlainNet().named_parameters()), *seen, strict=True):
@@ -103,14 +103,14 @@ def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, t
     assert [row["lr"] for row in whole.history] == [CYCLE.learning_rates(epoch)[0] for epoch in (1, 2)]
     right = (torch.from_numpy(whole.predictions) == mnist[0].labels[50_000:]).float().mean()
     assert whole.history[-1]["val_accuracy"] == pytest.approx(float(right))
-    original = s6lib.run.train_epoch
+    original = s6lib.lab.run.train_epoch
 
     def stop_at_epoch_2(model, batches, optimizer, *penalties):
         if optimizer.state:
             raise Stopped
         return original(model, batches, optimizer, *penalties)
 
-    monkeypatch.setattr(s6lib.run, "train_epoch", stop_at_epoch_2)
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
     with pytest.raises(Stopped):
         train_run(Run(CYCLE, GBN, 1), tmp_path)
     monkeypatch.undo()
@@ -142,14 +142,14 @@ def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
             raise Stopped
         return original(model, batches, optimizer, *penalties)
 
-    original = s6lib.run.train_epoch
-    monkeypatch.setattr(s6lib.run, "train_epoch", stop_at_epoch_2)
+    original = s6lib.lab.run.train_epoch
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
     with pytest.raises(Stopped):
         train_run(Run(TINY, GBN, 1), tmp_path)
     (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half a file")
 
     epochs = []
-    monkeypatch.setattr(s6lib.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
     assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
     assert len(epochs) == 1
     assert not list(tmp_path.glob(".*"))
@@ -181,8 +181,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path,
 
 
 def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
-    original = s6lib.run.evaluate
-    monkeypatch.setattr(s6lib.run, "evaluate", lambda *args: original(*args)._replace(loss=float("nan")))
+    original = s6lib.lab.run.evaluate
+    monkeypatch.setattr(s6lib.lab.run, "evaluate", lambda *args: original(*args)._replace(loss=float("nan")))
     with pytest.raises(RunError, match="epoch 1, step 10"):
         train_run(Run(TINY, GBN, 1))
 
@@ -192,8 +192,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_epoch_before_and_says_so(undistu
     content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(content)
-    epochs, original = [], s6lib.run.train_epoch
-    monkeypatch.setattr(s6lib.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
+    epochs, original = [], s6lib.lab.run.train_epoch
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
     assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
     assert len(epochs) == 1
     assert "checkpoint.pt is damaged" in capfd.readouterr().err
@@ -211,7 +211,7 @@ def test_the_callers_denormals_come_back(flushing):
     torch.set_flush_denormal(flushing)
     try:
         train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
-        assert s6lib.run._denormals_are_flushed() == flushing
+        assert s6lib.lab.run._denormals_are_flushed() == flushing
     finally:
         torch.set_flush_denormal(False)
 
@@ -232,9 +232,9 @@ def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(tiny_study, undisturbe
         shutil.copytree(done, folder, dirs_exist_ok=True)
         return original(*arguments)
 
-    original, run = s6lib.run.train_epoch, Run(TINY, GBN, 1)
+    original, run = s6lib.lab.run.train_epoch, Run(TINY, GBN, 1)
     done, folder = run.folder(tiny_study.folder), tmp_path / "run"
-    monkeypatch.setattr(s6lib.run, "train_epoch", completed_meanwhile)
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", completed_meanwhile)
     for _ in range(2):  # in its first epoch, and before it
         assert_same_run(train_run(run, folder), undisturbed)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -245,7 +245,7 @@ def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(tiny_study, undisturbe
 def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, monkeypatch):
     train_run(Run(TINY, GBN, 1), tmp_path)
     elsewhere = {**undisturbed.machines[0], "host": "elsewhere", "core": "another"}
-    monkeypatch.setattr(s6lib.run, "_machine", lambda device: elsewhere)
+    monkeypatch.setattr(s6lib.lab.run, "_machine", lambda device: elsewhere)
     trained = train_run(Run(TINY, GBN, 1), tmp_path)
     assert [machine["host"] for machine in trained.machines] == [undisturbed.machines[0]["host"], "elsewhere"]
     save_run(tmp_path, Run(TINY, GBN, 1), trained)

@@ -9,9 +9,9 @@ import torch
 
 from s6lib import PLAIN, PlainNet, SeparableNet
 from s6lib.__main__ import _own
-from s6lib.conditions import build_model, recipe_entry, try_out
 from s6lib.data import PROJECT, Digits, hold_out
-from s6lib.files import read_about, read_result
+from s6lib.lab.files import read_about, read_result
+from s6lib.recipes import build_model, recipe_entry, try_out
 from s6lib.train import evaluate
 
 FILES = sorted((PROJECT / "studies").glob("*.py"))

@@ -8,9 +8,9 @@ import pytest
 from conftest import GBN, L1_BN, TINY
 
 from s6lib.errors import DamagedFile, StudyError
-from s6lib.files import RESULTS, write_results
-from s6lib.launch import run_study
-from s6lib.run import Run
+from s6lib.lab.files import RESULTS, write_results
+from s6lib.lab.launch import run_study
+from s6lib.lab.run import Run
 from s6lib.study import Study
 from s6lib.train import evaluate
 

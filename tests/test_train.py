@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s6lib.conditions import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, build_model
 from s6lib.data import Digits, normalise
+from s6lib.recipes import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, build_model
 from s6lib.train import NonFiniteLoss, evaluate, l1_l2_penalty, predict_logits, train_epoch
 
 

@@ -16,12 +16,12 @@ from distributed import Client
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
-from s6lib.conditions import Condition
 from s6lib.errors import RunsFailed, StudyError
-from s6lib.launch import run_study
-from s6lib.run import Run
+from s6lib.lab.launch import run_study
+from s6lib.lab.run import Run
+from s6lib.lab.workers import Order, dask_executor, packed, resolve_device
+from s6lib.recipes import Condition
 from s6lib.study import Study
-from s6lib.workers import Order, dask_executor, packed, resolve_device
 
 DRIVER = os.getpid()
 

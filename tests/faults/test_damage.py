@@ -15,12 +15,12 @@ from test_data import ARCHIVES, archives, no_network  # noqa: F401
 from test_files import Harmful
 from test_study import assert_same_study
 
-from s6lib.conditions import Condition
 from s6lib.data import PROJECT, MnistError, load_mnist
 from s6lib.errors import DamagedFile, RunsFailed, StudyError
-from s6lib.files import RESULTS, serialised, write_checkpoint, write_results
-from s6lib.launch import run_study
-from s6lib.run import Run
+from s6lib.lab.files import RESULTS, serialised, write_checkpoint, write_results
+from s6lib.lab.launch import run_study
+from s6lib.lab.run import Run
+from s6lib.recipes import Condition
 from s6lib.study import Study
 
 PLACES = 20

@@ -59,8 +59,8 @@ def test_in_a_terminal_progress_is_bars(tmp_path):
 
 def test_in_jupyter_progress_is_bars_and_nothing_goes_wrong(tmp_path):
     source = (
-        "from dataclasses import replace\nfrom s6lib.conditions import CONDITIONS, PLAIN\n"
-        "from s6lib.launch import run_study\n"
+        "from dataclasses import replace\nfrom s6lib.recipes import CONDITIONS, PLAIN\n"
+        "from s6lib.lab.launch import run_study\n"
         f"run_study(replace(PLAIN, epochs=1, train_images=64), CONDITIONS[3:4], (1,), {str(tmp_path)!r}, jobs=1);"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
@@ -74,18 +74,18 @@ def test_in_jupyter_progress_is_bars_and_nothing_goes_wrong(tmp_path):
 PEAKS = """\
 import resource
 from dataclasses import replace
-import s6lib.run
-from s6lib.conditions import CONDITIONS, PLAIN
+import s6lib.lab.run
+from s6lib.recipes import CONDITIONS, PLAIN
 from s6lib.data import Digits, load_mnist
 train, test = load_mnist()
 test = Digits(test.images[:1000], test.labels[:1000])
-s6lib.run.load_mnist = lambda device: (train, test)
-peaks, evaluate = [], s6lib.run.evaluate
+s6lib.lab.run.load_mnist = lambda device: (train, test)
+peaks, evaluate = [], s6lib.lab.run.evaluate
 def spied(*arguments):
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return evaluate(*arguments)
-s6lib.run.evaluate = spied
-s6lib.run.train_run(s6lib.run.Run(replace(PLAIN, train_images=640), CONDITIONS[0], 1))
+s6lib.lab.run.evaluate = spied
+s6lib.lab.run.train_run(s6lib.lab.run.Run(replace(PLAIN, train_images=640), CONDITIONS[0], 1))
 print(peaks[5], peaks[-1])
 """
 

@@ -17,9 +17,9 @@ from processes import REQUEST, THOROUGH, command, complete, end, kill, started, 
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
-from s6lib.conditions import Condition
 from s6lib.errors import RunsFailed
-from s6lib.launch import run_study
+from s6lib.lab.launch import run_study
+from s6lib.recipes import Condition
 from s6lib.study import Study
 
 

@@ -10,14 +10,14 @@ from uuid import uuid4
 import torch
 from filelock import FileLock, Timeout
 
-from s6lib.conditions import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, try_out
 from s6lib.data import load_mnist
 from s6lib.errors import RunsFailed, StudyError
-from s6lib.files import is_complete, read_about, read_checkpoint
-from s6lib.progress import progress
-from s6lib.run import Run, Trained, differences, save_run
+from s6lib.lab.files import is_complete, read_about, read_checkpoint
+from s6lib.lab.progress import progress
+from s6lib.lab.run import Run, Trained, differences, save_run
+from s6lib.lab.workers import Order, resolve_device, train_here, train_with
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, try_out
 from s6lib.study import Study
-from s6lib.workers import Order, resolve_device, train_here, train_with
 
 
 def run_study(

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from s6lib.conditions import (
+from s6lib.identity import Recorded
+from s6lib.models import BottleneckNet, PlainNet, SeparableNet
+from s6lib.norm import GhostBatchNorm
+from s6lib.recipes import (
     ALL_CONDITIONS,
     BOTTLENECK,
     CONDITIONS,
@@ -23,9 +26,6 @@ from s6lib.conditions import (
     recorded_recipe,
     try_out,
 )
-from s6lib.identity import Recorded
-from s6lib.models import BottleneckNet, PlainNet, SeparableNet
-from s6lib.norm import GhostBatchNorm
 
 
 def test_the_five_conditions_are_the_designs():

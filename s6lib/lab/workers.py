@@ -22,7 +22,7 @@ from loky import ProcessPoolExecutor, cpu_count
 
 from s6lib.errors import RunError, StudyError
 from s6lib.identity import is_library
-from s6lib.run import Run, Trained, train_run
+from s6lib.lab.run import Run, Trained, train_run
 
 POOLS = 3  # one worker may die by chance; who loses this many has too little memory
 WORKERS_DIE = (
@@ -239,7 +239,9 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with client:
         workers = list(client.nthreads())
-        tries = [client.submit(import_module, "s6lib.workers", workers=[address], pure=False) for address in workers]
+        tries = [
+            client.submit(import_module, "s6lib.lab.workers", workers=[address], pure=False) for address in workers
+        ]
         for address, tried in zip(workers, tries, strict=True):
             if isinstance(error := tried.exception(), ModuleNotFoundError):
                 raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=error)}")

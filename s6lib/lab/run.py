@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from s6lib.conditions import Condition, Recipe, build_model, condition_entry, layers, recipe_entry
 from s6lib.data import Digits, batches, hold_out, load_mnist
 from s6lib.errors import RunError
-from s6lib.files import (
+from s6lib.identity import without_docstrings
+from s6lib.lab.files import (
     is_complete,
     read_checkpoint,
     remove_parts,
@@ -31,7 +31,7 @@ from s6lib.files import (
     write_results,
     write_whole,
 )
-from s6lib.identity import without_docstrings
+from s6lib.recipes import Condition, Recipe, build_model, condition_entry, layers, recipe_entry
 from s6lib.train import NonFiniteLoss, evaluate, train_epoch
 
 History = list[dict[str, float]]
