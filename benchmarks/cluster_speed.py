@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from loky import ProcessPoolExecutor
 
 from s6lib.lab.files import serialised
 from s6lib.lab.launch import run_study
-from s6lib.lab.run import COLUMNS, Run, Trained
-from s6lib.lab.workers import Order, packed
-from s6lib.recipes import CONTROL, PLAIN, build_model
+from s6lib.lab.run import COLUMNS, Trained
+from s6lib.lab.workers import packed
+from s6lib.recipes import CONTROL, PLAIN, Run, build_model
 
 ROUNDS, RUNS = 3, 1_000
 RECIPE = replace(PLAIN, epochs=1, train_images=30_000)
@@ -59,17 +58,18 @@ def finished_run() -> Trained:
     """What a run of 25 epochs sends back."""
     weights = serialised(lambda file: torch.save(build_model(PLAIN, CONTROL).state_dict(), file))
     history = [dict.fromkeys(COLUMNS, float(epoch)) for epoch in range(25)]
-    return Trained(history, weights, np.zeros(10_000, np.uint8), [{"torch": str(torch.__version__)}])
+    machines = [{"torch": str(torch.__version__)}]
+    return Trained(None, history, weights, np.zeros(10_000, np.uint8), machines)
 
 
 def seconds_a_run() -> float:
     """The whole cost of sending 1,000 runs out and fetching them back, a run: in place of training, an unpickling."""
-    result, order, futures = pickle.dumps(finished_run()), Order(Path(), "none", "cpu", None), []
+    result, futures = pickle.dumps(finished_run()), []
     with dask_workers(2) as executor:
         list(executor.map(pickle.loads, [result] * 10))
         begun = time.perf_counter()
         for seed in range(RUNS):
-            packed(Run(PLAIN, CONTROL, seed), order)  # which the real one sends
+            packed(Run(PLAIN, CONTROL, seed))  # which the real one sends
             futures.append(executor.submit(pickle.loads, result))
         assert sum(1 for _ in as_completed(futures)) == RUNS
         return (time.perf_counter() - begun) / RUNS

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
 from s6lib.data import DATA, FILL, MEAN, STD
-from s6lib.lab.run import Run, train_run
+from s6lib.lab.run import train_run
 from s6lib.models import Dropout, PlainNet
-from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN
+from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN, Run
 
 ROUNDS = 7
 IMAGES = 12_800

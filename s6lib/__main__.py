@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -105,7 +106,8 @@ def _own(file: str) -> tuple["Recipe", list["Condition"]]:
     from s6lib.recipes import Condition, Recipe
 
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    # A name that is no module's: a file may be called random.py.
+    spec = importlib.util.spec_from_file_location("s6lib_study_" + re.sub(r"\W", "_", path.stem), path)
     if not path.is_file() or spec is None:
         raise StudyError(f"there is no Python file {file}")
     module = importlib.util.module_from_spec(spec)
@@ -190,17 +192,15 @@ def _report(study: "Study", images: Path) -> None:
     """Print the tables of a study, and draw its figures: two graphs, a model's errors, and with more seeds two more."""
     from s6lib import plots
     from s6lib.analysis import misclassified, result_table
-    from s6lib.data import hold_out, load_mnist
-    from s6lib.identity import name_of
+    from s6lib.recipes import name_of
 
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
     print(f"\n{title} ({name})\n{result_table(study).to_string(index=False)}\n")
     figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
     shown = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
-    with suppress(StudyError):  # a model of one's own is known by name alone, unless --study is given
-        model, (train, test) = study.model(shown), load_mnist()
-        digits = hold_out(train)[1] if study.recipe.held_out else test
+    with suppress(StudyError):  # a model of the user's is known by name alone, unless --study is given
+        model, digits = study.model(shown), study.data[1]
         heading = f"{title}, {study.labels[shown]}"
         figures[f"misclassified_{shown}"] = plots.plot_misclassified(misclassified(model, digits), digits, heading)
     figures |= _compared(study, title)
@@ -250,6 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a label may hold a letter that the output's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv or ["run"])
     try:
         _run(arguments) if arguments.command == "run" else _report_all(arguments)

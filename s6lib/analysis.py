@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from s6lib.data import CLASS_NAMES, Digits
-from s6lib.identity import name_of
-from s6lib.recipes import Condition, Recipe
+from s6lib.errors import SettingError
+from s6lib.recipes import Condition, Recipe, name_of
 from s6lib.study import Study
 from s6lib.train import evaluate, predict_logits
 
@@ -68,44 +69,47 @@ def misclassified(model: nn.Module, digits: Digits) -> pd.DataFrame:
 
     The confidence, from 0 to 1, is the softmax probability of the predicted class.
     """
-    confidence, predicted = predict_logits(model, digits.images).softmax(1).max(1)
+    confidence, predicted = predict_logits(model, digits).softmax(1).max(1)
     wrong = (predicted != digits.labels).nonzero().flatten()
-    names = [[CLASS_NAMES[label] for label in labels[wrong].tolist()] for labels in (digits.labels, predicted)]
+    names = [[digits.class_names[label] for label in labels[wrong].tolist()] for labels in (digits.labels, predicted)]
     columns = {"image": wrong.tolist(), "actual": names[0], "predicted": names[1]}
     return pd.DataFrame({**columns, "confidence": confidence[wrong].tolist()})
 
 
-def confusion_matrix(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How often each class (row) was predicted as each class (column): int64 (10, 10)."""
-    return np.bincount(10 * labels + predictions, minlength=100).reshape(10, 10)
+def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int = len(CLASS_NAMES)) -> np.ndarray:
+    """How often each class (row) was predicted as each class (column): int64 (classes, classes)."""
+    return np.bincount(classes * labels + predictions, minlength=classes**2).reshape(classes, classes)
 
 
-def confused_pairs(matrix: np.ndarray) -> pd.DataFrame:
+def confused_pairs(matrix: np.ndarray, class_names: Sequence[str] = CLASS_NAMES) -> pd.DataFrame:
     """The pairs of classes by how often one is taken for the other, in either direction, the most frequent first.
 
     Columns: pair, errors, and share, the part of all errors from 0 to 1.
     """
     both = matrix + matrix.T
-    first, second = np.triu_indices(10, k=1)
-    names = [f"{CLASS_NAMES[a]} / {CLASS_NAMES[b]}" for a, b in zip(first, second, strict=True)]
+    first, second = np.triu_indices(len(matrix), k=1)
+    if len(class_names) != len(matrix):
+        raise SettingError(f"class_names must be the {len(matrix)} names of the matrix's classes, not {class_names!r}")
+    names = [f"{class_names[a]} / {class_names[b]}" for a, b in zip(first, second, strict=True)]
     pairs = pd.DataFrame({"pair": names, "errors": both[first, second]})
     pairs["share"] = pairs["errors"] / max(1, pairs["errors"].sum())
     return pairs.sort_values("errors", ascending=False, kind="stable", ignore_index=True)
 
 
 def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
-    """The test digits that some run of a study gets wrong, those that most runs get wrong first.
+    """The test images that some run of a study gets wrong, those that most runs get wrong first.
 
     Columns: image, its number; actual, the name of its class; runs, how many get it wrong; and taken_for, the class
     that most of them take it for.
     """
-    votes = np.zeros((len(labels), 10), dtype=int)
+    class_names = study.data[1].class_names
+    votes = np.zeros((len(labels), len(class_names)), dtype=int)
     for condition, seed in study.runs:
         votes[np.arange(len(labels)), study.predictions(condition, seed)] += 1
     votes[np.arange(len(labels)), labels] = 0
     wrong = votes.sum(1)
     images = np.argsort(-wrong, kind="stable")[: np.count_nonzero(wrong)]
-    names = [[CLASS_NAMES[label] for label in found[images]] for found in (labels, votes.argmax(1))]
+    names = [[class_names[label] for label in found[images]] for found in (labels, votes.argmax(1))]
     return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
 
 
@@ -122,7 +126,7 @@ def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.Da
     """
     seeds = [seed for slug, seed in study.runs if slug == condition]
     if not seeds:
-        raise ValueError(f"no run of condition {condition!r}; choose one of: {', '.join(study.conditions)}")
+        raise SettingError(f"no run of condition {condition!r}; choose one of: {', '.join(study.conditions)}")
     right = [study.predictions(condition, seed) == labels for seed in seeds]
     return pd.DataFrame(right, index=pd.Index(seeds, name="seed"))
 
@@ -137,19 +141,32 @@ def convolution_weights(model: nn.Module) -> np.ndarray:
 def pruned(model: nn.Module, share: float) -> nn.Module:
     """A copy of a model with this share (0 to 1) of its convolution weights, the smallest of all layers, set to zero.
 
-    Nothing is trained afterwards. Han et al. 2015, arXiv:1506.02626, prune by one threshold a layer.
+    Nothing is trained afterwards. A parametrized weight, as of weight_norm, is a plain one in the copy. Han et al.
+    2015, arXiv:1506.02626, prune by one threshold a layer. Raises SettingError if a hook computes a weight.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"a share is from 0 to 1, not {share!r}")
+        raise SettingError(f"a share is from 0 to 1, not {share!r}")
     sizes = np.abs(convolution_weights(model))
     rank = np.empty(len(sizes), dtype=int)
     rank[np.argsort(sizes, kind="stable")] = np.arange(len(sizes))
     keep = torch.from_numpy(rank >= round(share * len(sizes)))
+    _refuse_hooked_weights(model)
     copy = deepcopy(model)
-    kernels = [layer.weight for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
-    for weights, kept in zip(kernels, keep.split([weights.numel() for weights in kernels]), strict=True):
-        weights.mul_(kept.view(weights.shape).to(weights.device))
+    layers = [layer for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
+    for layer, kept in zip(layers, keep.split([layer.weight.numel() for layer in layers]), strict=True):
+        if is_parametrized(layer, "weight"):  # it would be computed anew at each forward pass
+            remove_parametrizations(layer, "weight")
+        layer.weight.mul_(kept.view(layer.weight.shape).to(layer.weight.device))
     return copy
+
+
+def _refuse_hooked_weights(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and "weight" not in layer._parameters and not is_parametrized(layer, "weight"):
+            raise SettingError(
+                f"{name} computes its weight in a hook, so it cannot be pruned: use "
+                "torch.nn.utils.parametrizations, or make it plain first, with remove_weight_norm, say"
+            )
 
 
 def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.DataFrame:

@@ -1,12 +1,13 @@
-"""MNIST as uint8 tensors on a device, batched augmentation, and the batches of an epoch."""
+"""Data sets as uint8 tensors on a device, batched augmentation, and the batches of an epoch."""
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
@@ -23,7 +24,8 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, on the scale 0 to 1
 FILL = 1  # the grey level, of 255, that rotation brings in from outside the image
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-HELD_OUT = 10_000  # of the training digits, the last: for choices, which are not to be made on the test digits
+DATASETS = ("mnist", "fashion-mnist", "kmnist")  # known by name; each has 60,000 training and 10,000 test images
+HELD_OUT = 6  # one training image in six, the last ones, is for choices, which must not be made on test images
 
 # The archives, and the checksum of what each holds, which it says itself in its last eight bytes (RFC 1952).
 _CRC32 = {
@@ -34,15 +36,45 @@ _CRC32 = {
 }
 
 
-class MnistError(S6Error):
-    """An archive is missing or damaged, and could not be downloaded; the message names it and the remedy."""
+class DataError(S6Error):
+    """A data set is missing, damaged, or not what was expected; the message says what to do."""
 
 
 class Digits(NamedTuple):
-    """Images uint8 (N, 28, 28), 0 = background, and their labels int64 (N,)."""
+    """Images and their labels: the training or the test part of a data set.
+
+    images: uint8 (N, H, H), 0 = background.
+    labels: int64 (N,), indices into `class_names`.
+    mean, std: of the pixels that the network's input is normalised by, on the scale 0 to 1.
+    """
 
     images: Tensor
     labels: Tensor
+    class_names: tuple[str, ...] = CLASS_NAMES
+    mean: float = MEAN
+    std: float = STD
+
+    def part(self, index: slice | Tensor) -> "Digits":
+        """The images that an index chooses, with their labels."""
+        return self._replace(images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: str | torch.device) -> "Digits":
+        """The same images and labels on a device."""
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+
+class Dataset(NamedTuple):
+    """What a callable given as a recipe's `data` returns; a plain tuple of the five will do.
+
+    Images are uint8 (N, H, H), tensors or arrays, of one size in both parts; labels are whole numbers (N,), indices
+    into `class_names`.
+    """
+
+    train_images: Tensor | np.ndarray
+    train_labels: Tensor | np.ndarray
+    test_images: Tensor | np.ndarray
+    test_labels: Tensor | np.ndarray
+    class_names: tuple[str, ...]
 
 
 class Augmentation(NamedTuple):
@@ -60,12 +92,77 @@ class Augmentation(NamedTuple):
     scale: float = 0.0
 
 
+def load_data(data: str | Callable[[], Dataset], device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
+    """Return the training and the test images of a data set: one of DATASETS, or what a callable returns.
+
+    Raises DataError if it cannot be downloaded or read, or is not what `Dataset` describes.
+    """
+    if data == "mnist":
+        return load_mnist(device=device)
+    dataset = _download_dataset(data) if isinstance(data, str) else _called(data)
+    train_images, train_labels, test_images, test_labels, class_names = dataset
+    pixels = train_images.double() / 255
+    mean, std = round(float(pixels.mean()), 4), round(float(pixels.std()), 4) or 1.0  # 1.0: every pixel is equal
+    parts = ((train_images, train_labels), (test_images, test_labels))
+    train, test = (Digits(*part, class_names, mean, std).to(device) for part in parts)
+    return train, test
+
+
+def _download_dataset(name: str) -> Dataset:
+    """Fashion-MNIST (arXiv:1708.07747) or Kuzushiji-MNIST (arXiv:1812.01718), by torchvision."""
+    from torchvision.datasets import KMNIST, FashionMNIST
+
+    kind = {"fashion-mnist": FashionMNIST, "kmnist": KMNIST}[name]
+    try:
+        DATA.mkdir(parents=True, exist_ok=True)
+        with FileLock(DATA / f".{name}.lock"):  # one process at a time
+            train, test = (kind(DATA, train=train, download=True) for train in (True, False))
+    except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
+        raise DataError(
+            f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
+            f"network, and if a file there is damaged, delete the folder first ({type(error).__name__}: {error})"
+        ) from None
+    return Dataset(train.data, train.targets, test.data, test.targets, tuple(train.classes))
+
+
+def _called(data: Callable[[], Dataset]) -> Dataset:
+    """The five parts that a callable returns, as tensors. Raises DataError if they are no data set."""
+    try:
+        made = data()
+    except Exception as error:  # the user's own code: any
+        raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(made, tuple | list) or len(made) != len(Dataset._fields):
+        raise DataError(f"data must return {', '.join(Dataset._fields)}, not {type(made).__name__}")
+    *arrays, class_names = made
+    train_images, train_labels, test_images, test_labels = map(torch.as_tensor, arrays)
+    names = tuple(map(str, class_names))
+    if not 2 <= len(names) <= 256:
+        raise DataError(f"data must have 2 to 256 class_names, not {len(names)}")
+    for part, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
+        size = train_images.shape[1:]
+        if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1] != images.shape[2] or not len(images):
+            raise DataError(
+                f"{part}_images must be uint8 (N, H, H), grey levels of 0 to 255, not {images.dtype} "
+                f"{tuple(images.shape)}"
+            )
+        if images.shape[1:] != size:
+            raise DataError(f"test_images must be of the size of train_images, {tuple(size)}, not {images.shape[1:]}")
+        whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == images.shape[:1]
+        if not whole or int(labels.min()) < 0 or int(labels.max()) >= len(names):
+            raise DataError(
+                f"{part}_labels must be whole numbers ({len(images)},) from 0 to {len(names) - 1}, an index into "
+                f"class_names each, not {labels.dtype} {tuple(labels.shape)}"
+                + (f" from {labels.min()} to {labels.max()}" if labels.numel() else "")
+            )
+    return Dataset(train_images, train_labels.long(), test_images, test_labels.long(), names)
+
+
 def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
-    """The training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
+    """Return the training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
 
     Each of the four files in `root`/MNIST/raw is read unpacked or, if that is missing or damaged, from its archive,
     which is then unpacked beside it where the folder can be written. Archives that are needed and not whole are
-    downloaded. Raises MnistError where that fails.
+    downloaded. Raises DataError where that fails.
     """
     raw = Path(root).expanduser() / "MNIST" / "raw"
     contents = {raw / name: _content(raw / name) for name in _CRC32}
@@ -74,23 +171,21 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
         _download(missing)
         contents.update((archive, _content(archive)) for archive in missing)
     train_images, train_labels, test_images, test_labels = map(_tensor, contents.values())
-    return (
-        Digits(train_images.to(device), train_labels.long().to(device)),
-        Digits(test_images.to(device), test_labels.long().to(device)),
-    )
+    train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
+    return train.to(device), test.to(device)
 
 
 def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> Digits:
     """50,000 further test digits, of QMNIST (Yadav and Bottou, arXiv:1905.10498), in `root`/QMNIST, on `device`.
 
-    They are downloaded when first asked for. Raises MnistError where that fails, or a file is damaged.
+    They are downloaded when first asked for. Raises DataError where that fails, or a file is damaged.
     """
     from torchvision.datasets import QMNIST
 
     try:
         qmnist = QMNIST(Path(root).expanduser(), what="test50k", download=True)
     except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
-        raise MnistError(
+        raise DataError(
             f"the test digits of QMNIST could not be downloaded to, or read from, {Path(root) / 'QMNIST'}. Try again "
             f"with a network; if a file there is damaged, delete the folder first. What failed: {error!r}"
         ) from error
@@ -98,9 +193,9 @@ def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> 
 
 
 def hold_out(train: Digits) -> tuple[Digits, Digits]:
-    """The training digits without the last 10,000, and those."""
-    rest, held_out = zip(*(part.split([len(part) - HELD_OUT, HELD_OUT]) for part in train), strict=True)
-    return Digits(*rest), Digits(*held_out)
+    """Split off the last sixth of the training images: the rest, and those (of MNIST 50,000 and 10,000)."""
+    rest = len(train.labels) - len(train.labels) // HELD_OUT
+    return train.part(slice(rest)), train.part(slice(rest, None))
 
 
 def _content(archive: Path) -> bytes | None:
@@ -144,7 +239,7 @@ def _download(archives: list[Path]) -> None:
         damaged = [archive for archive in archives if not _is_whole(archive)]
         if not damaged:
             raise
-        raise MnistError(
+        raise DataError(
             f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
             "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network. "
             f"What failed: {error}"
@@ -165,9 +260,9 @@ def _download_from_a_mirror(archive: Path) -> None:
     raise failure
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Grey levels 0 to 255, (N, 28, 28), as network input: float32 (N, 1, 28, 28), mean 0 and SD 1 over MNIST."""
-    return _grey(images).unsqueeze(1).sub_(255 * MEAN).div_(255 * STD)
+def normalise(images: Tensor, mean: float = MEAN, std: float = STD) -> Tensor:
+    """Grey levels 0 to 255, (N, H, H), as network input: float32 (N, 1, H, H), mean 0 and SD 1 over the data set."""
+    return _grey(images).unsqueeze(1).sub_(255 * mean).div_(255 * std)
 
 
 def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
@@ -222,13 +317,13 @@ def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
 def batches(
     digits: Digits, batch_size: int, augmentation: Augmentation, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch over `digits` in random order, augmented: pairs of float32 (B, 1, 28, 28) and int64 (B,).
+    """Go once over `digits` in random order, augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
 
     Each image has amounts of its own. All of them come from `generator`, on the CPU, so that they do not depend on the
     device; the last batch may be smaller. Rotation alone takes the nearest pixel, as the published recipes do; with
     shift or scale, all three are one bilinear step.
     """
-    images, labels = digits
+    images, labels = digits.images, digits.labels
     count, device = len(labels), labels.device
     order = torch.randperm(count, generator=generator)
     rotation, jitter, shift, scale = augmentation
@@ -247,7 +342,7 @@ def batches(
             batch = affine(batch, angles[part], scales[part], shifts[part])
         else:
             batch = rotate(batch, angles[part])
-        yield normalise(batch), labels[chosen]
+        yield normalise(batch, digits.mean, digits.std), labels[chosen]
 
 
 def _grey(images: Tensor) -> Tensor:

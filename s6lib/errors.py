@@ -4,9 +4,17 @@
 class S6Error(Exception):
     """The base of the errors that a user can cause."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: one sentence, which a traceback would push off the screen (IPython's hook)."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class StudyError(S6Error):
     """A request that cannot be met."""
+
+
+class SettingError(StudyError, ValueError):
+    """A setting of a recipe, a condition or a table that makes no sense, or code of the user's that cannot train."""
 
 
 class RunError(S6Error):
@@ -18,4 +26,11 @@ class RunsFailed(S6Error):
 
 
 class DamagedFile(S6Error):
-    """A file is not what was written."""
+    """The content of a file does not match its checksum."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A study that was interrupted, by Ctrl-C or a notebook's Stop; the message says how to go on."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Stopped: {self}"]

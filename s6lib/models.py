@@ -63,6 +63,8 @@ class PlainNet(nn.Module):
         norm_first: whether the normalisation stands before the ReLU.
     """
 
+    memory_format = torch.channels_last  # convolutions of this size take half the time in it, on a CPU
+
     def __init__(
         self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, dropout: float = 0.04, norm_first: bool = False
     ) -> None:
@@ -97,6 +99,8 @@ class BottleneckNet(nn.Module):
     Args:
         norm: makes the normalisation layer for a number of channels.
     """
+
+    memory_format = torch.channels_last  # convolutions of this size take half the time in it, on a CPU
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -138,6 +142,8 @@ class SeparableNet(nn.Module):
         width: channels everywhere: 14 makes 1,694 parameters, 18 2,466, 24 3,864, 32 6,176, 42 9,786.
         norm: makes the normalisation layer for a number of channels.
     """
+
+    memory_format = torch.channels_last  # convolutions of this size take half the time in it, on a CPU
 
     def __init__(self, width: int = 18, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()

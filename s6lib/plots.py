@@ -137,7 +137,7 @@ def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.D
 def plot_digits(
     images: Tensor, titles: Sequence[str], columns: int, title: str = "", rows: Sequence[str] = ()
 ) -> Figure:
-    """Grey-level images (N, 28, 28) in a grid, ink on paper, each under its title; of none, a figure that says so.
+    """Grey-level images (N, H, W) in a grid, ink on paper, each under its title; of none, a figure that says so.
 
     `rows` are names of the rows, if they have any. Raises ValueError if there are not as many titles as images.
     """
@@ -162,14 +162,14 @@ def plot_digits(
 
 
 def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", count: int = 25) -> Figure:
-    """The first `count` digits that a model gets wrong: actual and predicted class, and its confidence.
+    """The first `count` images that a model gets wrong: actual and predicted class, and its confidence.
 
     Args:
         wrong: a row an error of the model on `digits`, as `misclassified` gives it.
     """
     shown = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in shown.itertuples()]
-    found = f"{len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} digits"
+    found = f"{len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} images"
     heading = f"{_joined(title, ': ', found)}\nactual class, taken for predicted class (confidence)"
     return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=heading)
 
@@ -255,12 +255,13 @@ def plot_pruning(
 
 
 def plot_class_balance(train: Digits, test: Digits) -> Figure:
-    """How many digits of each class the two parts of MNIST hold."""
+    """How many images of each class the two parts of a data set hold."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     with rc_context(STYLE):
         for axes, digits, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
-            axes.bar(CLASS_NAMES, digits.labels.bincount().numpy(), color=COLORS["l1-bn"])
-            axes.set(title=f"{len(digits.labels):,} {name} digits", ylabel="digits of the class")
+            counts = digits.labels.bincount(minlength=len(digits.class_names))
+            axes.bar(digits.class_names, counts.numpy(), color=COLORS["l1-bn"])
+            axes.set(title=f"{len(digits.labels):,} {name} images", ylabel="images of the class")
             axes.tick_params("x", rotation=45)
             axes.grid(visible=False, axis="x")
     return figure
@@ -287,7 +288,7 @@ def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None =
 
 
 def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
-    """How frequent each level of ink is, in images (N, 28, 28) of each name; the background is left out."""
+    """How frequent each level of ink is, in images (N, H, W) of each name; the background is left out."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     with rc_context(STYLE):
         axes = figure.subplots()
@@ -299,13 +300,15 @@ def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def plot_confusion(matrix: np.ndarray, title: str = "", ax: Axes | None = None) -> Figure:
+def plot_confusion(
+    matrix: np.ndarray, title: str = "", class_names: Sequence[str] = CLASS_NAMES, ax: Axes | None = None
+) -> Figure:
     """Errors by actual and predicted class; the correct predictions, on the diagonal, are left blank."""
     with rc_context(STYLE):
         axes = _panel((7, 5.6), ax)
-        labels = {"xticklabels": CLASS_NAMES, "yticklabels": CLASS_NAMES, "cbar_kws": {"label": "errors"}}
+        labels = {"xticklabels": class_names, "yticklabels": class_names, "cbar_kws": {"label": "errors"}}
         # Nothing on the diagonal, and no zeros: what remains to be read is the errors.
-        hidden = np.eye(10, dtype=bool) | (matrix == 0)
+        hidden = np.eye(len(matrix), dtype=bool) | (matrix == 0)
         shades = {"cmap": "Blues", "vmin": 0, "vmax": max(1, matrix[~hidden].max(initial=0))}
         sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", square=True, ax=axes, **shades, **labels)
         axes.grid(visible=False)

@@ -1,4 +1,4 @@
-"""What a study compares (conditions), how it trains (recipes), and how the two are recorded."""
+"""What a study compares (conditions), how it trains (recipes), and the network that the two make."""
 
 import inspect
 import math
@@ -6,26 +6,36 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s6lib import models
-from s6lib.data import HELD_OUT, Augmentation
-from s6lib.identity import Recorded, described, is_library, name_of
+from s6lib.data import DATASETS, Augmentation, Dataset
+from s6lib.errors import SettingError
 from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
 from s6lib.train import l1_l2_penalty
 
 Norm = Callable[[int], nn.Module]  # makes the normalisation layer for a number of channels
-Penalty = Callable[[nn.Module], Tensor]  # what is added to the loss, from a model: a scalar
+Penalty = Callable[[nn.Module], Tensor | float]  # what is added to the loss, from a model: a scalar
+Loss = Callable[[Tensor, Tensor], Tensor]  # from logits and targets, a scalar
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from images and labels, images and targets
+SCHEDULES = {
+    "steps": None,
+    "one-cycle": None,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
 
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
     if not met:
-        raise ValueError(f"{name} must be {expected}, not {value!r}")
+        raise SettingError(f"{name} must be {expected}, not {value!r}")
 
 
 def _require_slug(name: str, value: str) -> None:
@@ -34,14 +44,37 @@ def _require_slug(name: str, value: str) -> None:
     _require(bool(slug), name, "lower-case words joined by hyphens", value)
 
 
-def _require_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
-    expected = f"a whole number from {least}" + (f" to {most}" if most < math.inf else "")
-    _require(type(value) is int and least <= value <= most, name, expected, value)
+def _require_whole(name: str, value: int, least: int) -> None:
+    _require(type(value) is int and value >= least, name, f"a whole number from {least}", value)
 
 
 def _require_number(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
     expected = f"a finite number from {least}" + (f" to {most}" if most < sys.float_info.max else "")
     _require(type(value) in (int, float) and least <= value <= most, name, expected, value)
+
+
+def _require_callable(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, nn.Module) and name in ("network", "norm"):
+        made = type(value).__name__
+        raise SettingError(f"{name} must be {expected}: give the class {made}, not a {made} that is already made")
+    _require(callable(value), name, expected, value)
+
+
+def _as_python(value: Any) -> Any:
+    """A number of numpy's, from a logspace or arange say, as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _use_python_numbers(thing: "Condition | Recipe") -> None:
+    for setting in fields(thing):
+        object.__setattr__(thing, setting.name, _as_python(getattr(thing, setting.name)))
+
+
+def _refuse_subclass(cls: type) -> None:
+    raise SettingError(
+        f"{cls.__bases__[0].__name__} cannot be subclassed, since a run records the settings alone: pass a function of "
+        "yours as a setting, such as `schedule` or `penalty`"
+    )
 
 
 @dataclass(frozen=True)
@@ -52,14 +85,14 @@ class Condition:
         slug: name of its folder and on the command line.
         label: name in tables and figures; by default the slug.
         l1: weight of the sum of |w| over all trainable parameters, added to the loss.
-        l2: weight of the sum of w^2, likewise.
+        l2: weight of the sum of w^2, added too.
         num_splits: ghost batches a batch, or None for BatchNorm2d.
-        norm: a normalisation of one's own instead: makes the layer for a number of channels.
-        penalty: a penalty of one's own, added to the loss: from the model, a scalar.
-        changes: settings of the recipe that are others for this condition, by name. All but held_out: conditions are
-            compared on the same digits.
+        norm: your own normalisation instead: makes the layer for a number of channels.
+        penalty: your own penalty, added to the loss: from the model, a scalar.
+        changes: settings of the recipe that this condition changes, by name. All but data and held_out: conditions are
+            compared on the same test images.
 
-    Raises ValueError for a value that makes no sense.
+    Raises SettingError, a ValueError, for a value that makes no sense.
     """
 
     slug: str
@@ -71,7 +104,10 @@ class Condition:
     penalty: Penalty | None = None
     changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    __init_subclass__ = classmethod(_refuse_subclass)
+
     def __post_init__(self) -> None:
+        _use_python_numbers(self)
         _require_slug("slug", self.slug)
         _require(isinstance(self.label, str), "label", "text", self.label)
         object.__setattr__(self, "label", self.label or self.slug)
@@ -80,12 +116,17 @@ class Condition:
         if self.num_splits is not None:
             _require_whole("num_splits", self.num_splits, 1)
             _require(self.norm is None, "norm", "left out where num_splits is given", self.norm)
-        for name in ("norm", "penalty"):
-            value = getattr(self, name)
-            _require(value is None or callable(value), name, "a function or a class", value)
-        known = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "held_out")]
+        if self.norm is not None:
+            _require_callable("norm", self.norm, "a function or a class that makes a layer")
+        if self.penalty is not None:
+            _require_callable("penalty", self.penalty, "a function of the model")
+        known = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "data", "held_out")]
         sound = isinstance(self.changes, Mapping) and all(name in known for name in self.changes)
         _require(sound, "changes", f"a dict of settings of the recipe, which are {', '.join(known)}", self.changes)
+        idle = {"momentum", "nesterov"} & self.changes.keys()
+        if self.changes.get("optimizer") is not None and idle:
+            raise SettingError(f"changes must not hold {idle.pop()} beside an optimizer: give it to the optimizer")
+        object.__setattr__(self, "changes", {name: _as_python(value) for name, value in self.changes.items()})
 
     def penalty_of(self, model: nn.Module) -> Tensor | float:
         """What this condition adds to the loss: its three penalties, a differentiable scalar, or 0 if it has none."""
@@ -99,31 +140,43 @@ class Recipe:
 
     Args:
         name: name of its folder and on the command line.
-        network: makes the network; called with `norm` and `dropout` where it takes them.
+        network: makes the network; called with `norm` and `dropout` where it takes them. The network is trained in the
+            memory format that its attribute `memory_format` names, if it has one.
         dropout: probability, for a network that takes it; None leaves the network's own.
-        epochs: passes over the training images.
-        train_images: how many of the 60,000, from the first.
+        epochs: an epoch ends with an evaluation.
+        train_images: how many of the training images to use; by default all.
         batch_size: images a step.
-        learning_rate: of SGD; of "one-cycle" the highest.
+        learning_rate: of the optimizer; of "one-cycle" the highest.
         decay: by which "steps" multiplies the learning rate after every `decay_epochs`.
         momentum: of SGD.
         rotation, jitter, shift, scale: of the augmentation, see `s6lib.data.Augmentation`.
-        schedule: "steps", or "one-cycle" (Smith and Topin, arXiv:1708.07120): from a 25th of the learning rate up to it
-            in a fifth of all steps, and down to almost nothing, both along a cosine, step by step.
+        schedule: "steps", "one-cycle" (Smith and Topin, arXiv:1708.07120: from a 25th of the learning rate up to it in
+            a fifth of all steps, and down to almost nothing, both along a cosine), "cosine" (Loshchilov and Hutter,
+            arXiv:1608.03983, without restarts), "constant", or a function from the share of training done (0 to 1) to
+            the factor of the learning rate. All but "steps" change it at each step.
         nesterov: whether the momentum is Nesterov's.
         ema: what an exponential moving average of the weights keeps of itself at each step, such as 0.999; the average
             is then what is judged and saved. 0: no average.
-        held_out: whether accuracy is measured on the last 10,000 training digits, for choices, and not on the test
-            digits; `train_images` is then at most 50,000.
+        held_out: whether accuracy is measured on the last sixth of the training images, for choices, and not on the
+            test images; those are then not trained on.
+        data: "mnist", "fashion-mnist", "kmnist", or a function that returns an `s6lib.Dataset`.
+        transform: called with the images (B, 1, H, H), augmented and normalised, and the labels (B,) of each training
+            batch; returns the images and targets to train on. The transforms of torchvision.transforms.v2 fit.
+        loss: from logits (B, C) and targets, a scalar.
+        optimizer: called with the parameters and `lr`: a class of torch.optim or a partial of one; by default SGD with
+            `momentum` and `nesterov`, which other optimizers do not use.
+        passes: how often an epoch goes through the training images.
+        draw_images: whether the `train_images` are drawn anew for each seed; if not, they are the first.
 
-    Raises ValueError for a value that makes no sense, a dropout that the network does not take among them.
+    Raises SettingError, a ValueError, for a value that makes no sense, such as a dropout that the network does not
+    take.
     """
 
     name: str
     network: Callable[..., nn.Module]
     dropout: float | None = None
     epochs: int = 25
-    train_images: int = 60_000
+    train_images: int | None = None
     batch_size: int = 64
     learning_rate: float = 0.01
     decay: float = 0.1
@@ -133,64 +186,102 @@ class Recipe:
     jitter: float = 0.0
     shift: float = 0.0
     scale: float = 0.0
-    schedule: str = "steps"
+    schedule: str | Callable[[float], float] = "steps"
     nesterov: bool = False
     ema: float = 0.0
     held_out: bool = False
+    data: str | Callable[[], Dataset] = "mnist"
+    transform: Transform | None = None
+    loss: Loss = F.cross_entropy
+    optimizer: Callable[..., Any] | None = None
+    passes: int = 1
+    draw_images: bool = False
+
+    __init_subclass__ = classmethod(_refuse_subclass)
 
     def __post_init__(self) -> None:
+        _use_python_numbers(self)
         _require_slug("name", self.name)
-        _require(callable(self.network), "network", "a class or function that makes a network", self.network)
+        _require_callable("network", self.network, "a class or function that makes a network")
         if self.dropout is not None:
             _require_number("dropout", self.dropout, 0, 1)
         if self.dropout and not self.takes("dropout"):
-            raise ValueError(
+            raise SettingError(
                 f"dropout must be left out or 0, since {name_of(self.network)} takes none, not {self.dropout!r}"
             )
-        _require_whole("epochs", self.epochs, 1)
-        _require_whole("train_images", self.train_images, 1, 60_000)
-        sound = type(self.held_out) is bool and self.train_images <= 60_000 - self.held_out * HELD_OUT
-        _require(sound, "held_out", "True, with at most 50,000 train_images, or False", self.held_out)
-        _require_whole("batch_size", self.batch_size, 1, 60_000)
+        self._require_sound_data()
+        for name in ("epochs", "batch_size", "decay_epochs", "passes"):
+            _require_whole(name, getattr(self, name), 1)
+        for name, most in (("decay", 1), ("momentum", 1), ("rotation", 180), ("jitter", 1), ("scale", 0.9)):
+            _require_number(name, getattr(self, name), 0, most)
         _require_number("learning_rate", self.learning_rate, 0)
-        _require_number("decay", self.decay, 0, 1)
-        _require_whole("decay_epochs", self.decay_epochs, 1)
-        _require_number("momentum", self.momentum, 0, 1)
-        _require_number("rotation", self.rotation, 0, 180)
-        _require_number("jitter", self.jitter, 0, 1)
-        _require_number("shift", self.shift, 0, 28)
-        _require_number("scale", self.scale, 0, 0.9)
-        _require(self.schedule in ("steps", "one-cycle"), "schedule", "'steps' or 'one-cycle'", self.schedule)
+        _require_number("shift", self.shift, 0)
         _require_number("ema", self.ema, 0, 0.9999)
+        sound = callable(self.schedule) or (isinstance(self.schedule, str) and self.schedule in SCHEDULES)
+        _require(sound, "schedule", f"a function or one of {', '.join(SCHEDULES)}", self.schedule)
         sound = type(self.nesterov) is bool and (not self.nesterov or self.momentum > 0)
         _require(sound, "nesterov", "True, with a momentum above 0, or False", self.nesterov)
+        if self.transform is not None:
+            _require_callable("transform", self.transform, "a function of images and labels")
+        _require_callable("loss", self.loss, "a function of logits and targets")
+        if self.optimizer is not None:
+            _require_callable("optimizer", self.optimizer, "a class of torch.optim or a partial of one")
+
+    def _require_sound_data(self) -> None:
+        sound = callable(self.data) or (isinstance(self.data, str) and self.data in DATASETS)
+        _require(sound, "data", f"a function or one of {', '.join(DATASETS)}", self.data)
+        _require(type(self.held_out) is bool, "held_out", "True or False", self.held_out)
+        _require(type(self.draw_images) is bool, "draw_images", "True or False", self.draw_images)
+        if isinstance(self.data, str):  # each has 60,000 training images
+            most = 50_000 if self.held_out else 60_000
+            if self.train_images is None:
+                object.__setattr__(self, "train_images", most)
+            expected = "a whole number from 1 to 60,000"
+            sound = type(self.train_images) is int and 1 <= self.train_images <= 60_000
+            _require(sound, "train_images", expected, self.train_images)
+            sound = self.train_images <= most
+            _require(sound, "held_out", "False, or True with at most 50,000 train_images", self.held_out)
+        elif self.train_images is not None:
+            _require_whole("train_images", self.train_images, 1)
 
     def takes(self, setting: str) -> bool:
         """Whether the network is made with a keyword of this name."""
-        if isinstance(self.network, Recorded):
-            return True
         if getattr(self.network, "__init__", None) is nn.Module.__init__:  # which takes any keyword, to refuse it later
             return False
-        parameters = inspect.signature(self.network).parameters.values()
+        try:
+            parameters = inspect.signature(self.network).parameters.values()
+        except (TypeError, ValueError):  # a callable that tells no signature
+            return False
         return any(parameter.name == setting or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
     def changed_by(self, condition: Condition) -> "Recipe":
-        """The recipe by which a condition trains. Raises ValueError if the two do not fit."""
+        """The recipe by which a condition trains. Raises SettingError if the two do not fit."""
         try:
             return replace(self, **condition.changes)
-        except ValueError as error:
-            raise ValueError(f"{condition.label} ({condition.slug}) with recipe {self.name}: {error}") from error
+        except SettingError as error:
+            raise SettingError(f"{condition.label} ({condition.slug}) with recipe {self.name}: {error}") from None
 
     @property
     def augmentation(self) -> Augmentation:
         return Augmentation(self.rotation, self.jitter, self.shift, self.scale)
 
     def learning_rates(self, epoch: int) -> list[float]:
-        """The learning rate of each step of an epoch, which is counted from 1."""
-        steps = -(-self.train_images // self.batch_size)
+        """The learning rate of each step of an epoch, which is counted from 1; `train_images` must be a number."""
+        steps = self.passes * -(-self.train_images // self.batch_size)
         if self.schedule == "steps":
             return [self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)] * steps
-        return [self._one_cycle((epoch - 1) * steps + step, self.epochs * steps) for step in range(steps)]
+        taken, total = range((epoch - 1) * steps, epoch * steps), self.epochs * steps
+        if self.schedule == "one-cycle":
+            return [self._one_cycle(step, total) for step in taken]
+        return [self.learning_rate * self.factor(step / total) for step in taken]
+
+    def factor(self, done: float) -> float:
+        """The factor of the learning rate at a share of training done. Raises SettingError if it is no such number."""
+        schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
+        factor = _as_python(schedule(done))
+        sound = isinstance(factor, Real) and 0 <= factor < math.inf
+        _require(sound, "schedule", f"a function that gives a finite number from 0, at {done:.4g} too", factor)
+        return float(factor)
 
     def _one_cycle(self, step: int, steps: int) -> float:
         """As torch's OneCycleLR with a fifth of the steps upwards."""
@@ -220,106 +311,47 @@ BOTTLENECK = Recipe("bottleneck", BottleneckNet, dropout=0.0, rotation=7.0, jitt
 RECIPES = {recipe.name: recipe for recipe in (PLAIN, BOTTLENECK)}
 
 
+@dataclass(frozen=True)
+class Run:
+    """What is trained: a condition, by a recipe, with a seed."""
+
+    recipe: Recipe
+    condition: Condition
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.condition.label} ({self.condition.slug}), seed {self.seed}"
+
+    @cached_property
+    def settings(self) -> Recipe:
+        """The recipe, with the condition's changes."""
+        return self.recipe.changed_by(self.condition)
+
+    def folder(self, out: str | Path) -> Path:
+        """The run's folder under `out`."""
+        return Path(out) / self.recipe.name / self.condition.slug / f"seed-{self.seed}"
+
+
+def name_of(thing: Any) -> str:
+    """A short name for tables: of a function or class its own, of an object its class's."""
+    if isinstance(thing, partial):
+        return name_of(thing.func)
+    return getattr(thing, "__name__", type(thing).__name__)
+
+
 def build_model(recipe: Recipe, condition: Condition) -> nn.Module:
     """The network with the condition's normalisation, its weights drawn from torch's global generator.
 
-    Raises ValueError if the condition asks for a normalisation or a setting that the network does not take.
+    Raises SettingError if the condition asks for a normalisation or a setting that the network does not take.
     """
     recipe = recipe.changed_by(condition)
     norm = condition.norm
     if condition.num_splits is not None:
         norm = partial(GhostBatchNorm, num_splits=condition.num_splits)
     if norm is not None and not recipe.takes("norm"):
-        raise ValueError(
+        raise SettingError(
             f"{condition.label} ({condition.slug}) needs a network that takes `norm`, the maker of the normalisation "
             f"layer for a number of channels; {name_of(recipe.network)} does not"
         )
     arguments = {"norm": norm, "dropout": recipe.dropout if recipe.takes("dropout") else None}
     return recipe.network(**{name: value for name, value in arguments.items() if value is not None})
-
-
-def try_out(recipe: Recipe, condition: Condition) -> None:
-    """Build the model and put two blank images through it, before hours are spent on it.
-
-    Raises ValueError, naming the condition, if that fails, the logits are not (2, 10), or the penalty is no scalar.
-    """
-    name = f"{condition.label} ({condition.slug}) with recipe {recipe.name}"
-    recipe.changed_by(condition)  # names the two itself where they do not fit
-    with torch.random.fork_rng([]):
-        try:
-            model = build_model(recipe, condition).eval()
-            logits, penalty = model(torch.zeros(2, 1, 28, 28)), torch.as_tensor(condition.penalty_of(model))
-        except Exception as error:  # of one's own code: any
-            raise ValueError(f"{name} cannot be built: {type(error).__name__}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, 10):
-        shape = tuple(getattr(logits, "shape", ()))
-        raise ValueError(
-            f"{name}: the network must turn images (N, 1, 28, 28) into logits (N, 10), not {shape} for N = 2"
-        )
-    if penalty.shape != ():
-        raise ValueError(f"{name}: the penalty must be a scalar, not of shape {tuple(penalty.shape)}")
-
-
-# --- what run.json says ----------------------------------------------------------------------------------------------
-
-
-def recipe_entry(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON, settings that came after the first published runs left out where they are not used."""
-    settings = {setting.name: getattr(recipe, setting.name) for setting in fields(recipe)}
-    later = ("shift", "scale", "schedule", "nesterov", "ema", "held_out")
-    unused = [
-        setting.name
-        for setting in fields(recipe)
-        if setting.name in later and settings[setting.name] == setting.default
-    ]
-    return _entry({name: value for name, value in settings.items() if name not in unused})
-
-
-def condition_entry(condition: Condition) -> dict[str, Any]:
-    """A condition as JSON, what is not its own left out but for the settings of the five conditions."""
-    entry = {name: getattr(condition, name) for name in ("slug", "label", "l1", "l2", "num_splits")}
-    own = {"norm": condition.norm, "penalty": condition.penalty, "changes": _entry(condition.changes)}
-    return entry | _entry({name: value for name, value in own.items() if value})
-
-
-def _entry(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: described(value) if callable(value) else value for name, value in settings.items()}
-
-
-def recorded_recipe(entry: dict[str, Any]) -> Recipe:
-    """The recipe of an entry; a network of one's own can then be named, but not made."""
-    return Recipe(**_made(entry))
-
-
-def recorded_condition(entry: dict[str, Any]) -> Condition:
-    """The condition of an entry, likewise."""
-    made = _made(entry)
-    return Condition(**made | {"changes": _made(made.get("changes", {}))})
-
-
-def _made(entry: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(entry)
-    for name in {"network", "norm", "penalty"} & made.keys():
-        made[name] = _known(made[name]) or Recorded(made[name])
-    return made
-
-
-def _known(entry: Any) -> Callable[..., nn.Module] | None:
-    """A network of the library, by itself or with numbers for arguments. What else a run.json names is not imported."""
-    if isinstance(entry, str):
-        return models.NETWORKS.get(entry)
-    network, arguments = entry.get("partial"), entry.get("arguments", {})
-    if not isinstance(network, str) or not all(isinstance(value, int | float) for value in arguments.values()):
-        return None
-    placed = [value for name, value in arguments.items() if name.isdecimal()]
-    named = {name: value for name, value in arguments.items() if not name.isdecimal()}
-    return partial(models.NETWORKS[network], *placed, **named) if network in models.NETWORKS else None
-
-
-def layers(recipe: Recipe, condition: Condition) -> list[str]:
-    """The layers of a model that is not wholly the library's own, for run.json; of the library's, none."""
-    things = (recipe.changed_by(condition).network, condition.norm)
-    if all(thing is None or is_library(thing) for thing in things):
-        return []
-    with torch.random.fork_rng([]):
-        return repr(build_model(recipe, condition)).splitlines()

@@ -12,23 +12,29 @@ import pandas as pd
 import torch
 from torch import nn
 
-from s6lib.errors import DamagedFile, StudyError
-from s6lib.identity import name_of
+from s6lib.errors import DamagedFile, SettingError, StudyError
+from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import RESULTS, read_about, read_result
-from s6lib.lab.run import COLUMNS, differences
-from s6lib.recipes import (
-    ALL_CONDITIONS,
-    CONDITIONS,
-    PLAIN,
-    RECIPES,
-    Condition,
-    Recipe,
-    build_model,
+from s6lib.lab.first_steps import first_steps, step_differences
+from s6lib.lab.record import (
     condition_entry,
+    differences,
+    is_own,
+    is_recorded,
     recipe_entry,
     recorded_condition,
     recorded_recipe,
 )
+from s6lib.lab.run import COLUMNS
+from s6lib.lab.setup import Data, build_initialised, read_data
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, name_of
+from s6lib.train import predict_logits
+
+DIFFERENT_TRAINING = (
+    "{folder} was trained with different settings: {differences}. Ask for those, or give what you changed a new name, "
+    "or use another folder"
+)
+CHECKED = 1_000  # of the saved predictions, which a model of the user's must give again
 
 
 def recipes_in(folder: str | Path) -> list[str]:
@@ -52,13 +58,13 @@ class Study:
 
     Args:
         folder: what `run_study` was given as `out`.
-        recipe: the recipe or its name. For `model`, a network of one's own needs the recipe itself.
-        conditions: look at these alone, in this order, conditions or their slugs; by default at all. What is one's own
-            in a condition needs the condition itself, likewise.
+        recipe: the recipe or its name. `model` needs the recipe itself where anything in it is yours.
+        conditions: look at these alone, in this order, conditions or their slugs; by default at all. `model` needs the
+            condition itself where anything in it is yours.
         seeds: look at these alone, or at this one; by default at all.
 
-    Raises StudyError if there is no such run, or runs of one name were trained differently, or otherwise than what is
-    given here; DamagedFile if a file is not what was written.
+    Raises StudyError if there is no such run, or runs of one name were trained differently from each other or from
+    what is given here; DamagedFile if the content of a file does not match its checksum.
 
     Attributes:
         recipe, conditions (by slug), runs (pairs of slug and seed), seeds.
@@ -74,7 +80,7 @@ class Study:
         name = recipe.name if isinstance(recipe, Recipe) else recipe
         if not (isinstance(name, str) and re.fullmatch("[a-z0-9-]+", name)):
             raise StudyError(f"a recipe is a Recipe or its name, such as {PLAIN.name!r}, not {recipe!r}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
         found = [_found(path.parent) for path in (self.folder / name).glob("*/seed-*/run.json")]
@@ -94,6 +100,7 @@ class Study:
         self.conditions = {run.condition.slug: run.condition for run in runs}
         self.conditions.update({slug: given[slug] for slug in self.conditions if slug in given})
         self._found = {(run.condition.slug, run.seed): run for run in runs}
+        self._require_recorded_steps()
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -145,38 +152,82 @@ class Study:
     def outcomes(self) -> pd.DataFrame:
         """Test accuracy at the last epoch in percent, which is what is compared: a row a seed, a column a condition.
 
-        Raises ValueError if a condition lacks a seed that another has, since comparisons are paired by seed.
+        Raises SettingError, a ValueError, if a condition lacks a seed that another has: comparisons are paired by seed.
         """
         table = self.summary().pivot(index="seed", columns="condition", values="accuracy")[list(self.conditions)]
         missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if np.isnan(table.loc[seed, slug])]
         if missing:
-            raise ValueError(f"comparisons are paired by seed, and these runs are missing: {', '.join(missing)}")
-        return (10_000 * table).round() / 100  # a digit is 0.01 points
+            raise SettingError(f"comparisons are paired by seed, and these runs are missing: {', '.join(missing)}")
+        return (100 * table).round(8)  # 99.55, not 99.55000000000001
 
     def about(self) -> pd.DataFrame:
         """What run.json says of each run, a row a run: device, processor, versions, seconds and what else it holds."""
-        left_out = {"recipe", "condition", "seed", "sha256"}
+        left_out = {"recipe", "condition", "seed", "first_steps", "sha256"}
         rows = [
             {"condition": slug, "seed": seed, **{k: v for k, v in found.about.items() if k not in left_out}}
             for (slug, seed), found in self._found.items()
         ]
         return pd.DataFrame(rows)
 
+    @cached_property
+    def data(self) -> Data:
+        """The training and the test images of the study; if it was judged on held-out images, those for the test.
+
+        Raises StudyError if the data set is the user's and the recipe itself was not given.
+        """
+        try:
+            with reproducible(CPU):
+                return read_data(self.recipe)
+        except SettingError as error:
+            raise StudyError(str(error)) from None
+
     def model(self, condition: str | Condition, seed: int | None = None) -> nn.Module:
-        """The saved model of a run, by default of the condition's first seed, on the CPU, in evaluation mode."""
+        """The saved model of a run, by default of the condition's first seed, on the CPU, in evaluation mode.
+
+        Raises StudyError if something in it is the user's and was not given, or no longer predicts what was saved.
+        """
         found = self._run(condition, seed)
         content = read_result(found.folder, "weights.pt")
+        run = Run(self.recipe, self.conditions[found.condition.slug], found.seed)
         try:
-            model = build_model(self.recipe, self.conditions[found.condition.slug])
-        except ValueError as error:  # of one's own, and known by name alone
-            raise StudyError(str(error)) from error
+            model = self._build(run)
+        except SettingError as error:
+            raise StudyError(str(error)) from None
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         except Exception as error:  # a dozen kinds, by what the file is instead
             network = name_of(self.recipe.network)
             path = found.folder / "weights.pt"
             raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from error
+        if is_own(run):
+            self._require_saved_predictions(model, found)
         return model.eval()
+
+    def _build(self, run: Run) -> nn.Module:
+        """The network of a run as it began: what it draws when it is made comes from the run's seed."""
+        train = self.data[0] if is_own(run) else None
+        with reproducible(CPU):
+            seed_everything(run.seed, 0, CPU)
+            return build_initialised(run, train)
+
+    def _require_saved_predictions(self, model: nn.Module, found: _Found) -> None:
+        some, saved = self.data[1].part(slice(CHECKED)), self.predictions(found.condition, found.seed)[:CHECKED]
+        different = int((predict_logits(model, some).argmax(1).numpy() != saved).sum())
+        if different > 3:  # two logits that nearly tie may change places on another processor
+            raise StudyError(
+                f"the model of {found.folder} gives other predictions than were saved with it for {different} of "
+                f"{len(saved)} images: the code has changed since; give what was trained then"
+            )
+
+    def _require_recorded_steps(self) -> None:
+        """Raise StudyError if code of the user's does not take the first steps that were recorded with its runs."""
+        for slug, condition in self.conditions.items():
+            found = self._run(slug, None)
+            run = Run(self.recipe, condition, found.seed)
+            if is_own(run) and not is_recorded(run) and "first_steps" in found.about:
+                phrases = step_differences(found.about["first_steps"], first_steps(run, self.data))
+                if phrases:
+                    raise StudyError(DIFFERENT_TRAINING.format(folder=found.folder, differences="; ".join(phrases[:3])))
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
         """The saved class of each test image, uint8 (10000,), by default of the condition's first seed."""
@@ -260,9 +311,6 @@ def _require_one_training(runs: list[_Found], recipe: str | Recipe, given: dict[
     conditions = {slug: condition_entry(condition) for slug, condition in given.items()}
     for run in runs:
         condition = conditions.setdefault(run.condition.slug, run.about["condition"])
-        different = differences(run.about, {"recipe": wanted, "condition": condition})
-        if different:
-            raise StudyError(
-                f"{run.folder} was trained with {'; '.join(different)}: it is not of one study with the others, or not "
-                "what is asked for"
-            )
+        phrases = differences(run.about, {"recipe": wanted, "condition": condition})
+        if phrases:
+            raise StudyError(DIFFERENT_TRAINING.format(folder=run.folder, differences="; ".join(phrases[:3])))

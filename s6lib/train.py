@@ -1,4 +1,4 @@
-"""One epoch of training, one evaluation, and the two penalties."""
+"""One step, one epoch of training, one evaluation, and the two penalties."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,6 +16,27 @@ class NonFiniteLoss(RuntimeError):
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not finite at step {step}")
         self.step = step
+
+
+class Learner(NamedTuple):
+    """What a training step takes: a model, its optimizer, and what the optimizer makes small.
+
+    loss: from logits and targets, a scalar.
+    penalty: from the model, a scalar that is added to the loss.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
+
+
+class Step(NamedTuple):
+    """What a training step computed before it changed the weights: logits (B, C), and two scalars."""
+
+    logits: Tensor
+    loss: Tensor
+    penalty: Tensor
 
 
 class Training(NamedTuple):
@@ -49,55 +70,66 @@ def l1_l2_penalty(model: nn.Module, l1: float, l2: float) -> Tensor | float:
     return penalty
 
 
-def train_epoch(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    penalty_of: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
-) -> Training:
-    """Train once over `batches`, pairs of images (B, 1, 28, 28) and labels (B,), on cross-entropy plus a penalty.
+def train_step(learner: Learner, images: Tensor, targets: Tensor) -> Step:
+    """Take one step of training on a batch: images (B, 1, H, H), and targets as the loss takes them."""
+    logits = learner.model(images)
+    loss = learner.loss(logits, targets)
+    # After the logits: autograd adds gradients up from the last to the first, and the last bits are settled.
+    penalty = torch.zeros_like(loss) + learner.penalty(learner.model)
+    learner.optimizer.zero_grad()
+    (loss + penalty).backward()
+    learner.optimizer.step()
+    return Step(logits.detach(), loss.detach(), penalty.detach())
 
-    The metrics are those of the training pass itself, dropout and augmentation on. They are summed on the device and
-    read once, since reading them at each step would make a GPU wait; so NonFiniteLoss too comes when the epoch ends.
+
+def train_epoch(learner: Learner, batches: Iterable[tuple[Tensor, Tensor]]) -> Training:
+    """Train once over `batches`, pairs of images (B, 1, H, H) and targets: labels (B,) or probabilities (B, C).
+
+    The metrics are those of the training pass itself, dropout and augmentation on: cross-entropy, whatever the loss,
+    and how often the most probable class is that of the target. They are summed on the device and read once, since
+    reading them at each step would make a GPU wait; so NonFiniteLoss too comes when the epoch ends.
     """
-    model.train()
-    device = next(model.parameters()).device
+    learner.model.train()
+    device = next(learner.model.parameters()).device
     # One tensor, added to in place: a small one kept from each step would scatter over the memory that steps reuse.
     sums = torch.zeros(3, device=device)
     finite_steps = torch.zeros((), dtype=torch.int64, device=device)
     count = steps = 0
-    for images, labels in batches:
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        # After the logits: autograd adds gradients up from the last to the first, and the last bits are settled.
-        penalty = torch.zeros_like(loss) + penalty_of(model)
-        optimizer.zero_grad()
-        (loss + penalty).backward()
-        optimizer.step()
+    for images, targets in batches:
+        logits, loss, penalty = train_step(learner, images, targets)
         with torch.no_grad():
+            if learner.loss is not F.cross_entropy:
+                loss = F.cross_entropy(logits, targets)
+            labels = targets.argmax(1) if targets.is_floating_point() else targets
             hits = (logits.argmax(1) == labels).float().sum()
-            sums += torch.stack([loss * len(labels), hits, penalty * len(labels)])
+            sums += torch.stack([loss * len(targets), hits, penalty * len(targets)])
             finite_steps += sums.isfinite().all()  # a sum once infinite or NaN stays so
-        count += len(labels)
+        count += len(targets)
         steps += 1
     if finite_steps < steps:
         raise NonFiniteLoss(step=int(finite_steps) + 1)
     return Training(*(sums.cpu().double() / count).tolist())
 
 
+def memory_format(model: nn.Module) -> torch.memory_format:
+    """The memory format in which a model is trained: what its attribute `memory_format` says, or the plain one."""
+    return getattr(model, "memory_format", torch.contiguous_format)
+
+
 @torch.inference_mode()
-def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
-    """The logits, float32 (N, 10), of grey-level images (N, 28, 28), without augmentation, in evaluation mode."""
+def predict_logits(model: nn.Module, digits: Digits, batch_size: int = 250) -> Tensor:
+    """The logits, float32 (N, C), of the images of `digits`, without augmentation, in evaluation mode."""
     model.eval()
-    # Of one channel, the strides alone tell the memory format: these say channels_last, in which models are trained,
-    # and convolutions of this size take about half the time.
-    parts = (normalise(part).squeeze(1).unsqueeze(3).movedim(3, 1) for part in images.split(batch_size))
+    parts = (normalise(part, digits.mean, digits.std) for part in digits.images.split(batch_size))
+    if memory_format(model) == torch.channels_last:
+        # Of one channel, the strides alone tell the memory format, and `to` would leave them as they are.
+        parts = (part.squeeze(1).unsqueeze(3).movedim(3, 1) for part in parts)
     return torch.cat([model(part) for part in parts])
 
 
 def evaluate(model: nn.Module, digits: Digits) -> Evaluation:
     """Loss and accuracy of the model on all of `digits`, and its predictions."""
-    logits = predict_logits(model, digits.images)
+    logits = predict_logits(model, digits)
     predictions = logits.argmax(1)
     accuracy = int((predictions == digits.labels).sum()) / len(digits.labels)
     return Evaluation(float(F.cross_entropy(logits, digits.labels)), accuracy, predictions.to("cpu", torch.uint8))

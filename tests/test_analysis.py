@@ -45,7 +45,7 @@ def test_accuracies_on_the_test_digits_are_those_of_the_study(tiny_study, mnist)
 def test_confidence_is_the_softmax_of_the_prediction(tiny_study, mnist):
     model = tiny_study.model("gbn")
     row = misclassified(model, mnist[1]).iloc[3]
-    logits = predict_logits(model, mnist[1].images[row["image"]][None])[0].double()
+    logits = predict_logits(model, mnist[1].part([row["image"]]))[0].double()
     probability = logits.exp() / logits.exp().sum()
     assert row["confidence"] == pytest.approx(probability.max().item(), rel=1e-4)
     assert row["predicted"] == CLASS_NAMES[probability.argmax()]

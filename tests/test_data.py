@@ -8,26 +8,28 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as torchvision_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
-from torchvision.datasets import MNIST, QMNIST
+from torchvision.datasets import KMNIST, MNIST, QMNIST, FashionMNIST
 
 from s6lib.data import (
     CLASS_NAMES,
     DATA,
     STD,
     Augmentation,
+    DataError,
     Digits,
-    MnistError,
     adjust_brightness,
     adjust_contrast,
     affine,
     batches,
     hold_out,
+    load_data,
     load_mnist,
     load_qmnist,
     normalise,
@@ -65,7 +67,7 @@ def test_mnist_has_the_official_counts(mnist):
 
 def assert_same_digits(loaded, mnist):
     for digits, others in zip(loaded, mnist, strict=True):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(digits, others, strict=True))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(digits[:2], others[:2], strict=True))
 
 
 def test_archives_unpack_offline(archives, no_network, mnist):
@@ -89,7 +91,7 @@ def test_damaged_unpacked_files_without_archives_are_kept(archives, no_network):
     for name in UNPACKED:
         with (archives / name).open("ab") as file:
             file.write(b"more")
-    with pytest.raises(MnistError, match=", ".join(str(archives / name) for name in ARCHIVES)):
+    with pytest.raises(DataError, match=", ".join(str(archives / name) for name in ARCHIVES)):
         load_mnist(archives.parents[1])
     assert sorted(path.name for path in archives.iterdir()) == sorted(UNPACKED)
 
@@ -127,7 +129,7 @@ def test_a_missing_archive_in_a_read_only_folder_is_named(archives, monkeypatch)
 
     (archives / ARCHIVES[2]).unlink()
     monkeypatch.setattr("s6lib.data.FileLock", read_only)
-    with pytest.raises(MnistError, match=rf"failed: {archives / ARCHIVES[2]}\. .*What failed: .*Read-only file system"):
+    with pytest.raises(DataError, match=rf"failed: {archives / ARCHIVES[2]}\. .*What failed: .*Read-only file system"):
         load_mnist(archives.parents[1])
 
 
@@ -157,7 +159,7 @@ def test_damaged_archive_is_named_with_the_remedy(archives, no_network, name, da
     (archives / name).unlink()
     if damage != "missing":
         (archives / name).write_bytes(content if damage == "flipped" else content[:100])
-    with pytest.raises(MnistError, match=rf"{name}\. Restore it with `git checkout"):
+    with pytest.raises(DataError, match=rf"{name}\. Restore it with `git checkout"):
         load_mnist(archives.parents[1])
 
 
@@ -279,7 +281,7 @@ def qmnist(tmp_path, monkeypatch):
 
 
 def test_qmnist_gives_digits_beyond_the_first_10_000(qmnist):
-    images, labels = load_qmnist(qmnist)
+    images, labels = load_qmnist(qmnist)[:2]
     assert images.shape == (2, 28, 28)
     assert images.dtype == torch.uint8
     assert images.sum((1, 2)).tolist() == [0, 9 * 784]
@@ -293,15 +295,89 @@ def test_qmnist_that_cannot_be_had_is_an_error_with_the_remedy(qmnist, damage):
     labels.unlink()
     if damage == "cut":
         labels.write_bytes(content[:1000])
-    with pytest.raises(MnistError, match=rf"{qmnist / 'QMNIST'}\. Try again with a network.*What failed: .+"):
+    with pytest.raises(DataError, match=rf"{qmnist / 'QMNIST'}\. Try again with a network.*What failed: .+"):
         load_qmnist(qmnist)
 
 
 def test_the_last_10_000_training_digits_are_held_out(mnist):
     rest, held_out = hold_out(mnist[0])
     assert (len(rest.images), len(held_out.images)) == (50_000, 10_000)
-    together = [torch.cat(parts) for parts in zip(rest, held_out, strict=True)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, mnist[0], strict=True))
+    together = Digits(*(torch.cat(parts) for parts in zip(rest[:2], held_out[:2], strict=True)))
+    assert_same_digits([together], [mnist[0]])
+
+
+def squares(size=12, classes=3, count=60):
+    """Images with a bright square whose place is the class."""
+    labels = np.arange(count) % classes
+    images = np.zeros((count, size, size), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[label : label + 3, label : label + 3] = 200
+    names = [f"square {number}" for number in range(classes)]
+    return images, labels, torch.from_numpy(images[:20]), torch.from_numpy(labels[:20]), names
+
+
+@pytest.mark.parametrize(("size", "classes"), [(12, 3), (64, 12)])
+def test_a_callable_gives_a_data_set_of_any_size(size, classes):
+    train, test = load_data(lambda: squares(size, classes))
+    assert train.images.shape == (60, size, size)
+    assert (test.labels.dtype, len(test.labels), len(test.class_names)) == (torch.int64, 20, classes)
+    (images, _), *_ = batches(train, 60, Augmentation(rotation=0.0), torch.Generator().manual_seed(1))
+    assert images.shape == (60, 1, size, size)
+    assert float(images.mean()) == pytest.approx(0, abs=0.05)
+    assert float(images.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_data_set_of_one_grey_level_is_no_division_by_zero():
+    images, labels = torch.zeros(4, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    train, _ = load_data(lambda: (images, labels, images, labels, ("a", "b")))
+    assert normalise(train.images, train.mean, train.std).abs().sum() == 0
+
+
+IMAGES, LABELS, _, _, NAMES = squares()
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (None, "data must return train_images, train_labels, test_images, test_labels, class_names, not NoneType"),
+        ((IMAGES, LABELS), "data must return train_images"),
+        ((IMAGES / 255, LABELS, IMAGES, LABELS, NAMES), "train_images must be uint8 .* not torch.float64"),
+        ((IMAGES, LABELS, IMAGES[:, None], LABELS, NAMES), r"test_images must be uint8 .* \(60, 1, 12, 12\)"),
+        ((IMAGES[:, :8], LABELS, IMAGES, LABELS, NAMES), r"train_images must be uint8 .* \(60, 8, 12\)"),
+        ((IMAGES, LABELS, IMAGES[:, :8, :8], LABELS, NAMES), r"test_images must be of the size of train_images"),
+        ((IMAGES[:0], LABELS[:0], IMAGES, LABELS, NAMES), "train_images must be uint8"),
+        ((IMAGES, LABELS[:9], IMAGES, LABELS, NAMES), "train_labels must be whole numbers"),
+        ((IMAGES, LABELS + 1, IMAGES, LABELS, NAMES), "from 0 to 2, an index .* from 1 to 3"),
+        ((IMAGES, LABELS * 1.0, IMAGES, LABELS, NAMES), "train_labels must be whole numbers"),
+        ((IMAGES, LABELS, IMAGES, LABELS, NAMES[:1]), "data must have 2 to 256 class_names, not 1"),
+    ],
+)
+def test_what_is_no_data_set_is_said(made, said):
+    with pytest.raises(DataError, match=said):
+        load_data(lambda: made)
+
+
+def test_data_that_cannot_be_made_is_said():
+    with pytest.raises(DataError, match="the data cannot be made: ZeroDivisionError: division by zero"):
+        load_data(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fashion-mnist", FashionMNIST), ("kmnist", KMNIST)])
+def test_torchvisions_data_sets(name, kind, tmp_path, monkeypatch):
+    """Small files in their format stand for the archives, which cannot be downloaded here."""
+    monkeypatch.setattr("s6lib.data.DATA", tmp_path)
+    monkeypatch.setattr(kind, "mirrors", ["file:///nowhere/"], raising=False)
+    with pytest.raises(DataError, match=f"the data set '{name}' could not be downloaded to, or read from, .*network"):
+        load_data(name)
+    raw = tmp_path / kind.__name__ / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 2, 28, 28) + bytes(range(98)) * 16)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 2) + bytes([0, 9]))
+    train, test = load_data(name)
+    assert (train.images.shape, test.labels.tolist()) == ((2, 28, 28), [0, 9])
+    assert train.class_names == tuple(kind.classes)
+    assert train.mean == round(float((train.images / 255).mean()), 4)
 
 
 def test_batches_hold_every_image_once_with_its_label(mnist):
@@ -329,7 +405,7 @@ def test_batches_come_from_the_generator_alone(mnist):
 
 def test_what_the_published_recipes_draw_is_settled(mnist):
     """Order, brightness, contrast, angles, in this order: whatever else is drawn comes after them."""
-    digits, generator = Digits(*(part[:150] for part in mnist[0])), torch.Generator().manual_seed(5)
+    digits, generator = mnist[0].part(slice(150)), torch.Generator().manual_seed(5)
     order = torch.randperm(150, generator=generator)
     brightness, contrast, angles = (torch.rand(150, generator=generator).mul_(2).sub_(1) for _ in range(3))
     expected = adjust_brightness(digits.images[order], 1 + 0.1 * brightness)

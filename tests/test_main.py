@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s6lib.__main__ import RECIPE_NAMES, SLUGS, main
-from s6lib.data import MnistError
+from s6lib.data import DataError
 from s6lib.recipes import ALL_CONDITIONS, RECIPES
 
 
@@ -66,7 +66,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(command, message, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["run", "--train-images", "60001"], "train_images must be a whole number from 1 to 60000, not 60001"),
+        (["run", "--train-images", "60001"], "train_images must be a whole number from 1 to 60,000, not 60001"),
         (["run", "--recipe", "plian"], "'plian' is not known; did you mean 'plain'?"),
         (["run", "--conditions", "gnb"], "'gnb' is not known; did you mean 'gbn'?"),
         (["run", "--device", "tpu"], "device 'tpu' is not available here; use auto or one of: cpu"),
@@ -97,9 +97,9 @@ def test_a_failed_run_is_exit_code_1(tmp_path, capsys, monkeypatch):
 
 def test_missing_digits_are_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     def missing(*_):
-        raise MnistError("archive missing")
+        raise DataError("archive missing")
 
-    monkeypatch.setattr("s6lib.lab.launch.load_mnist", missing)
+    monkeypatch.setattr("s6lib.lab.launch.read_data", missing)
     assert main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.endswith("python -m s6lib: archive missing\n")
 

@@ -21,10 +21,10 @@ from s6lib.__main__ import _own
 from s6lib.data import PROJECT
 from s6lib.lab.files import serialised
 from s6lib.lab.launch import run_study
-from s6lib.lab.run import COLUMNS, Run, Trained, save_run
+from s6lib.lab.run import COLUMNS, Trained, save_run
 from s6lib.models import PlainNet
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
-from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN, Run
 from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
@@ -195,7 +195,7 @@ def made_up_run(folder, condition, seed, accuracy, loss=0.02):
     row = {"val_accuracy": round(accuracy, 4), "val_loss": loss}
     history = [{**dict.fromkeys(COLUMNS, 0.0), "epoch": epoch, **row} for epoch in range(1, 26)]
     weights = serialised(lambda file: torch.save(model.state_dict(), file))
-    save_run(run.folder(folder), run, Trained(history, weights, np.zeros(10_000, np.uint8), [{}]))
+    save_run(run.folder(folder), run, Trained(None, history, weights, np.zeros(10_000, np.uint8), [{}]))
 
 
 def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys):

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 from s6lib.__main__ import _own
 from s6lib.analysis import passing, pruning_curve
-from s6lib.data import PROJECT, Digits
+from s6lib.data import PROJECT
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read
 from s6lib.recipes import CONDITIONS, CONTROL, RECIPES, SPLIT_SWEEP
 from s6lib.statistics import (
@@ -164,7 +164,7 @@ def test_the_preregistered_runs_are_as_many_and_from_where_it_is_said():
 
 def test_pruning_leaves_what_is_said(replication, mnist):
     """On every tenth test digit, as in the notebook that draws it."""
-    digits = Digits(*(part[::10] for part in mnist[1]))
+    digits = mnist[1].part(slice(None, None, 10))
     study = Study(PROJECT / "results", conditions=("l1-bn", "bn"), seeds=replication.seeds)
     left = pruning_curve(study, digits, [0.7]).groupby("condition")["accuracy"].mean()
     said = re.search(

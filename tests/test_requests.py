@@ -100,7 +100,8 @@ def test_every_field_is_sound_or_refused_by_name(thing, data):
         assert refusal.startswith(f"{name} must be ")
         assert refusal.endswith(f"not {value!r}")
     else:
-        assert getattr(made, name) == (value or thing.slug if name == "label" else value)
+        default = {"label": getattr(thing, "slug", None), "train_images": 60_000} if value in ("", None) else {}
+        assert getattr(made, name) == default.get(name, value)
         assert hash(made) is not None
         if isinstance(made, Condition):
             assert made.l1 >= 0

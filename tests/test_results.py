@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from s6lib.data import PROJECT, Digits
-from s6lib.lab.run import Run, train_run
-from s6lib.recipes import CONDITIONS, RECIPES
+from s6lib.data import PROJECT
+from s6lib.lab.run import train_run
+from s6lib.recipes import CONDITIONS, RECIPES, Run
 from s6lib.study import Study
 from s6lib.train import evaluate
 
@@ -37,7 +37,7 @@ def test_saved_weights_give_the_published_numbers(run, mnist):
     assert not study.recipe.held_out
     whole = THOROUGH or seed in (1, 2)  # of the others every fifth digit, and another fifth for each seed
     part = slice(None) if whole else slice(seed % 5, None, 5)
-    digits = Digits(*(tensors[part] for tensors in mnist[1]))
+    digits = mnist[1].part(part)
     evaluation, saved = evaluate(study.model(condition, seed), digits), study.predictions(condition, seed)
     history = study.history().query("condition == @condition and seed == @seed")
     assert history["epoch"].tolist() == list(range(1, study.recipe.epochs + 1))

@@ -13,11 +13,14 @@ import torch
 from conftest import GBN, L1_BN, TINY
 
 import s6lib.lab.run
+import s6lib.lab.setup
 from s6lib.errors import RunError
+from s6lib.lab.device import _denormals_are_flushed
 from s6lib.lab.files import is_complete, read_about, read_checkpoint
-from s6lib.lab.run import COLUMNS, Run, differences, save_run, train_run
+from s6lib.lab.run import COLUMNS, save_run, train_run
 from s6lib.models import PlainNet
 from s6lib.norm import GhostBatchNorm
+from s6lib.recipes import Run
 
 
 class Stopped(BaseException):
@@ -61,14 +64,14 @@ def test_randomness_comes_from_the_seed_alone(undisturbed):
 
 def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
     drawn = []
-    original = s6lib.lab.run.batches
+    original = s6lib.lab.setup.batches
 
     def spy(*args):
         for images, labels in original(*args):
             drawn.append((images, labels))
             yield images, labels
 
-    monkeypatch.setattr(s6lib.lab.run, "batches", spy)
+    monkeypatch.setattr(s6lib.lab.setup, "batches", spy)
     once = replace(TINY, epochs=1)
     runs = [train_run(Run(once, condition, 1)) for condition in (L1_BN, GBN)]
     for (images, labels), (others, other_labels) in zip(drawn[:10], drawn[10:], strict=True):
@@ -86,9 +89,10 @@ def test_the_moving_average_is_what_is_judged_and_saved(monkeypatch):
     """With a decay of 0.5, three steps leave 1/4, 1/4 and 1/2 of the three models; the first is the whole at first."""
     seen = []
 
-    def spy(model, batches, optimizer, *penalties):
-        optimizer.register_step_post_hook(lambda *_: seen.append([w.detach().clone() for w in model.parameters()]))
-        return original(model, batches, optimizer, *penalties)
+    def spy(learner, batches):
+        weights = list(learner.model.parameters())
+        learner.optimizer.register_step_post_hook(lambda *_: seen.append([w.detach().clone() for w in weights]))
+        return original(learner, batches)
 
     original = s6lib.lab.run.train_epoch
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", spy)
@@ -105,10 +109,10 @@ def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, t
     assert whole.history[-1]["val_accuracy"] == pytest.approx(float(right))
     original = s6lib.lab.run.train_epoch
 
-    def stop_at_epoch_2(model, batches, optimizer, *penalties):
-        if optimizer.state:
+    def stop_at_epoch_2(learner, batches):
+        if learner.optimizer.state:
             raise Stopped
-        return original(model, batches, optimizer, *penalties)
+        return original(learner, batches)
 
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
     with pytest.raises(Stopped):
@@ -137,10 +141,10 @@ def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_pa
 
 
 def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
-    def stop_at_epoch_2(model, batches, optimizer, *penalties):
-        if optimizer.state:
+    def stop_at_epoch_2(learner, batches):
+        if learner.optimizer.state:
             raise Stopped
-        return original(model, batches, optimizer, *penalties)
+        return original(learner, batches)
 
     original = s6lib.lab.run.train_epoch
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
@@ -211,7 +215,7 @@ def test_the_callers_denormals_come_back(flushing):
     torch.set_flush_denormal(flushing)
     try:
         train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
-        assert s6lib.lab.run._denormals_are_flushed() == flushing
+        assert _denormals_are_flushed() == flushing
     finally:
         torch.set_flush_denormal(False)
 
@@ -245,7 +249,7 @@ def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(tiny_study, undisturbe
 def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, monkeypatch):
     train_run(Run(TINY, GBN, 1), tmp_path)
     elsewhere = {**undisturbed.machines[0], "host": "elsewhere", "core": "another"}
-    monkeypatch.setattr(s6lib.lab.run, "_machine", lambda device: elsewhere)
+    monkeypatch.setattr(s6lib.lab.run, "machine", lambda device: elsewhere)
     trained = train_run(Run(TINY, GBN, 1), tmp_path)
     assert [machine["host"] for machine in trained.machines] == [undisturbed.machines[0]["host"], "elsewhere"]
     save_run(tmp_path, Run(TINY, GBN, 1), trained)
@@ -253,13 +257,3 @@ def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, mo
     assert about["host"] == "elsewhere"
     assert about["earlier"][0]["core"] == undisturbed.machines[0]["core"]
     assert re.search(r"L2 unified \d+K", about["earlier"][0]["core"]) or not Path("/sys/devices/system/cpu").exists()
-
-
-def test_words_about_code_make_no_other_run():
-    def entry(source, label="A"):
-        return {"condition": {"label": label, "penalty": {"name": "f", "source": source}}}
-
-    found = entry("def f(model):\n    'Some words.'\n    return 1")
-    assert not differences(found, entry("def f(model):\n    'Other words.'\n    return 1", "B"))
-    (said,) = differences(found, entry("def f(model):\n    return 2"))
-    assert said == "source = 'return 1', not 'return 2'"

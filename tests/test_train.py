@@ -5,7 +5,7 @@ from torch import nn
 
 from s6lib.data import Digits, normalise
 from s6lib.recipes import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, build_model
-from s6lib.train import NonFiniteLoss, evaluate, l1_l2_penalty, predict_logits, train_epoch
+from s6lib.train import Learner, NonFiniteLoss, evaluate, l1_l2_penalty, predict_logits, train_epoch
 
 
 @pytest.fixture
@@ -16,12 +16,16 @@ def model():
 
 @pytest.fixture
 def batches(mnist):
-    images, labels = (tensor[:150] for tensor in mnist[0])
+    images, labels = (tensor[:150] for tensor in mnist[0][:2])
     return [(normalise(i), n) for i, n in zip(images.split(64), labels.split(64), strict=True)]
 
 
 def sgd(model, lr=0.01):
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+
+
+def learner(model, penalty=lambda model: 0.0):
+    return Learner(model, sgd(model), penalty=penalty)
 
 
 def test_penalties_are_sums_over_all_trainable_parameters(model):
@@ -61,7 +65,7 @@ def test_gradients_are_those_of_two_penalties_apart_to_the_last_bit(batches):
 def test_the_penalty_comes_after_the_logits(model, batches):
     called = []
     model.register_forward_hook(lambda *_: called.append("logits"))
-    train_epoch(model, batches[:2], sgd(model), lambda model: called.append("penalty") or 0.0)
+    train_epoch(learner(model, lambda model: called.append("penalty") or 0.0), batches[:2])
     assert called == ["logits", "penalty"] * 2
 
 
@@ -70,7 +74,7 @@ def test_epoch_equals_the_steps_done_by_hand(condition, batches):
     torch.manual_seed(1)
     ours, theirs = (build_model(BOTTLENECK, condition) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    training = train_epoch(ours, batches, sgd(ours), condition.penalty_of)
+    training = train_epoch(learner(ours, condition.penalty_of), batches)
 
     optimizer = sgd(theirs)
     losses, penalties, hits = 0.0, 0.0, 0
@@ -92,10 +96,10 @@ def test_epoch_equals_the_steps_done_by_hand(condition, batches):
 def test_training_learns(mnist):
     torch.manual_seed(1)
     model = build_model(PLAIN, CONDITIONS[3])
-    images, labels = (tensor[:1280] for tensor in mnist[0])
+    images, labels = (tensor[:1280] for tensor in mnist[0][:2])
     batches = list(zip(normalise(images).split(64), labels.split(64), strict=True))
-    optimizer = sgd(model)
-    accuracies = [train_epoch(model, batches, optimizer).accuracy for _ in range(4)]
+    training = learner(model)
+    accuracies = [train_epoch(training, batches).accuracy for _ in range(4)]
     assert accuracies[0] < 0.7 < 0.8 < accuracies[-1]
     assert evaluate(model, Digits(images, labels)).accuracy > 0.8
 
@@ -105,22 +109,22 @@ def test_a_loss_that_is_not_finite_names_its_step(model, batches, bad):
     images, labels = batches[bad - 1]
     batches[bad - 1] = (torch.full_like(images, float("nan")), labels)
     with pytest.raises(NonFiniteLoss, match=f"not finite at step {bad}$"):
-        train_epoch(model, batches, sgd(model))
+        train_epoch(learner(model), batches)
 
 
 def test_an_infinite_penalty_is_a_loss_that_is_not_finite(model, batches):
     with pytest.raises(NonFiniteLoss, match="step 1"):
-        train_epoch(model, batches, sgd(model), Condition("much", l1=1e38).penalty_of)
+        train_epoch(learner(model, Condition("much", l1=1e38).penalty_of), batches)
 
 
 def test_evaluation_is_torchs(model, mnist):
-    split = Digits(*(tensor[:700] for tensor in mnist[1]))
+    split = mnist[1].part(slice(700))
     model.train()
     evaluation = evaluate(model, split)
     assert not model.training
     with torch.no_grad():
         logits = model(normalise(split.images))
-    assert torch.allclose(predict_logits(model, split.images), logits, atol=1e-5)
+    assert torch.allclose(predict_logits(model, split), logits, atol=1e-5)
     assert evaluation.loss == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
     assert evaluation.predictions.tolist() == logits.argmax(1).tolist()
     assert evaluation.accuracy == float((logits.argmax(1) == split.labels).double().mean())
@@ -128,14 +132,14 @@ def test_evaluation_is_torchs(model, mnist):
 
 def test_evaluation_changes_nothing(model, mnist):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(model, Digits(*(tensor[:300] for tensor in mnist[1])))
+    evaluate(model, mnist[1].part(slice(300)))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert isinstance(model, nn.Module)
 
 
 def test_a_saved_model_is_judged_in_the_memory_format_of_training(model, mnist):
     """So its logits are those of training to the last bit, and it is as fast, though its weights lie otherwise."""
-    images, seen = mnist[1].images[:250], []
+    images, seen = mnist[1].part(slice(250)), []
     hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
     logits = predict_logits(model, images)
     hook.remove()

@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ IDENTITY = {"recipe", "condition", "seed"}  # the entries by which a checkpoint 
 
 
 def serialised(write: Callable[[BinaryIO], Any]) -> bytes:
-    """What `write` writes to the file that it is given."""
+    """Return the bytes that `write` produces."""
     file = io.BytesIO()
     write(file)
     return file.getvalue()
@@ -40,7 +41,8 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself is safe once the folder is on the disk
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with suppress(OSError):  # some disks (CIFS, some FUSE) cannot sync a folder
+            os.fsync(folder)
         os.close(folder)
 
 

@@ -1,23 +1,30 @@
 """The one loop over conditions and seeds."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
 
-from s6lib.data import load_mnist
-from s6lib.errors import RunsFailed, StudyError
+from s6lib.errors import RunsFailed, Stopped, StudyError
+from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint
+from s6lib.lab.first_steps import first_steps, identity_differences, try_out
 from s6lib.lab.progress import progress
-from s6lib.lab.run import Run, Trained, differences, save_run
+from s6lib.lab.record import differences, is_own, is_recorded, recorded_condition, settings_of
+from s6lib.lab.run import Trained, save_run
+from s6lib.lab.setup import Data, read_data
 from s6lib.lab.workers import Order, resolve_device, train_here, train_with
-from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, try_out
-from s6lib.study import Study
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, Run
+from s6lib.study import DIFFERENT_TRAINING, Study
+
+Steps = dict[tuple[str, int], dict[str, Any]]  # by slug and seed
 
 
 def run_study(
@@ -43,29 +50,43 @@ def run_study(
 
     A condition may be given by the slug of a built-in one, and a single seed as a number.
 
-    Raises, before anything is trained, StudyError if a seed is not a whole number, two conditions share a name, a
-    condition does not fit the recipe's network, the device is missing, `out` cannot be written, another study is at
-    work in it, it holds runs of this name trained otherwise, or a link in it leads elsewhere; MnistError if the digits
-    are missing; DamagedFile if a finished run is damaged. Raises RunsFailed after all runs that could finish have.
+    Before anything is trained, the first steps of each condition are tried on the CPU, and compared with those of the
+    runs that are there. Raises, then, StudyError or SettingError if a seed is not a whole number, two conditions share
+    a name, something cannot be trained, the device is missing, `out` cannot be written, another study is at work in it,
+    it holds runs of this name that were trained differently, or a link in it leads elsewhere; DataError if the data set
+    is missing; DamagedFile if a finished run is damaged. Raises RunsFailed after all runs that could finish have, and
+    Stopped, a KeyboardInterrupt, when it is interrupted.
     """
     runs = [Run(recipe, condition, seed) for seed in _seeds(seeds) for condition in _conditions(conditions)]
-    for run in {run.condition: run for run in runs}.values():
-        _require_fit(run)
+    out, jobs = Path(out).expanduser(), _jobs(jobs)
     if executor is None:
         device = resolve_device(device)
-    with _only_study_in(Path(out)) as token:
-        _refuse_links(Path(out), [run.folder(out) for run in runs])
-        _refuse_other_training(Path(out) / recipe.name, runs)
+    with reproducible(CPU):
+        data = read_data(recipe)
+    tried = _first_steps_of_each(runs, data)
+    with _only_study_in(out) as token:
+        _refuse_links(out, [run.folder(out) for run in runs])
+        _refuse_other_training(out / recipe.name, runs, data, tried)
         waiting = [run for run in runs if not is_complete(run.folder(out))]
-        order = Order(Path(out).resolve(), token, str(device), jobs)
-        if executor is None:
-            load_mnist()  # downloaded and unpacked once, before many processes ask for it
-        with _shown(out, waiting) if show_progress else nullcontext():
-            trained = train_here(waiting, order) if executor is None else train_with(executor, waiting, order)
-            failures = [failure for run, result in trained for failure in _saved(out, run, result)]
+        order = Order(out.resolve(), token, str(device), jobs)
+        if not waiting and show_progress:
+            print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
+        with _bars(out, waiting) if waiting and show_progress else nullcontext():
+            try:
+                trained = train_here(waiting, order) if executor is None else train_with(executor, waiting, order)
+                failures = [failure for run, result in trained for failure in _save(out, run, result)]
+            except KeyboardInterrupt:
+                raise Stopped("every finished epoch is kept: run the cell again to go on") from None
     if failures:
         raise RunsFailed("\n".join(failures))
     return Study(out, recipe, list({run.condition: None for run in runs}), [run.seed for run in runs])
+
+
+def _jobs(jobs: int | None) -> int | None:
+    """Raises StudyError for what is no number of processes."""
+    if jobs is not None and (not isinstance(jobs, Integral) or isinstance(jobs, bool) or jobs < 1):
+        raise StudyError(f"jobs must be a whole number from 1, or None for one a core, not {jobs!r}")
+    return None if jobs is None else int(jobs)
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
@@ -98,16 +119,7 @@ def _conditions(conditions: Sequence[Condition | str]) -> list[Condition]:
     return distinct
 
 
-def _require_fit(run: Run) -> None:
-    """Raise StudyError if the network of a run cannot be made and used, or not recorded."""
-    try:
-        try_out(run.recipe, run.condition)
-        _ = run.identity
-    except ValueError as error:
-        raise StudyError(str(error)) from error
-
-
-def _saved(out: str | Path, run: Run, trained: Trained | str) -> Iterator[str]:
+def _save(out: str | Path, run: Run, trained: Trained | str) -> Iterator[str]:
     """Save a run, and give the reason why it failed, if it did."""
     if isinstance(trained, str):
         yield trained
@@ -118,7 +130,7 @@ def _saved(out: str | Path, run: Run, trained: Trained | str) -> Iterator[str]:
         yield f"{run}: {type(error).__name__}: {error}"
 
 
-def _shown(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
+def _bars(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
     conditions = {run.condition for run in runs}
     shared = len({condition.label for condition in conditions}) < len(conditions)
     names = [f"{run.condition.slug if shared else run.condition.label}, seed {run.seed}" for run in runs]
@@ -133,6 +145,8 @@ def _only_study_in(out: Path) -> Iterator[str]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire(timeout=0)
+        for left in out.glob(".study-*"):  # by a study that was killed
+            left.unlink(missing_ok=True)
         token.touch()
     except Timeout:
         raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
@@ -152,12 +166,30 @@ def _refuse_links(out: Path, folders: list[Path]) -> None:
             raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
 
 
-def _refuse_other_training(folder: Path, runs: list[Run]) -> None:
-    """Raise StudyError if a run in the folder of a recipe was trained otherwise than is now asked for."""
-    asked = {run.condition.slug: run.identity for run in runs}
-    recipe = {"recipe": runs[0].identity["recipe"]}
+def _first_steps_of_each(runs: list[Run], data: Data) -> Steps:
+    """Try each condition out with its first seed. Raises SettingError if one cannot be trained."""
+    tried: Steps = {}
+    for run in runs:
+        if run.condition.slug not in {slug for slug, _ in tried}:
+            tried[run.condition.slug, run.seed] = try_out(run, data)
+    return tried
+
+
+def _refuse_other_training(folder: Path, runs: list[Run], data: Data, tried: Steps) -> None:
+    """Raise StudyError if a run in the folder of a recipe was trained differently from what is requested now.
+
+    A run of the library's own parts is known by its settings; one with code of the user's by its first steps too.
+    """
+    conditions = {run.condition.slug: run.condition for run in runs}
     for other in sorted(folder.glob("*/seed-*")):
-        found = read_about(other) if is_complete(other) else read_checkpoint(other)
-        wanted = {name: value for name, value in asked.get(other.parent.name, recipe).items() if name != "seed"}
-        if found is not None and (different := differences(found, wanted)):
-            raise StudyError(f"{other} was trained with {'; '.join(different)}; ask for that, or for another folder")
+        recorded = read_about(other) if is_complete(other) else read_checkpoint(other)
+        if recorded is None:
+            continue
+        condition = conditions.get(other.parent.name) or recorded_condition(recorded["condition"])
+        run = Run(runs[0].recipe, condition, recorded["seed"])
+        phrases = differences(recorded, settings_of(run))
+        if not phrases and is_own(run) and not is_recorded(run):
+            steps = tried.get((condition.slug, run.seed)) or first_steps(run, data)
+            phrases = identity_differences(recorded, {"first_steps": steps})
+        if phrases:
+            raise StudyError(DIFFERENT_TRAINING.format(folder=other, differences="; ".join(phrases[:3])))

@@ -14,21 +14,25 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import cloudpickle
 import torch
 from loky import ProcessPoolExecutor, cpu_count
 
-from s6lib.errors import RunError, StudyError
-from s6lib.identity import is_library
-from s6lib.lab.run import Run, Trained, train_run
+from s6lib.errors import RunError, S6Error, StudyError
+from s6lib.lab.record import is_library
+from s6lib.lab.run import Trained, train_run
+from s6lib.recipes import Run
 
 POOLS = 3  # one worker may die by chance; who loses this many has too little memory
 WORKERS_DIE = (
     "worker processes were killed again and again: is memory short (a worker needs about 1 GB)? Every finished epoch "
     "is kept: give the same command again, with fewer jobs"
 )
+_PACKED_HERE: dict[str, Run] = {}  # the runs that this process has sent out
 LACKS_S6LIB = "a worker cannot import s6lib ({error}): install it there, `pip install -r requirements.txt` in a clone"
 
 
@@ -111,8 +115,12 @@ def _trained(executor: Executor, runs: list[Run], order: Order) -> Iterator[tupl
 
 
 def _submitted(executor: Executor, run: Run, order: Order) -> Future:
+    key = uuid4().hex
+    _PACKED_HERE[key] = run
     try:
-        return executor.submit(pickle.loads, packed(run, order))
+        future = executor.submit(train_packed, key, packed(run), order)
+        future.add_done_callback(lambda _: _PACKED_HERE.pop(key, None))
+        return future
     except (BrokenExecutor, RuntimeError) as error:  # the pool has died, or was shut down
         future: Future = Future()
         future.set_exception(error if isinstance(error, BrokenExecutor) else BrokenExecutor(str(error)))
@@ -137,41 +145,39 @@ def _said(run: Run, trained: Trained | str | BaseException) -> Trained | str:
     return f"{run}: given up by the executor, {type(trained).__name__}: {reason}"
 
 
-class _Errand:
-    """What trains a run as it is unpickled. So the first to miss s6lib on a worker is the task, which can say so."""
-
-    def __init__(self, run: Run, order: Order) -> None:
-        self.task = (_train, (run, order))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.task
-
-
-def packed(run: Run, order: Order) -> bytes:
-    """A run as bytes which any process that has s6lib trains by `pickle.loads`.
-
-    What is one's own, in a file or a cell, travels with it.
-    """
-    _ = run.identity  # known here, where the sources are
-    own = [run.recipe.network, run.condition.norm, run.condition.penalty, *run.condition.changes.values()]
-    modules = {sys.modules[_module_of(thing)] for thing in own if callable(thing) and not is_library(_unwrapped(thing))}
-    modules = {module for module in modules if module.__name__ != "__main__"}
-    for module in modules:
+def packed(run: Run) -> bytes:
+    """A run as bytes that any process with s6lib can unpickle: what is the user's, in a file or a cell, travels too."""
+    own = [run.condition.norm, run.condition.penalty, *vars(run.recipe).values(), *run.condition.changes.values()]
+    modules = {sys.modules.get(_module_of(thing)) for thing in own if callable(thing) and not is_library(thing)}
+    by_value = {module for module in modules if module is not None and not _is_installed(module)}
+    for module in by_value:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(_Errand(run, order))
+        return cloudpickle.dumps(run)
     finally:
-        for module in modules:
+        for module in by_value:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _unwrapped(thing: Any) -> Any:
-    return _unwrapped(thing.func) if isinstance(thing, partial) else thing
-
-
 def _module_of(thing: Any) -> str:
-    thing = _unwrapped(thing)
+    while isinstance(thing, partial):
+        thing = thing.func
     return getattr(thing, "__module__", None) or type(thing).__module__
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Whether a worker can be expected to import a module: Python's own, __main__, or an installed package's."""
+    file = getattr(module, "__file__", None) or ""
+    package = module.__name__.partition(".")[0]
+    return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
+
+
+def train_packed(key: str, content: bytes, order: Order) -> Trained | str:
+    """Train a run wherever this is called: in a thread of this process the run itself, elsewhere its unpickled copy.
+
+    To unpickle a run in the process that packed it would rewrite the user's classes there.
+    """
+    return _train(_PACKED_HERE.get(key) or pickle.loads(content), order)
 
 
 def _train(run: Run, order: Order) -> Trained | str:
@@ -182,10 +188,11 @@ def _train(run: Run, order: Order) -> Trained | str:
     try:
         folder = run.folder(order.out) if (order.out / order.token).exists() else None
         return train_run(run, folder, resolve_device(order.device))
-    except RunError as error:
-        return str(error)
+    except S6Error as error:
+        message = str(error)
     except Exception as error:
-        return f"{run}: {type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
+    return message if message.startswith(str(run)) else f"{run}: {message}"
 
 
 @contextmanager

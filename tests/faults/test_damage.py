@@ -15,12 +15,12 @@ from test_data import ARCHIVES, archives, no_network  # noqa: F401
 from test_files import Harmful
 from test_study import assert_same_study
 
-from s6lib.data import PROJECT, MnistError, load_mnist
+from s6lib.data import PROJECT, DataError, load_mnist
 from s6lib.errors import DamagedFile, RunsFailed, StudyError
 from s6lib.lab.files import RESULTS, serialised, write_checkpoint, write_results
 from s6lib.lab.launch import run_study
-from s6lib.lab.run import Run
-from s6lib.recipes import Condition
+from s6lib.lab.record import settings_of
+from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
 PLACES = 20
@@ -85,7 +85,7 @@ def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, cap
 def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
     folder = Run(TINY, GBN, 1).folder(tmp_path)
     folder.mkdir(parents=True)
-    write_checkpoint(folder, dict(Run(TINY, GBN, 2).identity))
+    write_checkpoint(folder, settings_of(Run(TINY, GBN, 2)))
     content = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(RunsFailed, match="is of another run; delete it, and the run starts again"):
         run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
@@ -100,7 +100,7 @@ def test_a_damaged_archive_is_named(archives, no_network, number):  # noqa: F811
     path, other = archives / ARCHIVES[number], archives / ARCHIVES[number - 1]
     for damaged in damages(path.read_bytes(), other.read_bytes(), PLACES if THOROUGH else 2):
         path.write_bytes(damaged)
-        with pytest.raises(MnistError, match=f"damaged, and the download failed: {path}. Restore it"):
+        with pytest.raises(DataError, match=f"damaged, and the download failed: {path}. Restore it"):
             load_mnist(archives.parents[1])
         assert path.read_bytes() == damaged
 

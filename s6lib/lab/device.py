@@ -1,0 +1,149 @@
+"""The machine: its settings while a run trains, where randomness comes from, and what it is."""
+
+import ctypes
+import os
+import platform
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CPU = torch.device("cpu")
+
+
+def seed_everything(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+    """Seed torch, numpy and `random` from seed and epoch alone, and return a generator for the batches.
+
+    Each gets words of one SeedSequence, so that the streams, and those of other pairs, have nothing in common.
+    """
+    words = np.random.SeedSequence((seed, epoch)).generate_state(4).tolist()
+    for_torch, for_batches, for_numpy, for_random = words
+    torch.default_generator.manual_seed(for_torch)
+    if device.type != "cpu":  # torch.manual_seed would also reseed, later, a GPU that is not used here
+        torch.manual_seed(for_torch)
+    np.random.seed(for_numpy)  # noqa: NPY002 - the global generator is the one that a user's code may draw from
+    random.seed(for_random)
+    return torch.Generator().manual_seed(for_batches)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Train alike in every process: one thread, deterministic full-precision kernels, no denormals, torch's defaults.
+
+    A network this small gains nothing from a second thread, while the sums of several threads depend on their number.
+    The caller's settings and generators come back at the end.
+    """
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # an idle GPU is not woken
+    with ExitStack() as settings:
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        for kind in dict.fromkeys(("cpu", device.type)):
+            if torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # orders and angles are drawn on the CPU
+            settings.enter_context(torch.device("cpu"))
+        settings.enter_context(torch.random.fork_rng(devices))
+        if device.type == "cuda":
+            settings.enter_context(_exact_convolutions())
+        flushing = _denormals_are_flushed()
+        try:
+            torch.set_num_threads(1)
+            torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_flush_denormal(flushing)
+            torch.set_num_threads(threads)
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])  # noqa: NPY002
+
+
+def _denormals_are_flushed() -> bool:
+    return bool(torch.tensor(2.0**-120) * 2.0**-20 == 0)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """cuDNN's deterministic kernels in full float32, by whichever of torch's two interfaces to TF32 there is."""
+    cudnn = torch.backends.cudnn
+    holder, name, exact = cudnn, "allow_tf32", False
+    if hasattr(cudnn, "conv"):  # to mix the two interfaces is an error in torch
+        holder, name, exact = cudnn.conv, "fp32_precision", "ieee"
+    wanted = [(cudnn, "benchmark", False), (cudnn, "deterministic", True), (holder, name, exact)]
+    before = [getattr(place, setting) for place, setting, _ in wanted]
+    try:
+        for place, setting, value in wanted:
+            setattr(place, setting, value)
+        yield
+    finally:
+        for (place, setting, _), value in zip(wanted, before, strict=True):
+            setattr(place, setting, value)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of tensors that are freed, for those of the next step.
+
+    By itself it learns to. But Dask starts its workers with MALLOC_TRIM_THRESHOLD_, which ends the learning: every step
+    then asks the system for its memory anew, and training takes twice as long.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # another system, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**28)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What run.json says of this machine: device, processor, library versions, host and process."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": version("torchvision"),
+    }
+    place = {"host": platform.node(), "process": os.getpid()}
+    return {
+        "device": str(device),
+        "processor": processor,
+        "core": _core(),
+        **versions,
+        "numpy": np.__version__,
+        **place,
+    }
+
+
+def _processor() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _core() -> str:
+    """Family, model, stepping and caches: processors that share a name have trained to other last digits."""
+    names = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
+    cpuinfo = _cpuinfo()
+    words = [f"{word}{cpuinfo[name]}" for name, word in names.items() if name in cpuinfo]
+    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    words += [
+        f"L{(cache / 'level').read_text().strip()} {(cache / 'type').read_text().strip().lower()} "
+        f"{(cache / 'size').read_text().strip()}"
+        for cache in caches
+        if all((cache / name).exists() for name in ("level", "type", "size"))
+    ]
+    return ", ".join(words) or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """/proc/cpuinfo of the first core, by name, on Linux; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().partition("\n\n")[0] if path.exists() else ""
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}

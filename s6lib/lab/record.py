@@ -1,0 +1,229 @@
+"""What run.json says of a run: recipe and condition as JSON, read back, and differences in words."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from functools import partial
+from importlib import import_module
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from s6lib import models
+from s6lib.errors import SettingError
+from s6lib.recipes import Condition, Recipe, Run, name_of
+
+_PLAIN = (int, float, str, bool, type(None))
+# Settings that came after the first published runs: left out of run.json where a recipe does not use them.
+_LATER = {
+    "shift", "scale", "schedule", "nesterov", "ema", "held_out", "data", "transform", "loss", "optimizer", "passes",
+    "draw_images",
+}  # fmt: skip
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Recipe, condition and seed of a run, as JSON."""
+    return {
+        "recipe": recipe_entry(run.recipe),
+        "condition": condition_entry(run.condition),
+        "seed": run.seed,
+    }
+
+
+def recipe_entry(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON."""
+    return {
+        setting.name: _entry(getattr(recipe, setting.name))
+        for setting in fields(recipe)
+        if setting.name not in _LATER or getattr(recipe, setting.name) != setting.default
+    }
+
+
+def condition_entry(condition: Condition) -> dict[str, Any]:
+    """A condition as JSON: its penalties and splits always, and the rest where it is used."""
+    entry = {name: getattr(condition, name) for name in ("slug", "label", "l1", "l2", "num_splits")}
+    more = {"norm": condition.norm, "penalty": condition.penalty, "changes": condition.changes}
+    return entry | {name: _entry(value) for name, value in more.items() if value}
+
+
+def _entry(value: Any) -> Any:
+    """A setting as JSON.
+
+    A class or function of a library is its name, a partial or an object of one its name and arguments; what is the
+    user's is a name and its source, which people can read: a run is known by what it does (see first_steps.py).
+    """
+    if isinstance(value, Recorded):
+        return value.entry
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return [_entry(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(name): _entry(one) for name, one in value.items()}
+    if isinstance(value, partial):
+        arguments = {str(place): _entry(one) for place, one in enumerate(value.args)}
+        arguments |= {name: _entry(one) for name, one in value.keywords.items()}
+        return {"name": name_of(value.func), "partial": _entry(value.func), "arguments": arguments}
+    if _is_named(value):
+        in_models = value.__module__ == "s6lib.models"  # the names by which run.json knows our own networks
+        return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
+    if callable(value) and _is_named(type(value)):
+        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and _is_setting(one)}
+        return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
+    return {"name": name_of(value), "source": _source(value)}
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute of a library's object is one of its settings: a number, a text, another such object."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, _PLAIN) or (callable(value) and _is_named(type(value)))
+
+
+def _is_named(thing: Any) -> bool:
+    """Whether s6lib, torch or torchvision holds a class or function under its name, which then says what it does."""
+    module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
+    if module.partition(".")[0] not in ("s6lib", "torch", "torchvision") or "<locals>" in name:
+        return False
+    holder: Any = import_module(module)
+    for part in name.split("."):
+        holder = getattr(holder, part, None)
+    return holder is thing
+
+
+def is_library(setting: Any) -> bool:
+    """Whether a setting is wholly a library's, so that its entry in run.json says what it does."""
+    if isinstance(setting, partial):
+        return all(map(is_library, (setting.func, *setting.args, *setting.keywords.values())))
+    if isinstance(setting, list | tuple):
+        return all(map(is_library, setting))
+    return isinstance(setting, _PLAIN) or _is_named(setting)
+
+
+def is_own(run: Run) -> bool:
+    """Whether anything of a run is the user's."""
+    settings = [getattr(run.settings, setting.name) for setting in fields(run.settings)]
+    return not all(map(is_library, [*settings, run.condition.norm, run.condition.penalty]))
+
+
+def _source(thing: Any) -> str | None:
+    """The source of a function or a class, where Python finds it and it is what runs: a file may have been edited."""
+    thing = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+    members = vars(thing).values() if isinstance(thing, type) else [inspect.unwrap(thing)]
+    codes = {member.__code__ for member in members if inspect.isfunction(member)}
+    with suppress(Exception):  # a document for people, nothing depends on it
+        lines, _ = inspect.findsource(thing)
+        if codes <= set(_codes_in(compile("".join(lines), "", "exec", dont_inherit=True))):
+            return inspect.getsource(thing)
+    return None
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes_in(constant)
+
+
+# --- reading it back -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Stands for a setting of the user's that run.json describes: it has a name, but cannot be called."""
+
+    entry: Any = field(hash=False)
+
+    @property
+    def __name__(self) -> str:
+        return self.entry if isinstance(self.entry, str) else self.entry["name"]
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise SettingError(
+            f"{self.__name__} is known from run.json alone, which cannot make it: give the recipe and the conditions "
+            "themselves to Study"
+        )
+
+
+def is_recorded(run: Run) -> bool:
+    """Whether something in a run is known from run.json alone, so that the run cannot be built."""
+    parts = (*vars(run.settings).values(), run.condition.norm, run.condition.penalty)
+    return any(isinstance(part, Recorded) for part in parts)
+
+
+def recorded_recipe(entry: dict[str, Any]) -> Recipe:
+    """The recipe of an entry; what is the user's in it can then be named, but not called."""
+    return Recipe(**_settings(entry))
+
+
+def recorded_condition(entry: dict[str, Any]) -> Condition:
+    """The condition of an entry, with the same limit."""
+    settings = _settings(entry)
+    return Condition(**settings | {"changes": _settings(settings.get("changes", {}))})
+
+
+def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    settings = dict(entry)
+    for name in {"network", "norm", "penalty", "transform", "loss", "optimizer", "schedule", "data"} & settings.keys():
+        value = settings[name]
+        if name == "network":
+            settings[name] = _library_network(value) or Recorded(value)
+        elif isinstance(value, dict) or (isinstance(value, str) and "." in value):
+            settings[name] = Recorded(value)
+    return settings
+
+
+def _library_network(entry: Any) -> Callable[..., nn.Module] | None:
+    """A network of s6lib, by itself or with numbers for arguments. What else a run.json names is not imported."""
+    if isinstance(entry, str):
+        return models.NETWORKS.get(entry)
+    network, arguments = entry.get("partial"), entry.get("arguments", {})
+    if not isinstance(network, str) or not all(isinstance(value, int | float) for value in arguments.values()):
+        return None
+    placed = [value for name, value in arguments.items() if name.isdecimal()]
+    named = {name: value for name, value in arguments.items() if not name.isdecimal()}
+    return partial(models.NETWORKS[network], *placed, **named) if network in models.NETWORKS else None
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str]:
+    """Describe how the settings of a recorded run differ from the requested ones, a phrase each.
+
+    Labels do not count, nor do name and source of what is the user's: the first steps tell what that does.
+    """
+    phrases = []
+    for name, new in requested.items():
+        old = recorded.get(name)
+        if name == "label" or (_is_source(old) and _is_source(new)):
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and not _is_source(old) and not _is_source(new):
+            phrases += differences(*_comparable(old, new))
+        elif old != new:
+            phrases.append(f"{name} = {_shown(old)}, not {_shown(new)}")
+    return phrases
+
+
+def _comparable(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """What to compare of two entries: all, but of an object or of a partial of the user's the arguments of both.
+
+    What one of the two lacks there is a default, which the first steps show, or new in another version of a library.
+    """
+    kind = next((kind for kind in ("partial", "instance") if kind in old and kind in new), None)
+    if kind is None:
+        return [old, {**dict.fromkeys(old), **new}]
+    names = old["arguments"].keys() | new["arguments"].keys()
+    if kind == "instance" or _is_source(new[kind]):
+        names = old["arguments"].keys() & new["arguments"].keys()
+    return [{kind: one[kind], **{name: one["arguments"].get(name) for name in sorted(names)}} for one in (old, new)]
+
+
+def _is_source(entry: Any) -> bool:
+    return isinstance(entry, dict) and "source" in entry
+
+
+def _shown(entry: Any) -> str:
+    return str(entry["name"]) if isinstance(entry, dict) and "name" in entry else repr(entry)

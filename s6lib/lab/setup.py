@@ -1,0 +1,154 @@
+"""What a run starts from: its data, its model, its optimizer, and the batches of an epoch."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from s6lib.data import Digits, batches, hold_out, load_data, normalise
+from s6lib.errors import SettingError
+from s6lib.lab.device import CPU, seed_everything
+from s6lib.lab.files import serialised
+from s6lib.lab.record import is_library
+from s6lib.recipes import Recipe, Run, build_model
+from s6lib.train import Learner, memory_format
+
+Data = tuple[Digits, Digits]
+
+
+class Setup(NamedTuple):
+    """A run as training sees it.
+
+    settings: the recipe with the condition's changes, its `train_images` a number.
+    average: of the weights, if the recipe has one.
+    train, test: the images that are trained on and judged on.
+    """
+
+    settings: Recipe
+    learner: Learner
+    average: AveragedModel | None
+    train: Digits
+    test: Digits
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.learner.model if self.average is None else self.average.module
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds the state of, by name."""
+        parts = {"model": self.learner.model, "optimizer": self.learner.optimizer, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, each with its learning rate set when it comes."""
+        rates, transform = iter(self.settings.learning_rates(epoch)), self.settings.transform
+        for _ in range(self.settings.passes):
+            for images, targets in batches(self.train, self.settings.batch_size, self.settings.augmentation, generator):
+                self._set_learning_rate(next(rates))
+                yield (images, targets) if transform is None else transform(images, targets)
+
+    def _set_learning_rate(self, rate: float) -> None:
+        """Set a learning rate; groups of parameters that began with one of their own keep their ratio."""
+        first = self.settings.learning_rate
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = rate * (group.get("initial_lr", first) / first) if first else rate
+
+
+def read_data(recipe: Recipe) -> Data:
+    """The training and the test images of a recipe, on the CPU; with `held_out`, the held-out images for the test."""
+    if callable(recipe.data):  # what it draws is the same for every run
+        seed_everything(0, 0, CPU)
+    train, test = load_data(recipe.data)
+    return hold_out(train) if recipe.held_out else (train, test)
+
+
+def set_up(run: Run, data: Data, device: torch.device) -> Setup:
+    """Build what a run trains, from its seed. Raises SettingError if the run's settings do not fit its data."""
+    (train, test), settings = data, run.settings
+    count = settings.train_images or len(train.labels)
+    if count > len(train.labels):
+        raise SettingError(f"train_images must be at most {len(train.labels):,}, as many as there are, not {count:,}")
+    if settings.shift >= (size := train.images.shape[-1]):
+        raise SettingError(f"shift must be less than the {size} pixels of an image, not {settings.shift}")
+    settings = replace(settings, train_images=count)
+    generator = seed_everything(run.seed, 0, device)
+    if settings.draw_images:
+        train = train.part(torch.randperm(len(train.labels), generator=generator)[:count])
+    train, test = train.part(slice(count)).to(device), test.to(device)
+    model = build_initialised(run, train).to(device)
+    # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
+    if memory_format(model) != torch.contiguous_format and device.type != "mps":
+        model = model.to(memory_format=memory_format(model))
+    optimizer = _build_optimizer(run, settings, model)
+    average = _build_average(model, optimizer, settings.ema) if settings.ema else None
+    learner = Learner(model, optimizer, settings.loss, run.condition.penalty_of)
+    return Setup(settings, learner, average, train, test)
+
+
+def build_initialised(run: Run, digits: Digits | None) -> nn.Module:
+    """The network of a run; lazy layers take their sizes from two images, which a library's networks do not need."""
+    model = build_model(run.recipe, run.condition)
+    if not isinstance(model, nn.Module) or not any(weights.requires_grad for weights in model.parameters()):
+        raise SettingError(f"`network` must make a torch.nn.Module with parameters to train, not {model!r}")
+    if digits is not None and any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        with torch.no_grad():
+            model.eval()(normalise(digits.images[:2].cpu(), digits.mean, digits.std))
+    return model
+
+
+def _build_optimizer(run: Run, settings: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    if settings.optimizer is None:
+        # Fused, it is faster, but trains neither sparse nor complex weights, nor a layer that sits out the first step.
+        fused = is_library(settings.network) and is_library(run.condition.norm)
+        rate, momentum = settings.learning_rate, settings.momentum
+        optimizer: Any = torch.optim.SGD(parameters, rate, momentum, nesterov=settings.nesterov, fused=fused)
+    else:
+        optimizer = settings.optimizer(parameters, lr=settings.learning_rate)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise SettingError(f"optimizer must make a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> AveragedModel:
+    """An exponential moving average of the weights, renewed after each step of the optimizer."""
+    average, update = AveragedModel(model), get_ema_multi_avg_fn(keep)
+    begun: list[bool] = []  # whether the average holds a step; on a GPU, to look would make the CPU wait
+
+    @torch.no_grad()
+    def follow(*_: Any) -> None:
+        begun[:] = begun or [bool(average.n_averaged > 0)]
+        pairs = list(zip(_tensors(average.module), _tensors(model), strict=True))
+        numbers = [pair for pair in pairs if begun[0] and (pair[0].is_floating_point() or pair[0].is_complex())]
+        if numbers:
+            update(*map(list, zip(*numbers, strict=True)), None)
+        for old, new in pairs:
+            if not begun[0] or not (old.is_floating_point() or old.is_complex()):  # a mean would be cut off
+                old.copy_(new)
+        average.n_averaged.add_(1)
+        begun[:] = [True]
+
+    optimizer.register_step_post_hook(follow)
+    return average
+
+
+def _tensors(model: nn.Module) -> Iterable[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def saved_weights(model: nn.Module) -> bytes:
+    """The state_dict of a model, on the CPU, as torch.save writes it."""
+    state = {
+        name: value.cpu().contiguous() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
+    return serialised(lambda file: torch.save(state, file))
