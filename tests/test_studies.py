@@ -71,7 +71,7 @@ def test_the_table_of_the_search_is_what_its_saved_weights_give(mnist):
 
 
 def test_the_published_search_is_that_of_its_study_file():
-    """Known by the first steps, which were recorded on another machine; its source has changed since."""
+    """Its source has changed since, but not what it does."""
     recipe, conditions = _own(str(PROJECT / "studies" / "frontier_search.py"))
     study = Study(PROJECT / "studies" / "search", recipe, conditions)
     assert len(study.runs) == len(conditions)
