@@ -16,7 +16,7 @@ def test_run_trains_reports_and_draws(tmp_path, capsys):
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "GBN     1" in printed.out
-    assert "GBN, seed 1: epoch 1/1, validation accuracy" in printed.err
+    assert "GBN, seed 1: epoch 1/1, accuracy" in printed.err
     names = {"plain_accuracy.png", "plain_loss.png", "plain_misclassified_gbn.png"}
     assert {path.name for path in (tmp_path / "images").iterdir()} == names
     assert all(name in printed.out for name in names)

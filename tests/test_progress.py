@@ -30,8 +30,8 @@ def test_lines_in_a_pipe(histories, capsys):
         write(histories["GBN, seed 2"], 0.97)
     printed = capsys.readouterr().err
     assert re.fullmatch(
-        r"GBN, seed 1: epoch 4/4, validation accuracy 99.44%; 4/12 epochs, \d\d:\d\d left\n"
-        r"GBN, seed 2: epoch 1/4, validation accuracy 97.00%; 5/12 epochs, \d\d:\d\d left\n",
+        r"GBN, seed 1: epoch 4/4, accuracy 99.44%; 4/12 epochs, \d\d:\d\d left\n"
+        r"GBN, seed 2: epoch 1/4, accuracy 97.00%; 5/12 epochs, \d\d:\d\d left\n",
         printed,
     )
 

@@ -52,7 +52,7 @@ def _in_notebook() -> bool:
 
 
 def _last_epoch(history: Path) -> tuple[int, float]:
-    """Number and validation accuracy of the last epoch in a history; NOT_BEGUN if there is none to read."""
+    """Number and accuracy of the last epoch in a history; NOT_BEGUN if there is none to read."""
     try:
         rows = list(csv.DictReader(history.read_text().splitlines()))
         return (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
@@ -84,7 +84,7 @@ def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int
             for label, before, epoch, accuracy in changes:
                 if label not in bars:
                     bars[label] = tqdm(total=epochs[label], initial=before, desc=label, unit="epoch", leave=False)
-                bars[label].set_postfix_str(f"validation accuracy {accuracy:.2%}" if epoch else "", refresh=False)
+                bars[label].set_postfix_str(f"accuracy {accuracy:.2%}" if epoch else "", refresh=False)
                 bars[label].update(epoch - before)
                 overall.update(epoch - before)
                 if epoch == epochs[label]:
@@ -101,6 +101,6 @@ def _show_lines(updates: Iterator[list[Change]], done: int, epochs: dict[str, in
         if not epoch:
             continue
         seconds = (time.monotonic() - begun) / max(1, done - done_before) * (total - done)
-        line = f"{label}: epoch {epoch}/{epochs[label]}, validation accuracy {accuracy:.2%}"
+        line = f"{label}: epoch {epoch}/{epochs[label]}, accuracy {accuracy:.2%}"
         left = f"{done}/{total} epochs, {tqdm.format_interval(seconds)} left"
         print(f"{line}; {left}", file=sys.stderr, flush=True)
