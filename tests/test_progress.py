@@ -65,3 +65,12 @@ def test_nothing_to_do_prints_no_line(capsys):
 def test_it_ends_with_an_error_in_the_block(histories):
     with pytest.raises(KeyboardInterrupt), progress(histories, dict.fromkeys(histories, 4)):
         raise KeyboardInterrupt
+
+
+def test_without_a_console_it_shows_nothing_and_the_block_runs(histories, monkeypatch):
+    """As under pythonw, where sys.stderr is None."""
+    monkeypatch.setattr(s6lib.lab.progress.sys, "stderr", None)
+    ran = []
+    with progress(histories, dict.fromkeys(histories, 4)):
+        ran.append(True)
+    assert ran

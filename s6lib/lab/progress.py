@@ -29,7 +29,11 @@ def progress(histories: dict[str, Path], epochs: dict[str, int]) -> Iterator[Non
     """While the block lasts, show how runs get on: for each label, the history.csv that grows, and its epochs in all.
 
     Nothing is asked of the workers: what it shows is the files that they write when an epoch ends.
+    Where there is no stderr, as in a program without a console, it shows nothing.
     """
+    if sys.stderr is None:
+        yield
+        return
     finished = threading.Event()
     seen = {label: _last_epoch(path) for label, path in histories.items()}
     done = sum(max(0, epoch) for epoch, _ in seen.values())
