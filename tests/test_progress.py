@@ -1,11 +1,13 @@
 import re
+import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import s6lib.lab.progress
-from s6lib.lab.progress import Change, _show_lines, progress
+from s6lib.lab.progress import Change, _show_bars, _show_lines, progress
 from s6lib.lab.run import COLUMNS
 
 
@@ -74,3 +76,45 @@ def test_without_a_console_it_shows_nothing_and_the_block_runs(histories, monkey
     with progress(histories, dict.fromkeys(histories, 4)):
         ran.append(True)
     assert ran
+
+
+BEGUN = [Change("GBN", 0, 0, 0.0), Change("BN", 2, 2, 0.98)]  # one anew, one where it was stopped
+
+
+def at(times: dict[float, list[Change]], monkeypatch) -> Iterator[list[Change]]:
+    """The changes, with the clock set to their times."""
+    for seconds, changes in times.items():
+        monkeypatch.setattr(s6lib.lab.progress.time, "monotonic", lambda seconds=seconds: seconds)
+        yield changes
+
+
+def test_bars_have_an_estimate_before_the_first_epoch_ends(capsys, monkeypatch):
+    """Two runs side by side, 18 epochs to go: nine rounds, of which one has taken as long as was waited."""
+    ended = [Change("GBN", 0, 1, 0.97)]
+    updates = at({5: BEGUN, 20: [], 35: ended, 36: []}, monkeypatch)
+    _show_bars(updates, done=2, epochs={"GBN": 10, "BN": 10})
+    shown = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    bounds = [found[1] for line in shown if (found := re.search(r"all runs.*more than (\d\d:\d\d) left", line))]
+    assert bounds == ["02:00"]
+    assert "3/20" in [line for line in shown if "all runs" in line][-1]
+
+
+def test_lines_have_an_estimate_before_the_first_epoch_ends(capsys, monkeypatch):
+    ended = [Change("GBN", 0, 1, 0.97)]
+    monkeypatch.setattr(s6lib.lab.progress.time, "monotonic", lambda: 0)
+    updates = at({5: BEGUN, 20: [], 35: [], 36: [], 65: [], 66: ended, 300: []}, monkeypatch)
+    _show_lines(updates, done=2, epochs={"GBN": 10, "BN": 10})
+    assert capsys.readouterr().err.splitlines() == [
+        "no epoch has ended yet; more than 04:00 left",
+        "no epoch has ended yet; more than 08:00 left",
+        "GBN: epoch 1/10, accuracy 97.00%; 3/20 epochs, 18:42 left",
+    ]
+
+
+def test_a_run_that_goes_on_counts_as_one_at_work(histories, capsys, monkeypatch):
+    """Its history.csv is written again when it goes on, with the rows that it had."""
+    monkeypatch.setattr(s6lib.lab.progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with progress(histories, dict.fromkeys(histories, 4)):
+        write(histories["GBN, seed 1"], 0.98)
+        time.sleep(1.2)
+    assert "GBN, seed 1:  25%" in capsys.readouterr().err

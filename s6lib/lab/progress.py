@@ -1,22 +1,32 @@
 """How far a study is, read from its run folders: live bars in a terminal or a notebook, plain lines in a pipe."""
 
 import csv
-import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-NOT_BEGUN = (-1, 0.0)
+FIRST_LINE = 30.0  # seconds without the end of an epoch after which a line says how long it takes at least
+
+
+class Seen(NamedTuple):
+    """A history.csv as last read: when it was written, and number and accuracy of its last epoch."""
+
+    written: int
+    epoch: int
+    accuracy: float
+
+
+NOT_BEGUN = Seen(0, -1, 0.0)
 
 
 class Change(NamedTuple):
-    """A run has come from one epoch to another; epoch 0 means begun, and the accuracy is then 0."""
+    """A run has come from one epoch to another, or has begun, or gone on, where the two are the same."""
 
     label: str
     before: int
@@ -28,15 +38,15 @@ class Change(NamedTuple):
 def progress(histories: dict[str, Path], epochs: dict[str, int]) -> Iterator[None]:
     """While the block lasts, show how runs get on: for each label, the history.csv that grows, and its epochs in all.
 
-    Nothing is asked of the workers: what it shows is the files that they write when an epoch ends.
+    Nothing is asked of the workers: it shows what is in the files that they write when a run begins and an epoch ends.
     Where there is no stderr, as in a program without a console, it shows nothing.
     """
     if sys.stderr is None:
         yield
         return
     finished = threading.Event()
-    seen = {label: _last_epoch(path) for label, path in histories.items()}
-    done = sum(max(0, epoch) for epoch, _ in seen.values())
+    seen = {label: _read(path) for label, path in histories.items()}
+    done = sum(max(0, history.epoch) for history in seen.values())
     watcher = threading.Thread(
         target=_show_bars if sys.stderr.isatty() or _in_notebook() else _show_lines,
         args=(_changes(histories, seen, epochs, finished), done, epochs),
@@ -55,36 +65,69 @@ def _in_notebook() -> bool:
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def _last_epoch(history: Path) -> tuple[int, float]:
-    """Number and accuracy of the last epoch in a history; NOT_BEGUN if there is none to read."""
+def _read(history: Path) -> Seen:
+    """Read the last epoch of a history.csv; NOT_BEGUN if there is none to read."""
     try:
-        rows = list(csv.DictReader(history.read_text().splitlines()))
-        return (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
+        written, rows = history.stat().st_mtime_ns, list(csv.DictReader(history.read_text().splitlines()))
+        last = (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return NOT_BEGUN
+    return Seen(written, *last)
 
 
 def _changes(
-    histories: dict[str, Path], seen: dict[str, tuple[int, float]], epochs: dict[str, int], finished: threading.Event
+    histories: dict[str, Path], seen: dict[str, Seen], epochs: dict[str, int], finished: threading.Event
 ) -> Iterator[list[Change]]:
     """Twice a second, and once more when all is finished, what has changed since."""
     while True:
         last = finished.wait(0.5)
         changes = []
         for label, path in histories.items():
-            before, _ = seen[label]
-            if before < epochs[label] and (now := _last_epoch(path)) not in (seen[label], NOT_BEGUN):
+            before = seen[label].epoch
+            if before < epochs[label] and (now := _read(path)) not in (seen[label], NOT_BEGUN):
                 seen[label] = now
-                changes.append(Change(label, max(0, before), *now))
+                changes.append(Change(label, max(0, before), now.epoch, now.accuracy))
         yield changes
         if last:
             return
 
 
+class _FirstEpochs:
+    """A lower bound of the time left, for as long as no epoch has ended.
+
+    So far the runs at work have waited for one epoch each. An epoch takes longer than that, and so do all that follow.
+    """
+
+    def __init__(self) -> None:
+        self._running: set[str] = set()
+        self._begun = 0.0
+        self.ended = False
+
+    def see(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            if not self._running:
+                self._begun = time.monotonic()
+            self._running.add(change.label)
+            self.ended |= change.epoch > change.before
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the first run began; 0 if none has begun, or an epoch has ended."""
+        return time.monotonic() - self._begun if self._running and not self.ended else 0.0
+
+    def time_left(self, epochs: int) -> str:
+        """The least time that this many epochs take, in words; nothing if it is not known or less than a second."""
+        seconds = self.waited * (epochs / max(1, len(self._running)) - 1)
+        return f"more than {tqdm.format_interval(seconds)} left" if seconds >= 1 else ""
+
+
 def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int]) -> None:
     bars: dict[str, tqdm] = {}
-    with tqdm(total=sum(epochs.values()), initial=done, desc="all runs", unit="epoch") as overall:
+    first = _FirstEpochs()
+    # Without smoothing: runs that go side by side end their epochs in bursts.
+    with tqdm(total=sum(epochs.values()), initial=done, desc="all runs", unit="epoch", smoothing=0) as overall:
         for changes in updates:
+            first.see(changes)
             for label, before, epoch, accuracy in changes:
                 if label not in bars:
                     bars[label] = tqdm(total=epochs[label], initial=before, desc=label, unit="epoch", leave=False)
@@ -93,6 +136,7 @@ def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int
                 overall.update(epoch - before)
                 if epoch == epochs[label]:
                     bars[label].close()
+            overall.set_postfix_str(first.time_left(overall.total - overall.n), refresh=False)
             overall.refresh()  # the time left goes on between epochs
         for bar in bars.values():
             bar.close()
@@ -100,11 +144,20 @@ def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int
 
 def _show_lines(updates: Iterator[list[Change]], done: int, epochs: dict[str, int]) -> None:
     begun, done_before, total = time.monotonic(), done, sum(epochs.values())
-    for label, before, epoch, accuracy in itertools.chain.from_iterable(updates):
-        done += epoch - before
-        if not epoch:
-            continue
-        seconds = (time.monotonic() - begun) / max(1, done - done_before) * (total - done)
-        line = f"{label}: epoch {epoch}/{epochs[label]}, accuracy {accuracy:.2%}"
-        left = f"{done}/{total} epochs, {tqdm.format_interval(seconds)} left"
-        print(f"{line}; {left}", file=sys.stderr, flush=True)
+    first, next_line = _FirstEpochs(), FIRST_LINE
+    for changes in updates:
+        first.see(changes)
+        if first.waited >= next_line:
+            next_line *= 2
+            _print_line(f"no epoch has ended yet; {first.time_left(total - done)}")
+        for label, before, epoch, accuracy in changes:
+            done += epoch - before
+            if epoch == before or not epoch:
+                continue
+            seconds = (time.monotonic() - begun) / max(1, done - done_before) * (total - done)
+            line = f"{label}: epoch {epoch}/{epochs[label]}, accuracy {accuracy:.2%}"
+            _print_line(f"{line}; {done}/{total} epochs, {tqdm.format_interval(seconds)} left")
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
