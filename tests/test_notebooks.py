@@ -115,29 +115,71 @@ def test_one_command_rewrites_the_address_everywhere(tmp_path):
         set_address("https://github.com/someone/fork", tmp_path)
 
 
+# What Colab has and a test has not. pip is replaced: a test installs nothing.
 COLAB = """\
 import sys, types
+from pathlib import Path
 sys.modules["google.colab"] = types.ModuleType("google.colab")
 get_ipython().register_magic_function(lambda line: print("pip", line), magic_name="pip")
-{cell}
-import s6lib
-print(s6lib.__file__)
+cell = Path("cell.txt").read_text()
 """
+WHERE = "import s6lib; print(s6lib.__file__)\n"
+
+
+def run_in_colab(folder: Path, script: str) -> str:
+    """What a script prints in an IPython of its own that takes itself for Colab; `cell` is the first cell.
+
+    The cell clones this checkout, and the script may replace the address of that.
+    """
+    cell = code_cells(NOTEBOOKS[0])[0]["source"]
+    address = re.search(r"https://github\.com/\S+", cell)[0]
+    (folder / "cell.txt").write_text(cell.replace(address, f"file://{PROJECT}"))
+    (folder / "script.ipy").write_text(COLAB + script)
+    result = subprocess.run(
+        [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "script.ipy"],
+        cwd=folder, env={**os.environ, "IPYTHONDIR": str(folder / "ipython"), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    return result.stdout
 
 
 def test_the_first_cell_makes_s6lib_importable_in_colab(tmp_path):
-    """With a stand-in for google.colab, a clone from a local path, and pip replaced: a test installs nothing."""
-    address = re.search(r"https://github\.com/\S+", code_cells(NOTEBOOKS[0])[0]["source"])[0]
-    cell = code_cells(NOTEBOOKS[0])[0]["source"].replace(address, f"file://{PROJECT}")
-    (tmp_path / "cell.ipy").write_text(COLAB.format(cell=cell))
-    environment = {**os.environ, "IPYTHONDIR": str(tmp_path / "ipython")}
     for _ in range(2):  # and again, when it is run a second time
-        result = subprocess.run(
-            [sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert f"{tmp_path}/lab/s6lib/__init__.py" in result.stdout, result.stdout + result.stderr
-        assert "pip install -q --no-deps torchsummary loky -e ./lab\n" in result.stdout  # torch and numpy stay Colab's
+        printed = run_in_colab(tmp_path, "get_ipython().run_cell(cell)\n" + WHERE)
+        assert f"{tmp_path}/lab/s6lib/__init__.py" in printed, printed
+        assert "pip install -q --no-deps torchsummary loky -e ./lab\n" in printed  # torch and numpy stay Colab's
+        assert not (tmp_path / "lab.old").exists()
+
+
+def test_a_clone_that_fails_is_a_sentence_in_the_first_cell_which_then_runs_again(tmp_path):
+    """In one kernel: Python would remember that there was no s6lib in a folder that was not there."""
+    script = f"""\
+print(get_ipython().run_cell(cell.replace("file://{PROJECT}", "file:///nowhere")).success)
+sys.path_importer_cache["{tmp_path}/lab"] = None
+print(get_ipython().run_cell(cell).success)
+"""
+    failed, succeeded = run_in_colab(tmp_path, script + WHERE).split("\nFalse\n")
+    assert "fatal: '/nowhere'" in failed  # git's own reason
+    assert failed.rstrip().endswith(
+        "RuntimeError: s6lib could not be cloned, for the reason above; check the network and run this cell again"
+    )
+    assert "\npip install" not in failed
+    assert "\nTrue\n" in succeeded, succeeded
+    assert f"{tmp_path}/lab/s6lib/__init__.py" in succeeded
+
+
+@pytest.mark.parametrize("state", ["empty", "cut off", "no clone"])
+def test_the_first_cell_runs_over_an_empty_or_half_made_lab(tmp_path, state):
+    lab = tmp_path / "lab"
+    if state == "cut off":  # as by a lost connection, before its files were there
+        subprocess.run(["git", "clone", "-q", "--no-checkout", f"file://{PROJECT}", lab], check=True)
+    else:
+        lab.mkdir()
+    if state != "empty":
+        (lab / "mine.txt").write_text("mine")
+    printed = run_in_colab(tmp_path, "get_ipython().run_cell(cell)\n" + WHERE)
+    assert f"{tmp_path}/lab/s6lib/__init__.py" in printed, printed
+    assert state == "empty" or (tmp_path / "lab.old" / "mine.txt").read_text() == "mine"  # nothing is deleted
 
 
 @pytest.fixture(scope="module")
