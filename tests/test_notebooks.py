@@ -17,6 +17,7 @@ import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import s6lib
 from s6lib.__main__ import _own
 from s6lib.data import PROJECT
 from s6lib.lab.files import serialised
@@ -75,6 +76,14 @@ class TestNotebook:
 
     def test_the_first_cell_is_the_same_in_all(self, path):
         assert code_cells(path)[0]["source"] == code_cells(NOTEBOOKS[0])[0]["source"]
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "06_your_own"], ids=lambda path: path.stem)
+def test_what_s6lib_exports_is_imported_from_there(path):
+    """So that a move of modules breaks no notebook, nor what readers copied from one."""
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+    imported = re.findall(r"^from s6lib\.[\w.]+ import (.+)$", text, re.MULTILINE)
+    assert not {name for names in imported for name in names.split(", ")} & set(s6lib.__all__)
 
 
 def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
