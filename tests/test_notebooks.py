@@ -29,6 +29,7 @@ from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN, Run
 from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
+from execute import execute
 from set_address import set_address
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -191,6 +192,17 @@ def test_the_first_cell_runs_over_an_empty_or_half_made_lab(tmp_path, state):
     assert state == "empty" or (tmp_path / "lab.old" / "mine.txt").read_text() == "mine"  # nothing is deleted
 
 
+def read(name: str, **replaced: str) -> nbformat.NotebookNode:
+    """A notebook in whose settings, lines such as `FOLDER = PROJECT / "results"`, other values stand."""
+    notebook = nbformat.read(PROJECT / "notebooks" / f"{name}.ipynb", as_version=4)
+    for setting, value in replaced.items():
+        line = re.compile(rf"^{setting} = (?!Path\().*$", re.MULTILINE)
+        assert sum(len(line.findall(cell.source)) for cell in notebook.cells) == 1
+        for cell in notebook.cells:
+            cell.source = line.sub(lambda _, setting=setting, value=value: f"{setting} = {value}", cell.source)
+    return notebook
+
+
 @pytest.fixture(scope="module")
 def own_folder(tmp_path_factory):
     """A folder of one's own: two conditions, two seeds, one short recipe."""
@@ -211,6 +223,50 @@ def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder
     NotebookClient(notebook, kernel_name="python3").execute()
     if name in ("04_analysis", "05_replication"):
         assert list((own_folder / "images").glob("*.png"))
+
+
+SLIDE = """\
+import gc
+
+(slider,) = [thing for thing in gc.get_objects() if type(thing) is ipywidgets.SelectionSlider]
+(shown,) = [thing for thing in gc.get_objects() if type(thing) is ipywidgets.HTML]
+for seed in slider.options:
+    slider.value = seed
+    print(shown.value)
+"""
+
+
+def test_the_slider_moves_after_the_whole_notebook_has_run():
+    notebook = read("05_replication")
+    notebook.cells.append(nbformat.v4.new_code_cell(SLIDE))
+    resources = {"metadata": {"path": str(PROJECT / "notebooks")}}
+    NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
+    tables = "".join(output["text"] for output in notebook.cells[-1].outputs).splitlines()
+    assert len(set(tables)) == 10
+    assert "<td>99.50%</td></tr>" in tables[0]
+    assert "The winner: <b>L2 + BN and L1 + L2 + BN</b>" in tables[0]
+    assert "The winner: <b>GBN</b>" in tables[2]
+
+
+def test_notebooks_are_saved_as_readers_see_them_without_a_kernel(tmp_path):
+    source = "import ipywidgets\nprint(1)\nprint(2)\ndisplay(ipywidgets.VBox())"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id="one")])
+    nbformat.write(notebook, path := tmp_path / "one.ipynb")
+    execute(path)
+    printed, shown = nbformat.read(path, as_version=4).cells[0].outputs
+    assert printed["text"] == "1\n2\n"
+    assert shown["data"] == {"text/plain": "VBox()"}
+    saved = path.read_bytes()
+    execute(path)  # twice changes nothing
+    assert path.read_bytes() == saved
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "06_your_own"], ids=lambda path: path.stem)
+def test_no_output_needs_a_kernel_to_be_seen(path):
+    """Saved widgets are dead, or shown as `VBox(children=...`."""
+    assert "widgets" not in json.loads(path.read_text())["metadata"]
+    for cell in code_cells(path):
+        assert not re.search(r"widget-view|\(children=|\d%\|", outputs(cell))
 
 
 def names_of(path: Path) -> dict[str, object]:
