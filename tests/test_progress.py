@@ -78,6 +78,14 @@ def test_without_a_console_it_shows_nothing_and_the_block_runs(histories, monkey
     assert ran
 
 
+def test_it_shows_nothing_where_tqdm_is_told_to(histories, capsys, monkeypatch):
+    """In a notebook, tqdm would show its bars all the same."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with progress(histories, dict.fromkeys(histories, 4)):
+        write(histories["GBN, seed 1"], 0.98, 0.985)
+    assert capsys.readouterr().err == ""
+
+
 BEGUN = [Change("GBN", 0, 0, 0.0), Change("BN", 2, 2, 0.98)]  # one anew, one where it was stopped
 
 

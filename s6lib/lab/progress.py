@@ -1,6 +1,7 @@
 """How far a study is, read from its run folders: live bars in a terminal or a notebook, plain lines in a pipe."""
 
 import csv
+import os
 import sys
 import threading
 import time
@@ -39,9 +40,10 @@ def progress(histories: dict[str, Path], epochs: dict[str, int]) -> Iterator[Non
     """While the block lasts, show how runs get on: for each label, the history.csv that grows, and its epochs in all.
 
     Nothing is asked of the workers: it shows what is in the files that they write when a run begins and an epoch ends.
-    Where there is no stderr, as in a program without a console, it shows nothing.
+    It shows nothing where there is no stderr, as in a program without a console, or TQDM_DISABLE is set, which tqdm
+    itself does not follow in a notebook.
     """
-    if sys.stderr is None:
+    if sys.stderr is None or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         yield
         return
     finished = threading.Event()
