@@ -92,7 +92,7 @@ def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
     notebook = json.loads((PROJECT / "notebooks" / "04_analysis.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     (claim,) = [cell for cell in code if "wilson_interval(row.accuracy)" in "".join(cell["source"])]
-    text = json.dumps({**notebook, "cells": [*code[:3], claim]})
+    text = json.dumps({**notebook, "cells": [*code[:4], claim]})
     found = re.search(r"L2 \+ BN +(99\.\d\d)%, 95% interval", text)
     falsified = f"{float(found[1]) + 0.01:.2f}"
     copy = tmp_path / "04_analysis.ipynb"
@@ -100,7 +100,7 @@ def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
     command = [sys.executable, "-m", "pytest", "--nbval", str(copy), "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout
-    assert "1 failed, 3 passed" in result.stdout
+    assert "1 failed, 4 passed" in result.stdout
     assert falsified in result.stdout
 
 
@@ -218,7 +218,7 @@ def own_folder(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["03_study"])
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "08_methods"])
 def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder, name):
     """As text, which is how 03 teaches to name a folder on Drive."""
     notebook = read(name, FOLDER=repr(str(own_folder)))
@@ -230,9 +230,19 @@ def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder
         assert "L1 has less than half of the weights below 0.01" in text  # after so few steps
         assert "\nplain (PlainNet), seed 1\n" in text
         assert "\nshorter (PlainNet), seed 1\n" in text
+    else:
+        assert "plain (PlainNet): 4 runs" in text
+    if name == "04_analysis":
+        assert "shorter (PlainNet): 4 runs" in text
+        assert {path.name for path in (own_folder / "images").glob("*_accuracy.png")} == {
+            "plain_accuracy.png",
+            "shorter_accuracy.png",
+        }
+    if name == "05_replication":
+        assert (own_folder / "images" / "plain_replication.png").exists()
 
 
-@pytest.mark.parametrize("name", ["03_study"])
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "08_methods"])
 @pytest.mark.parametrize("folder", ["empty", "missing"])
 def test_a_folder_without_runs_is_a_sentence(tmp_path, name, folder):
     if folder == "empty":
@@ -243,6 +253,15 @@ def test_a_folder_without_runs_is_a_sentence(tmp_path, name, folder):
     with pytest.raises(s6lib.S6Error) as raised:
         exec("\n".join(needed), {"CONDITIONS": CONDITIONS})
     assert str(raised.value) == "no runs yet: train some in 03, or set FOLDER"
+
+
+@pytest.mark.parametrize("name", ["05_replication", "08_methods"])
+def test_one_seed_is_too_few_to_compare_and_a_sentence_says_so(own_folder, tmp_path, name):
+    for run in ("plain/gbn/seed-1", "plain/l1-bn/seed-1"):
+        shutil.copytree(own_folder / run, tmp_path / run)
+    (cell,) = [cell.source for cell in read(name, FOLDER=repr(str(tmp_path))).cells if "\nFOLDER = " in cell.source]
+    with pytest.raises(s6lib.S6Error, match=r"plain has too few runs to compare: .* two seeds or more"):
+        exec(cell, {})
 
 
 def test_nothing_is_trained_until_the_reader_says_so(monkeypatch):
@@ -331,7 +350,7 @@ def test_no_output_needs_a_kernel_to_be_seen(path):
         assert not re.search(r"widget-view|\(children=|\d%\|", outputs(cell))
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "04_analysis"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_after_a_restart_the_first_two_cells_are_not_missed(path):
     """What they import, later cells import again: in Colab, the installation outlives the kernel."""
     source = "\n".join(cell["source"] for cell in code_cells(path)[2:])
