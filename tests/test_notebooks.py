@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import colab
 import nbformat
 import numpy as np
 import pandas as pd
@@ -507,3 +508,19 @@ def test_a_network_of_a_notebook_cell_runs_resumes_and_is_judged_and_edited_is_r
     with pytest.raises(CellExecutionError, match=r"was trained with GROUPS = 2, not 4; layers = "):
         client.execute()
     assert "3 comparisons" in notebook.cells[2].outputs[0]["text"]
+
+
+def test_the_stand_in_for_colab_takes_the_first_cell_seriously_and_sees_differences(tmp_path):
+    """With this Python in place of Colab's; pip is replaced, since a test installs nothing."""
+    variables = colab.stand_in(tmp_path, sys.executable)
+    pip = "get_ipython().register_magic_function(lambda line: None, magic_name='pip')\n"
+    (tmp_path / "ipython" / "profile_default" / "startup" / "pip.py").write_text(pip)
+    first = code_cells(NOTEBOOKS[0])[0]["source"]
+    shown = "import os, s6lib; print(os.listdir(), s6lib.__file__ == os.path.abspath('lab/s6lib/__init__.py'))"
+    cells = [nbformat.v4.new_code_cell(source) for source in (first, shown, "1 + 1")]
+    ran = colab.run(nbformat.v4.new_notebook(cells=cells), variables)
+    assert colab.printed(ran.cells[1]) == "['lab'] True\n"
+    assert colab.differences(ran, ran) == (2, [])
+    other = nbformat.from_dict(ran)
+    other.cells[2].outputs[0].data["text/plain"] = "3"
+    assert colab.differences(ran, other)[1][-2:] == ["-2", "+3"]
