@@ -80,7 +80,7 @@ class TestNotebook:
         assert code_cells(path)[0]["source"] == code_cells(NOTEBOOKS[0])[0]["source"]
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "06_your_own"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_s6lib_exports_is_imported_from_there(path):
     """So that a move of modules breaks no notebook, nor what readers copied from one."""
     text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
@@ -343,7 +343,7 @@ def test_notebooks_are_saved_as_readers_see_them_without_a_kernel(tmp_path):
     assert path.read_bytes() == saved
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "06_your_own"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_no_output_needs_a_kernel_to_be_seen(path):
     """Saved widgets are dead, or shown as `VBox(children=...`."""
     assert "widgets" not in json.loads(path.read_text())["metadata"]
