@@ -9,11 +9,11 @@ import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from s6lib.data import CLASS_NAMES, Digits
-from s6lib.statistics import condition_statistics, mean_interval, paired_comparisons, sign_flip_means
+from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_means
 
 # Okabe and Ito's palette, told apart by colour-blind readers; a condition of the study has its colour in every figure.
 COLORS = {
@@ -53,12 +53,12 @@ def plot_accuracy(history: pd.DataFrame, title: str = "") -> Figure:
     Args:
         history: a row an epoch, as `Study.history` gives it: condition, label, epoch, lr, and what is drawn.
     """
-    return _plot_curves(history, "val_accuracy", _joined(title, ": ", "test accuracy"), "{:.2%}".format)
+    return _plot_curves(history, "val_accuracy", join_words(title, ": ", "test accuracy"), "{:.2%}".format)
 
 
 def plot_loss(history: pd.DataFrame, title: str = "") -> Figure:
     """Test cross-entropy, without penalties, of every condition by epoch, as in `plot_accuracy`."""
-    name = _joined(title, ": ", "test loss (cross-entropy without penalty)")
+    name = join_words(title, ": ", "test loss (cross-entropy without penalty)")
     return _plot_curves(history, "val_loss", name, "{:.4f}".format)
 
 
@@ -170,34 +170,8 @@ def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", cou
     shown = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in shown.itertuples()]
     found = f"{len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} images"
-    heading = f"{_joined(title, ': ', found)}\nactual class, taken for predicted class (confidence)"
+    heading = f"{join_words(title, ': ', found)}\nactual class, taken for predicted class (confidence)"
     return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=heading)
-
-
-def plot_penalties(l1: float, l2: float) -> Figure:
-    """The two penalties of one weight, and how hard each pulls it towards zero, which is the size of its gradient."""
-    sizes = np.linspace(-2, 2, 401)
-    curves = {
-        "l1-bn": ("L1", l1 * np.abs(sizes), np.full(401, l1)),
-        "l2-bn": ("L2", l2 * sizes**2, 2 * l2 * np.abs(sizes)),
-    }
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    with rc_context(STYLE):
-        left, right = figure.subplots(1, 2)
-        for slug, (name, penalty, pull) in curves.items():
-            left.plot(sizes, penalty, color=COLORS[slug], label=name, linewidth=2.5)
-            right.plot(sizes, pull, color=COLORS[slug], label=name, linewidth=2.5)
-        left.set(title=f"penalty: {l1:g} |w| and {l2:g} w²", xlabel="weight w", ylabel="added to the loss")
-        right.set(title="pull towards zero", xlabel="weight w", ylabel="size of the gradient")
-        crossing = l1 / (2 * l2)
-        right.annotate(
-            f"alike at |w| = {crossing:g}", (crossing, l1), (0.37, 0.9), textcoords="axes fraction",
-            arrowprops={"arrowstyle": "->", "color": "#666666"}, fontsize=10,
-        )  # fmt: skip
-        left.legend(frameon=False)
-        for axes in (left, right):
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    return figure
 
 
 def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
@@ -220,7 +194,7 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
         for axes, slug, (name, values) in zip(grid, slugs, weights.items(), strict=False):
             axes.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colors[slug])
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.set_title(f"{_label(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
+            axes.set_title(f"{label_of(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
         figure.supxlabel("weight", fontsize=12)
         figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
         figure.suptitle(title)
@@ -238,11 +212,13 @@ def plot_pruning(
     """
     colors = colors_of(list(curve["condition"].unique()))
     with rc_context(STYLE):
-        axes = _panel((8.5, 4.6), ax)
+        axes = panel((8.5, 4.6), ax)
         for slug, rows in curve.groupby("condition", sort=False):
             by_share = rows.groupby("share")["accuracy"].agg(["mean", "min", "max"])
             dash = "--" if "gbn" in slug else "-"
-            axes.plot(by_share["mean"], dash, color=colors[slug], marker="o", markersize=4, label=_label(slug, labels))
+            axes.plot(
+                by_share["mean"], dash, color=colors[slug], marker="o", markersize=4, label=label_of(slug, labels)
+            )
             axes.fill_between(by_share.index, by_share["min"], by_share["max"], color=colors[slug], alpha=0.15, lw=0)
         for side in (axes.xaxis, axes.yaxis):
             side.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -250,54 +226,8 @@ def plot_pruning(
         axes.legend(loc="lower left", frameon=False)
         seeds = curve["seed"].nunique()
         band = f"{seeds} seed{'s: mean, lowest and highest' * (seeds > 1)}"
-        axes.set_title(_joined(title, "\n", band))
+        axes.set_title(join_words(title, "\n", band))
     return axes.figure
-
-
-def plot_class_balance(train: Digits, test: Digits) -> Figure:
-    """How many images of each class the two parts of a data set hold."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    with rc_context(STYLE):
-        for axes, digits, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
-            counts = digits.labels.bincount(minlength=len(digits.class_names))
-            axes.bar(digits.class_names, counts.numpy(), color=COLORS["l1-bn"])
-            axes.set(title=f"{len(digits.labels):,} {name} images", ylabel="images of the class")
-            axes.tick_params("x", rotation=45)
-            axes.grid(visible=False, axis="x")
-    return figure
-
-
-def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
-    """How far the means of ghost batches scatter, by the depth of their layer: a line for each number of splits.
-
-    Args:
-        scatter: as `ghost_scatter` gives it: a row a layer, a column a number of splits.
-    """
-    with rc_context(STYLE):
-        axes = _panel((8, 3.8), ax)
-        for alpha, splits in zip(np.linspace(0.4, 1, scatter.shape[1]), scatter, strict=True):
-            look = {"color": COLORS["gbn"], "marker": "o", "alpha": alpha, "linewidth": 2}
-            axes.plot(scatter.index, scatter[splits], label=f"{splits} splits", **look)
-        axes.set_xticks(list(scatter.index))
-        axes.set(
-            xlabel="normalisation layer", ylabel="scatter of the ghosts' means\n(SDs of the channel)", ylim=(0, None)
-        )
-        axes.legend(frameon=False)
-        axes.set_title(title)
-    return axes.figure
-
-
-def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
-    """How frequent each level of ink is, in images (N, H, W) of each name; the background is left out."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    with rc_context(STYLE):
-        axes = figure.subplots()
-        for (name, grey), color in zip(images.items(), COLORS.values(), strict=False):
-            ink = grey[grey > 0].float().numpy()
-            axes.hist(ink, np.arange(0, 257, 8), histtype="step", label=name, color=color, linewidth=1.8)
-        axes.set(xlabel="grey level (255: full ink)", ylabel="pixels")
-        axes.legend(frameon=False, loc="upper center")
-    return figure
 
 
 def plot_confusion(
@@ -305,7 +235,7 @@ def plot_confusion(
 ) -> Figure:
     """Errors by actual and predicted class; the correct predictions, on the diagonal, are left blank."""
     with rc_context(STYLE):
-        axes = _panel((7, 5.6), ax)
+        axes = panel((7, 5.6), ax)
         labels = {"xticklabels": class_names, "yticklabels": class_names, "cbar_kws": {"label": "errors"}}
         # Nothing on the diagonal, and no zeros: what remains to be read is the errors.
         hidden = np.eye(len(matrix), dtype=bool) | (matrix == 0)
@@ -318,7 +248,7 @@ def plot_confusion(
     return axes.figure
 
 
-def _panel(size: tuple[float, float], ax: Axes | None) -> Axes:
+def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
     """The panel to draw on: the one given, or that of a new figure."""
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
 
@@ -335,7 +265,7 @@ def plot_replication(
     statistics = condition_statistics(outcomes)
     colors = colors_of(list(outcomes))
     with rc_context(STYLE):
-        axes = _panel((10, 1.2 + 0.6 * len(statistics)), ax)
+        axes = panel((10, 1.2 + 0.6 * len(statistics)), ax)
         for row in statistics.itertuples():
             color = colors[row.condition]
             below = row.Index + np.linspace(0.2, 0.38, row.n)  # one above the other, so that equal runs show
@@ -346,9 +276,9 @@ def plot_replication(
         axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
-        _label_rows(axes, [_label(slug, labels) for slug in outcomes], means)
+        label_rows(axes, [label_of(slug, labels) for slug in outcomes], means)
         _draw_scale(axes)
-        axes.set_title(_joined(title, "\n", f"{len(outcomes)} seeds: {DOTS}"))
+        axes.set_title(join_words(title, "\n", f"{len(outcomes)} seeds: {DOTS}"))
     return axes.figure
 
 
@@ -379,25 +309,25 @@ def plot_differences(
     """
     comparisons = _by_group(outcomes, groups or dict.fromkeys(outcomes, ""))
     with rc_context(STYLE):
-        axes = _panel((10, 1.5 + 0.36 * len(comparisons)), ax)
+        axes = panel((10, 1.5 + 0.36 * len(comparisons)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in comparisons.itertuples():
             color = COLORS["gbn"] if row.p_holm <= 0.05 else COLORS["bn"]
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
             axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
-        _separate(axes, comparisons["group"])
+        separate_groups(axes, comparisons["group"])
         names = [
-            f"{_label(row.first, labels)}  minus  {_label(row.second, labels)}" for row in comparisons.itertuples()
+            f"{label_of(row.first, labels)}  minus  {label_of(row.second, labels)}" for row in comparisons.itertuples()
         ]
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
         beside = [f"{row.difference:+.3f}   {row.p:.3f}   {row.p_holm:.2f}" for row in comparisons.itertuples()]
-        _label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
+        label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
         header = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 10}
         axes.text(1.015, -0.95, f"points   p alone   among {len(names)}", color="#555555", **header)
         found = (comparisons["p_holm"] <= 0.05).sum()
         stand = f"{len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
-        axes.set_title(_joined(title, ", ", stand), pad=18)
+        axes.set_title(join_words(title, ", ", stand), pad=18)
     return axes.figure
 
 
@@ -410,15 +340,15 @@ def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame
     return comparisons.sort_values(["group", "difference"], ascending=[True, False], ignore_index=True)
 
 
-def _joined(title: str, mark: str, text: str) -> str:
+def join_words(title: str, mark: str, text: str) -> str:
     return f"{title}{mark}{text}" if title else text
 
 
-def _label(slug: str, labels: Mapping[str, str] | None) -> str:
+def label_of(slug: str, labels: Mapping[str, str] | None) -> str:
     return (labels or {}).get(slug, slug)
 
 
-def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
+def label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
     """One row a name, the first on top, and a text right of the panel beside each."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -427,36 +357,10 @@ def _label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
 
 
-def _separate(axes: Axes, groups: pd.Series) -> None:
+def separate_groups(axes: Axes, groups: pd.Series) -> None:
     """A line wherever the rows of one group end and those of the next begin."""
     for row in np.flatnonzero(groups != groups.shift())[1:]:
         axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
-
-
-def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None) -> Figure:
-    """What each seed alone would have reported: the accuracies of one run of each condition, the best one ringed.
-
-    Args: as in `plot_replication`.
-    """
-    colors, best = colors_of(list(outcomes)), outcomes.eq(outcomes.max(axis=1), axis=0)
-    with rc_context(STYLE):
-        axes = _panel((10, 4.4), ax)
-        for place, slug in enumerate(outcomes):
-            aside = np.arange(len(outcomes)) + 0.11 * (place - (outcomes.shape[1] - 1) / 2)
-            axes.plot(aside, outcomes[slug], "o", color=colors[slug], markersize=6, label=_label(slug, labels))
-            ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "#222222"}
-            axes.plot(aside[best[slug]], outcomes.loc[best[slug], slug], "o", **ring)
-        axes.set_xticks(range(len(outcomes)), outcomes.index)
-        axes.grid(visible=False, axis="x")
-        for seed in range(1, len(outcomes)):
-            axes.axvline(seed - 0.5, color="#E6E6E6", linewidth=1)
-        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
-        axes.set(xlabel="seed: one study of one run each", ylabel="test accuracy at the last epoch")
-        axes.figure.legend(loc="outside lower center", ncols=min(6, outcomes.shape[1]), frameon=False)
-        axes.set_title(
-            f"{len(outcomes)} studies, {best.any().sum()} of {outcomes.shape[1]} conditions win one (ringed)"
-        )
-    return axes.figure
 
 
 def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | None = None) -> Figure:
@@ -468,7 +372,7 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     edges = np.linspace(*(1.02 * max(found, flips.index.max()) * np.array([-1, 1])), 42)
     far = np.abs(flips.index) >= found - 2e-6 * np.abs(differences).sum()  # to which the means are rounded
     with rc_context(STYLE):
-        axes = _panel((9, 4), ax)
+        axes = panel((9, 4), ax)
         parts = [flips.index[~far], flips.index[far]]
         axes.hist(parts, edges, weights=[flips[~far], flips[far]], stacked=True, color=["#BBBBBB", COLORS["gbn"]])
         axes.axvline(np.mean(differences), color="#222222", linewidth=1.5)
@@ -483,138 +387,5 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
         share = f"in colour: as far from 0 as what was found, {flips[far].sum():.1%} of all {2 ** len(differences):,}"
-        axes.set_title(_joined(title, "\n", share))
-    return axes.figure
-
-
-def plot_answers(
-    answers: pd.DataFrame,
-    margin: float,
-    questions: Mapping[str, str] | None = None,
-    title: str = "",
-    ax: Axes | None = None,
-) -> Figure:
-    """Preregistered answers: each mean difference with its 90% (thick) and 95% t interval, and the margin in grey.
-
-    Args:
-        answers: a row a question: question, n, mean, low_90, high_90, low_95, high_95, said.
-        margin: in points, the largest difference that does not matter.
-        questions: in words; by default as they are named in the table.
-    """
-    with rc_context(STYLE):
-        axes = _panel((10, 1.6 + 0.5 * len(answers)), ax)
-        axes.axvspan(-margin, margin, color="#EEEEEE", linewidth=0)
-        axes.axvline(0, color="#333333", linewidth=1)
-        for row in answers.reset_index(drop=True).itertuples():
-            color = COLORS["l1-bn"]
-            axes.plot([row.low_95, row.high_95], [row.Index] * 2, color=color, linewidth=1.5)
-            axes.plot([row.low_90, row.high_90], [row.Index] * 2, color=color, linewidth=5, solid_capstyle="butt")
-            axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
-        names = [f"{_label(row.question, questions)} (n = {row.n})" for row in answers.itertuples()]
-        _label_rows(axes, names, list(answers["said"]))
-        axes.set_xlabel(
-            f"difference in test accuracy, in points; grey: within \N{PLUS-MINUS SIGN}{margin:g}, "
-            "thick: 90%, thin: 95% interval"
-        )
-        axes.set_title(title)
-    return axes.figure
-
-
-def plot_split_sweep(
-    outcomes: pd.DataFrame, splits: Mapping[str, int], batch_size: int, title: str = "", ax: Axes | None = None
-) -> Figure:
-    """Accuracy by the number of ghost batches, 1 being BatchNorm: every run, and the means with their 95% intervals.
-
-    Args:
-        outcomes: accuracies in percent, a row a seed, a column a condition.
-        splits: the number of ghost batches of each condition.
-        batch_size: images in a batch.
-
-    Raises ValueError if a condition is not in splits.
-    """
-    if missing := [slug for slug in outcomes if slug not in splits]:
-        raise ValueError(f"splits lacks the number of ghost batches of {', '.join(missing)}: give 1 for BatchNorm")
-    statistics = condition_statistics(outcomes)
-    statistics["splits"] = statistics["condition"].map(splits)
-    statistics = statistics.sort_values("splits", ignore_index=True)
-    with rc_context(STYLE):
-        axes = _panel((8, 4.2), ax)
-        for row in statistics.itertuples():
-            dots = {"color": COLORS["gbn"], "alpha": 0.45, "markersize": 6}
-            axes.plot([0.93 * row.splits] * row.n, outcomes[row.condition], "o", **dots)  # left of the interval
-        error = [statistics["mean"] - statistics["low"], statistics["high"] - statistics["mean"]]
-        axes.errorbar(statistics["splits"], statistics["mean"], error, color=COLORS["gbn"], marker="D", capsize=4)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(statistics["splits"], [f"{count}\n({batch_size // count})" for count in statistics["splits"]])
-        axes.set_xlabel("splits of the batch (images in each ghost batch); 1 is BatchNorm")
-        axes.set_ylabel("test accuracy at the last epoch")
-        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
-        axes.set_title(_joined(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
-    return axes.figure
-
-
-def plot_frontier(
-    runs: pd.DataFrame, reported: pd.DataFrame, goal: float, title: str = "", ax: Axes | None = None
-) -> Figure:
-    """Accuracy by the number of parameters: every run, the means with their 95% intervals, and what others reported.
-
-    Args:
-        runs: a row a run: network (of six at most), parameters, accuracy (percent).
-        reported: a row a report, of one run: parameters, accuracy (percent), kind ("last" or "best" epoch, "claim").
-        goal: an accuracy in percent, drawn as a line.
-    """
-    with rc_context(STYLE):
-        axes = _panel((9.5, 5.4), ax)
-        axes.axhline(goal, color="#333333", linewidth=1, linestyle="--")
-        axes.text(0.005, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", fontsize=10)
-        markers = {
-            "last": ("s", "reported, one run, last epoch"),
-            "best": ("^", "reported, best epoch or best run"),
-            "claim": ("x", "claimed, without a log"),
-        }
-        for kind, (marker, label) in markers.items():
-            rows = reported[reported["kind"] == kind]
-            axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
-        sides = 3 * (1.025, 0.975)  # of two networks of about one size, the runs stand right and left
-        networks = runs.groupby("network", sort=False)
-        for (network, rows), color, side in zip(networks, COLORS.values(), sides, strict=False):
-            _draw_sizes(axes, rows, f"{network}: mean with its 95% interval", color, side)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
-        axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
-        axes.legend(loc="lower left", fontsize=10)
-    return axes.figure
-
-
-def _draw_sizes(axes: Axes, runs: pd.DataFrame, label: str, color: str, side: float) -> None:
-    """One network's runs as dots, beside the mean of each of its sizes with its 95% interval."""
-    axes.plot(side * runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.45, markersize=5)
-    sizes = runs.groupby("parameters")["accuracy"]
-    means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
-    error = np.abs(ends.T - means.to_numpy())
-    look = {"color": color, "marker": "D", "markeredgecolor": "white", "capsize": 4}
-    axes.errorbar(means.index, means, error, label=label, **look)
-
-
-def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
-    """What each change earns: mean differences, with their 95% intervals, a row each, from the top.
-
-    Args:
-        gains: a row a change: label, group (of six at most), n (pairs), mean, low, high (points).
-    """
-    colors = dict(zip(gains["group"].unique(), COLORS.values(), strict=False))
-    with rc_context(STYLE):
-        axes = _panel((9.5, 1.5 + 0.36 * len(gains)), ax)
-        axes.axvline(0, color="#333333", linewidth=1)
-        for row in gains.reset_index(drop=True).itertuples():
-            axes.plot([row.low, row.high], [row.Index] * 2, color=colors[row.group], linewidth=2)
-            axes.plot(row.mean, row.Index, "D", color=colors[row.group], markeredgecolor="white", markersize=8)
-        _separate(axes, gains["group"])
-        beside = [f"{row.mean:+.3f}  (n = {row.n})".replace("-", "\N{MINUS SIGN}") for row in gains.itertuples()]
-        _label_rows(axes, list(gains["label"]), beside)
-        axes.set_xlabel("gain in test accuracy, in points: mean of paired differences, 95% interval")
-        axes.set_title(title)
+        axes.set_title(join_words(title, "\n", share))
     return axes.figure

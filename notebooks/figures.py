@@ -1,0 +1,246 @@
+"""Figures that one notebook alone draws; those that any study can use are in s6lib.plots."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from torch import Tensor
+
+from s6lib.data import Digits
+from s6lib.plots import COLORS, DOTS, STYLE, colors_of, join_words, label_of, label_rows, panel, separate_groups
+from s6lib.statistics import condition_statistics, mean_interval
+
+
+def plot_penalties(l1: float, l2: float) -> Figure:
+    """The two penalties of one weight, and how hard each pulls it towards zero, which is the size of its gradient."""
+    sizes = np.linspace(-2, 2, 401)
+    curves = {
+        "l1-bn": ("L1", l1 * np.abs(sizes), np.full(401, l1)),
+        "l2-bn": ("L2", l2 * sizes**2, 2 * l2 * np.abs(sizes)),
+    }
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    with rc_context(STYLE):
+        left, right = figure.subplots(1, 2)
+        for slug, (name, penalty, pull) in curves.items():
+            left.plot(sizes, penalty, color=COLORS[slug], label=name, linewidth=2.5)
+            right.plot(sizes, pull, color=COLORS[slug], label=name, linewidth=2.5)
+        left.set(title=f"penalty: {l1:g} |w| and {l2:g} w²", xlabel="weight w", ylabel="added to the loss")
+        right.set(title="pull towards zero", xlabel="weight w", ylabel="size of the gradient")
+        crossing = l1 / (2 * l2)
+        right.annotate(
+            f"alike at |w| = {crossing:g}", (crossing, l1), (0.37, 0.9), textcoords="axes fraction",
+            arrowprops={"arrowstyle": "->", "color": "#666666"}, fontsize=10,
+        )  # fmt: skip
+        left.legend(frameon=False)
+        for axes in (left, right):
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return figure
+
+
+def plot_class_balance(train: Digits, test: Digits) -> Figure:
+    """How many images of each class the two parts of a data set hold."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    with rc_context(STYLE):
+        for axes, digits, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
+            counts = digits.labels.bincount(minlength=len(digits.class_names))
+            axes.bar(digits.class_names, counts.numpy(), color=COLORS["l1-bn"])
+            axes.set(title=f"{len(digits.labels):,} {name} images", ylabel="images of the class")
+            axes.tick_params("x", rotation=45)
+            axes.grid(visible=False, axis="x")
+    return figure
+
+
+def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+    """How far the means of ghost batches scatter, by the depth of their layer: a line for each number of splits.
+
+    Args:
+        scatter: as `ghost_scatter` gives it: a row a layer, a column a number of splits.
+    """
+    with rc_context(STYLE):
+        axes = panel((8, 3.8), ax)
+        for alpha, splits in zip(np.linspace(0.4, 1, scatter.shape[1]), scatter, strict=True):
+            look = {"color": COLORS["gbn"], "marker": "o", "alpha": alpha, "linewidth": 2}
+            axes.plot(scatter.index, scatter[splits], label=f"{splits} splits", **look)
+        axes.set_xticks(list(scatter.index))
+        axes.set(
+            xlabel="normalisation layer", ylabel="scatter of the ghosts' means\n(SDs of the channel)", ylim=(0, None)
+        )
+        axes.legend(frameon=False)
+        axes.set_title(title)
+    return axes.figure
+
+
+def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
+    """How frequent each level of ink is, in images (N, H, W) of each name; the background is left out."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        for (name, grey), color in zip(images.items(), COLORS.values(), strict=False):
+            ink = grey[grey > 0].float().numpy()
+            axes.hist(ink, np.arange(0, 257, 8), histtype="step", label=name, color=color, linewidth=1.8)
+        axes.set(xlabel="grey level (255: full ink)", ylabel="pixels")
+        axes.legend(frameon=False, loc="upper center")
+    return figure
+
+
+def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None) -> Figure:
+    """What each seed alone would have reported: the accuracies of one run of each condition, the best one ringed.
+
+    Args: as in `plot_replication`.
+    """
+    colors, best = colors_of(list(outcomes)), outcomes.eq(outcomes.max(axis=1), axis=0)
+    with rc_context(STYLE):
+        axes = panel((10, 4.4), ax)
+        for place, slug in enumerate(outcomes):
+            aside = np.arange(len(outcomes)) + 0.11 * (place - (outcomes.shape[1] - 1) / 2)
+            axes.plot(aside, outcomes[slug], "o", color=colors[slug], markersize=6, label=label_of(slug, labels))
+            ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "#222222"}
+            axes.plot(aside[best[slug]], outcomes.loc[best[slug], slug], "o", **ring)
+        axes.set_xticks(range(len(outcomes)), outcomes.index)
+        axes.grid(visible=False, axis="x")
+        for seed in range(1, len(outcomes)):
+            axes.axvline(seed - 0.5, color="#E6E6E6", linewidth=1)
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
+        axes.set(xlabel="seed: one study of one run each", ylabel="test accuracy at the last epoch")
+        axes.figure.legend(loc="outside lower center", ncols=min(6, outcomes.shape[1]), frameon=False)
+        axes.set_title(
+            f"{len(outcomes)} studies, {best.any().sum()} of {outcomes.shape[1]} conditions win one (ringed)"
+        )
+    return axes.figure
+
+
+def plot_answers(
+    answers: pd.DataFrame,
+    margin: float,
+    questions: Mapping[str, str] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """Preregistered answers: each mean difference with its 90% (thick) and 95% t interval, and the margin in grey.
+
+    Args:
+        answers: a row a question: question, n, mean, low_90, high_90, low_95, high_95, said.
+        margin: in points, the largest difference that does not matter.
+        questions: in words; by default as they are named in the table.
+    """
+    with rc_context(STYLE):
+        axes = panel((10, 1.6 + 0.5 * len(answers)), ax)
+        axes.axvspan(-margin, margin, color="#EEEEEE", linewidth=0)
+        axes.axvline(0, color="#333333", linewidth=1)
+        for row in answers.reset_index(drop=True).itertuples():
+            color = COLORS["l1-bn"]
+            axes.plot([row.low_95, row.high_95], [row.Index] * 2, color=color, linewidth=1.5)
+            axes.plot([row.low_90, row.high_90], [row.Index] * 2, color=color, linewidth=5, solid_capstyle="butt")
+            axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
+        names = [f"{label_of(row.question, questions)} (n = {row.n})" for row in answers.itertuples()]
+        label_rows(axes, names, list(answers["said"]))
+        axes.set_xlabel(
+            f"difference in test accuracy, in points; grey: within \N{PLUS-MINUS SIGN}{margin:g}, "
+            "thick: 90%, thin: 95% interval"
+        )
+        axes.set_title(title)
+    return axes.figure
+
+
+def plot_split_sweep(
+    outcomes: pd.DataFrame, splits: Mapping[str, int], batch_size: int, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Accuracy by the number of ghost batches, 1 being BatchNorm: every run, and the means with their 95% intervals.
+
+    Args:
+        outcomes: accuracies in percent, a row a seed, a column a condition.
+        splits: the number of ghost batches of each condition.
+        batch_size: images in a batch.
+
+    Raises ValueError if a condition is not in splits.
+    """
+    if missing := [slug for slug in outcomes if slug not in splits]:
+        raise ValueError(f"splits lacks the number of ghost batches of {', '.join(missing)}: give 1 for BatchNorm")
+    statistics = condition_statistics(outcomes)
+    statistics["splits"] = statistics["condition"].map(splits)
+    statistics = statistics.sort_values("splits", ignore_index=True)
+    with rc_context(STYLE):
+        axes = panel((8, 4.2), ax)
+        for row in statistics.itertuples():
+            dots = {"color": COLORS["gbn"], "alpha": 0.45, "markersize": 6}
+            axes.plot([0.93 * row.splits] * row.n, outcomes[row.condition], "o", **dots)  # left of the interval
+        error = [statistics["mean"] - statistics["low"], statistics["high"] - statistics["mean"]]
+        axes.errorbar(statistics["splits"], statistics["mean"], error, color=COLORS["gbn"], marker="D", capsize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(statistics["splits"], [f"{count}\n({batch_size // count})" for count in statistics["splits"]])
+        axes.set_xlabel("splits of the batch (images in each ghost batch); 1 is BatchNorm")
+        axes.set_ylabel("test accuracy at the last epoch")
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
+        axes.set_title(join_words(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
+    return axes.figure
+
+
+def plot_frontier(
+    runs: pd.DataFrame, reported: pd.DataFrame, goal: float, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Accuracy by the number of parameters: every run, the means with their 95% intervals, and what others reported.
+
+    Args:
+        runs: a row a run: network (of six at most), parameters, accuracy (percent).
+        reported: a row a report, of one run: parameters, accuracy (percent), kind ("last" or "best" epoch, "claim").
+        goal: an accuracy in percent, drawn as a line.
+    """
+    with rc_context(STYLE):
+        axes = panel((9.5, 5.4), ax)
+        axes.axhline(goal, color="#333333", linewidth=1, linestyle="--")
+        axes.text(0.005, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", fontsize=10)
+        markers = {
+            "last": ("s", "reported, one run, last epoch"),
+            "best": ("^", "reported, best epoch or best run"),
+            "claim": ("x", "claimed, without a log"),
+        }
+        for kind, (marker, label) in markers.items():
+            rows = reported[reported["kind"] == kind]
+            axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
+        sides = 3 * (1.025, 0.975)  # of two networks of about one size, the runs stand right and left
+        networks = runs.groupby("network", sort=False)
+        for (network, rows), color, side in zip(networks, COLORS.values(), sides, strict=False):
+            _draw_sizes(axes, rows, f"{network}: mean with its 95% interval", color, side)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
+        axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
+        axes.legend(loc="lower left", fontsize=10)
+    return axes.figure
+
+
+def _draw_sizes(axes: Axes, runs: pd.DataFrame, label: str, color: str, side: float) -> None:
+    """One network's runs as dots, beside the mean of each of its sizes with its 95% interval."""
+    axes.plot(side * runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.45, markersize=5)
+    sizes = runs.groupby("parameters")["accuracy"]
+    means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
+    error = np.abs(ends.T - means.to_numpy())
+    look = {"color": color, "marker": "D", "markeredgecolor": "white", "capsize": 4}
+    axes.errorbar(means.index, means, error, label=label, **look)
+
+
+def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+    """What each change earns: mean differences, with their 95% intervals, a row each, from the top.
+
+    Args:
+        gains: a row a change: label, group (of six at most), n (pairs), mean, low, high (points).
+    """
+    colors = dict(zip(gains["group"].unique(), COLORS.values(), strict=False))
+    with rc_context(STYLE):
+        axes = panel((9.5, 1.5 + 0.36 * len(gains)), ax)
+        axes.axvline(0, color="#333333", linewidth=1)
+        for row in gains.reset_index(drop=True).itertuples():
+            axes.plot([row.low, row.high], [row.Index] * 2, color=colors[row.group], linewidth=2)
+            axes.plot(row.mean, row.Index, "D", color=colors[row.group], markeredgecolor="white", markersize=8)
+        separate_groups(axes, gains["group"])
+        beside = [f"{row.mean:+.3f}  (n = {row.n})".replace("-", "\N{MINUS SIGN}") for row in gains.itertuples()]
+        label_rows(axes, list(gains["label"]), beside)
+        axes.set_xlabel("gain in test accuracy, in points: mean of paired differences, 95% interval")
+        axes.set_title(title)
+    return axes.figure

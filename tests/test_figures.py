@@ -1,0 +1,163 @@
+"""Figures that one notebook alone draws."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from s6lib.data import PROJECT
+from s6lib.preregistered import answer
+from s6lib.statistics import condition_statistics, mean_interval
+
+sys.path.insert(0, str(PROJECT / "notebooks"))
+from figures import (
+    plot_answers,
+    plot_class_balance,
+    plot_frontier,
+    plot_gains,
+    plot_ghost_scatter,
+    plot_grey_levels,
+    plot_penalties,
+    plot_split_sweep,
+    plot_winners,
+)
+
+
+def test_winners_are_ringed_and_ties_share():
+    outcomes = pd.DataFrame({"a": [2.0, 1.0, 3.0], "b": [1.0, 1.0, 2.0], "c": [0.0, 0.5, 1.0]}, index=[1, 2, 3])
+    (axes,) = plot_winners(outcomes).axes
+    ringed = [len(line.get_xdata()) for line in axes.get_lines() if line.get_markerfacecolor() == "none"]
+    assert ringed == [3, 1, 0]
+    assert axes.get_title() == "3 studies, 2 of 3 conditions win one (ringed)"
+
+
+def test_answers_have_both_intervals_and_what_is_said():
+    rng = np.random.default_rng(1)
+    right = pd.DataFrame(
+        rng.integers(9940, 9960, (32, 6)), columns=["bn", "l1-l2-bn", "gbn", "l1-l2-gbn", "l1-bn", "l2-bn"]
+    )
+    found = answer(right, right)
+    (axes,) = plot_answers(found, 0.05, {"G": "what GBN costs"}, "answers").axes
+    lines = axes.get_lines()[1:]
+    for place, row in enumerate(found.itertuples()):
+        assert list(lines[3 * place].get_xdata()) == [row.low_95, row.high_95]
+        assert list(lines[3 * place + 1].get_xdata()) == [row.low_90, row.high_90]
+        assert axes.texts[place].get_text() == row.said
+    assert axes.get_yticklabels()[0].get_text() == "what GBN costs (n = 32)"
+    assert axes.get_title() == "answers"
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_width()) == (-0.05, 0.1)
+
+
+def test_class_balance_shows_the_counts(mnist):
+    train, test = plot_class_balance(*mnist).axes
+    assert [bar.get_height() for bar in train.patches] == mnist[0].labels.bincount().tolist()
+    assert [bar.get_height() for bar in test.patches] == mnist[1].labels.bincount().tolist()
+
+
+def test_the_scatter_of_ghosts_has_a_line_a_number_of_splits():
+    table = pd.DataFrame({4: [0.1, 0.2], 16: [0.2, 0.4]}, index=[1, 2])
+    (axes,) = plot_ghost_scatter(table).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["4 splits", "16 splits"]
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.1, 0.2], [0.2, 0.4]]
+
+
+def test_grey_levels_leave_out_the_background():
+    images = {"a": torch.tensor([[[0, 0], [9, 255]]]), "b": torch.tensor([[[0, 9], [9, 9]]])}
+    (axes,) = plot_grey_levels(images).axes
+    first, second = (patch.get_xy() for patch in axes.patches)
+    assert first[:, 1].max() == 1
+    assert second[:, 1].max() == 3
+
+
+def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
+    (axes,) = plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1, "gbn": 4}, 64).axes
+    means = condition_statistics(tiny_study.outcomes()).set_index("condition")["mean"]
+    curve = axes.containers[0].lines[0]
+    assert curve.get_xdata().tolist() == [1, 4]
+    assert curve.get_ydata().tolist() == [means["l1-bn"], means["gbn"]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n(64)", "4\n(16)"]
+
+
+def test_a_sweep_needs_the_splits_of_every_condition(tiny_study):
+    with pytest.raises(ValueError, match="splits lacks the number of ghost batches of gbn"):
+        plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1}, 64)
+
+
+def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
+    runs = pd.DataFrame(
+        {
+            "network": ["Net"] * 5 + ["Other"] * 2,
+            "parameters": [100, 100, 100, 900, 900, 850, 850],
+            "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6, 99.7, 99.8],
+        }
+    )
+    reported = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
+    (axes,) = plot_frontier(runs, reported, 99.4, "sizes").axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    dots = [line.get_ydata().tolist() for line in axes.get_lines() if line.get_alpha() == 0.45]
+    assert dots == [[99.0, 99.1, 99.3, 99.5, 99.6], [99.7, 99.8]]
+    assert lines["reported, one run, last epoch"].get_xdata().tolist() == [50]
+    assert lines["claimed, without a log"].get_ydata().tolist() == [98.5]
+    net, other = axes.containers
+    assert net.lines[0].get_ydata().tolist() == pytest.approx([297.4 / 3, 99.55])
+    assert (net.get_label(), other.get_label()) == (
+        "Net: mean with its 95% interval",
+        "Other: mean with its 95% interval",
+    )
+    low, high = (point[1] for point in net.lines[2][0].get_segments()[0])
+    assert (low, high) == pytest.approx(mean_interval([99.0, 99.1, 99.3]))
+    assert any(line.get_ydata() == [99.4, 99.4] for line in axes.get_lines())
+
+
+def test_gains_stand_in_rows_with_their_intervals_and_a_line_between_groups():
+    gains = pd.DataFrame(
+        [
+            ("more", "change", 5, 0.1, 0.05, 0.15),
+            ("less", "change", 5, -0.1, -0.2, 0.0),
+            ("other", "b", 9, 0, -1, 1),
+        ],
+        columns=["label", "group", "n", "mean", "low", "high"],
+    )
+    (axes,) = plot_gains(gains, "gains").axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["more", "less", "other"]
+    assert [text.get_text() for text in axes.texts] == [
+        "+0.100  (n = 5)",
+        "\N{MINUS SIGN}0.100  (n = 5)",
+        "+0.000  (n = 9)",
+    ]
+    bars = [list(line.get_xdata()) for line in axes.get_lines() if line.get_linewidth() == 2]
+    assert bars == [[0.05, 0.15], [-0.2, 0.0], [-1, 1]]
+    edges = [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
+    assert edges == [1.5]
+
+
+def test_penalties_and_their_pulls_are_those_of_autograd():
+    left, right = plot_penalties(2e-4, 1e-4).axes
+    for lines, penalty in zip(
+        zip(left.get_lines(), right.get_lines(), strict=True),
+        (lambda w: 2e-4 * w.abs(), lambda w: 1e-4 * w**2),
+        strict=True,
+    ):
+        weights = torch.tensor(lines[0].get_xdata(), requires_grad=True)
+        value = penalty(weights)
+        value.sum().backward()
+        assert lines[0].get_ydata() == pytest.approx(value.detach().numpy())
+        nonzero = weights.detach().numpy() != 0  # at zero |w| has no gradient
+        assert lines[1].get_ydata()[nonzero] == pytest.approx(weights.grad.abs().numpy()[nonzero])
+    assert right.texts[0].get_text() == "alike at |w| = 1"
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [plot_winners, lambda outcomes, ax: plot_split_sweep(outcomes, {"l1-bn": 1, "gbn": 4}, 64, ax=ax)],
+)
+def test_a_panel_may_be_given(tiny_study, plot):
+    figure = Figure()
+    other, panel = figure.subplots(1, 2)
+    assert plot(tiny_study.outcomes(), ax=panel) is figure
+    assert panel.has_data()
+    assert not other.has_data()
