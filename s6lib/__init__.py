@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s6lib.data import load_mnist
+    from s6lib.data import Dataset, load_mnist
     from s6lib.errors import S6Error
     from s6lib.lab.launch import run_study
     from s6lib.models import BottleneckNet, PlainNet, SeparableNet
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "recipes": ("ALL_CONDITIONS", "BOTTLENECK", "CONDITIONS", "CONTROL", "PLAIN", "Condition", "Recipe"),
-    "data": ("load_mnist",),
+    "data": ("Dataset", "load_mnist"),
     "errors": ("S6Error",),
     "lab.launch": ("run_study",),
     "models": ("BottleneckNet", "PlainNet", "SeparableNet"),
@@ -31,6 +31,7 @@ __all__ = [
     "PLAIN",
     "BottleneckNet",
     "Condition",
+    "Dataset",
     "GhostBatchNorm",
     "PlainNet",
     "Recipe",

@@ -115,7 +115,7 @@ def _own(file: str) -> tuple["Recipe", list["Condition"]]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's own code: any
-        raise StudyError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+        raise StudyError(f"{file} cannot be imported: {type(error).__name__}: {error}") from None
     recipe, conditions = getattr(module, "RECIPE", None), getattr(module, "CONDITIONS", None)
     if not isinstance(recipe, Recipe):
         raise StudyError(f"{file} must define RECIPE, a s6lib.Recipe, not {recipe!r}")
@@ -141,7 +141,7 @@ def _asked(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
     try:
         recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
-        raise StudyError(str(error)) from error
+        raise StudyError(str(error)) from None
     return recipe, conditions
 
 

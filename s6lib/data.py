@@ -130,7 +130,7 @@ def _called(data: Callable[[], Dataset]) -> Dataset:
     try:
         made = data()
     except Exception as error:  # the user's own code: any
-        raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from error
+        raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from None
     if not isinstance(made, tuple | list) or len(made) != len(Dataset._fields):
         raise DataError(f"data must return {', '.join(Dataset._fields)}, not {type(made).__name__}")
     *arrays, class_names = made
@@ -188,7 +188,7 @@ def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> 
         raise DataError(
             f"the test digits of QMNIST could not be downloaded to, or read from, {Path(root) / 'QMNIST'}. Try again "
             f"with a network; if a file there is damaged, delete the folder first. What failed: {error!r}"
-        ) from error
+        ) from None
     return Digits(qmnist.data.to(device), qmnist.targets[:, 0].to(device))
 
 
@@ -243,7 +243,7 @@ def _download(archives: list[Path]) -> None:
             f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
             "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network. "
             f"What failed: {error}"
-        ) from error
+        ) from None
 
 
 def _download_from_a_mirror(archive: Path) -> None:

@@ -195,10 +195,10 @@ class Study:
             raise StudyError(str(error)) from None
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
-        except Exception as error:  # a dozen kinds, by what the file is instead
+        except Exception:  # a dozen kinds, by what the file is instead
             network = name_of(self.recipe.network)
             path = found.folder / "weights.pt"
-            raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from error
+            raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from None
         if is_own(run):
             self._require_saved_predictions(model, found)
         return model.eval()
@@ -234,8 +234,8 @@ class Study:
         folder = self._run(condition, seed).folder
         try:
             return np.load(read_result(folder, "predictions.npy"), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DamagedFile(f"{folder / 'predictions.npy'} is not an array of numbers, and is not trusted") from error
+        except (ValueError, EOFError, OSError):
+            raise DamagedFile(f"{folder / 'predictions.npy'} is not an array of numbers, and is not trusted") from None
 
     def check(self) -> None:
         """Read every file of every run. Raises DamagedFile if one is missing or not what was written."""
@@ -247,8 +247,8 @@ class Study:
         folder = self._found[condition, seed].folder
         try:
             table = pd.read_csv(read_result(folder, "history.csv"))
-        except pd.errors.ParserError as error:
-            raise DamagedFile(f"{folder / 'history.csv'} is no table") from error
+        except pd.errors.ParserError:
+            raise DamagedFile(f"{folder / 'history.csv'} is no table") from None
         except pd.errors.EmptyDataError:
             table = pd.DataFrame()
         if tuple(table.columns) != COLUMNS or table.empty:
@@ -282,7 +282,7 @@ def _found(folder: Path) -> _Found:
         recipe, condition = recorded_recipe(about["recipe"]), recorded_condition(about["condition"])
         run = _Found(folder, about, recipe, condition, about["seed"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from error
+        raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from None
     found = run.recipe.name, run.condition.slug, f"seed-{run.seed}"
     if found != folder.parts[-3:]:
         raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import traceback
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from s6lib.train import predict_logits, train_step
 
 STEPS = 3  # and one more, on a batch of the last one's size
 TOLERANCE = 1e-4  # relative; Python 3.11 with torch 2.14 and 3.12 with 2.11 differ by 2e-7
+PACKAGE = Path(__file__).parents[1]
 SHARES = [share / 20 for share in range(20)]  # of the training done, at which a schedule of the user's is looked at
 EVALUATED = 250  # test images
 
@@ -120,7 +123,14 @@ def _named(what: str) -> Iterator[None]:
         raise SettingError(message if message.startswith(what.partition(")")[0]) else f"{what}: {message}") from None
     except Exception as error:  # of the user's own code: any
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise SettingError(f"{what}: {type(error).__name__}: {reason}") from error
+        raise SettingError(f"{what}: {type(error).__name__}: {reason}{_place(error)}") from None
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's code an error came from, if that is not a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and str(PACKAGE) not in frame.filename]
+    return f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
 
 
 def _require_equal_builds(first: nn.Module, second: nn.Module) -> None:

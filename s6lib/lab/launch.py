@@ -45,7 +45,7 @@ def run_study(
     job, the runs take turns in this process.
 
     An `executor`, any of concurrent.futures, takes the runs instead, `jobs` of them at a time (by default all). Its
-    workers need s6lib and the digits; a network of one's own travels to them. They need no disk shared with this
+    workers need s6lib and the data set; your own code travels to them. They need no disk shared with this
     process, which writes the folder; where they do share it, runs there go on from their last whole epoch too.
 
     A condition may be given by the slug of a built-in one, and a single seed as a number.
@@ -151,7 +151,7 @@ def _only_study_in(out: Path) -> Iterator[str]:
     except Timeout:
         raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
     except OSError as error:
-        raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from error
+        raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from None
     with lock:
         try:
             yield token.name

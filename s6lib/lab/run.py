@@ -76,7 +76,7 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
                 raise RunError(
                     f"{run}: the loss is not finite at epoch {epoch}, step {error.step}; lower the learning rate or "
                     "the penalties"
-                ) from error
+                ) from None
             history.append(row)
             if _may_write_in(folder):
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})

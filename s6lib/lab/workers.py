@@ -236,12 +236,12 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
     """
     try:
         from distributed import Client
-    except ImportError as error:
-        raise StudyError('a cluster needs Dask: pip install "s6lib[cluster]"') from error
+    except ImportError:
+        raise StudyError('a cluster needs Dask: pip install "s6lib[cluster]"') from None
     try:
         client = Client(scheduler, set_as_default=False)
     except OSError as error:
-        raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from error
+        raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
     # Of what goes wrong the runs tell, in a line each; Dask tells it in pages.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with client:
