@@ -7,37 +7,54 @@ import test_norm
 
 from s6lib.data import PROJECT
 
-AVERAGE = "mean, variance = weighted.sum(1)"
 DEFINITION = test_norm.test_equals_the_definition_over_steps
+SIZE = test_norm.test_a_ghost_size_makes_as_few_even_ghosts_as_it_allows
 MUTATIONS = {
-    "ghosts in another order": ("torch.cat(ghosts)", "torch.cat(ghosts[::-1])", DEFINITION),
+    "ghosts in another order": ("torch.cat(outputs)", "torch.cat(outputs[::-1])", DEFINITION),
     "samples dealt out in turn": (
-        "input.split(sizes), *statistics",
-        "[input[ghost::splits] for ghost in range(splits)], *statistics",
+        "input.unflatten(0, (ghosts, -1)).transpose(0, 1)",
+        "input.unflatten(0, (-1, ghosts))",
         test_norm.test_a_sample_influences_its_own_ghost_only,
     ),
-    "biased running variance": (AVERAGE, f"{AVERAGE}\n        variance *= degrees[0] / counts[0]", DEFINITION),
-    "momentum times splits": (
-        "step = self.momentum\n",
-        "step = self.momentum and min(1, self.momentum * self.num_splits)\n",
+    "ghosts left side by side": ("folded.transpose(0, 1).flatten(0, 1)", "folded.flatten(0, 1)", DEFINITION),
+    "biased running variance": (
+        "_uneven_average(statistics, samples, values)",
+        "(statistics[0].mean(0), statistics[1].mean(0) * (1 - splits / (samples * values)))",
         DEFINITION,
     ),
-    "output not normalised": ("return torch.cat(ghosts)", "return input + 0", DEFINITION),
-    "weight not applied": ("variance, self.weight, self.bias", "variance, None, self.bias", DEFINITION),
-    "uneven ghosts weigh the same": ("if counts[0] == counts[-1]:", "if True:", DEFINITION),
-    "larger ghosts taken for the last": ("counts.count(counts[0])", "counts.count(counts[-1])", DEFINITION),
-    "variance weighted by n": ("[count - 1 for count", "[count for count", DEFINITION),
+    "momentum times splits": (
+        "variance.lerp_(averages[1], step)",
+        "variance.lerp_(averages[1], min(1, step * splits))",
+        DEFINITION,
+    ),
+    "a step per ghost": ("momentum, average = 1 / splits, torch.sum", "momentum, average = 1.0, torch.sum", DEFINITION),
+    "output not normalised": ("        return output\n", "        return input + 0\n", DEFINITION),
+    "weight not applied": ("variance, weight, bias, True", "variance, None, bias, True", DEFINITION),
+    "weights in another order": (
+        "tensor.expand(ghosts, -1).flatten()",
+        "tensor.repeat_interleave(ghosts)",
+        DEFINITION,
+    ),
+    "uneven ghosts weigh the same": (
+        "even, step, momentum, average = samples % splits == 0,",
+        "even, step, momentum, average = True,",
+        DEFINITION,
+    ),
+    "larger ghosts taken for the last": ("last[0].lerp(first[0]", "first[0].lerp(last[0]", DEFINITION),
+    "variance weighted by n": ("share * values - larger", "share * values", DEFINITION),
     "ghosts in evaluation": (
         "not self.training or splits <= 1",
         "splits <= 1",
         test_norm.test_evaluation_is_batchnorm_to_the_bit_and_changes_nothing,
     ),
-    "cumulative average ignored": ("self.num_batches_tracked.to(mean.dtype).reciprocal()", "0.1", DEFINITION),
+    "cumulative average ignored": ("batches.to(mean.dtype).reciprocal()", "0.1", DEFINITION),
     "buffers rebound": (
-        "self.running_mean.lerp_(mean, step)",
-        "self.running_mean = self.running_mean.lerp(mean, step)",
+        "mean.lerp_(averages[0], step)",
+        "self.running_mean = mean.lerp(averages[0], step)",
         DEFINITION,
     ),
+    "a ghost too few": ("-(-samples // self.ghost_size)", "samples // self.ghost_size", SIZE),
+    "a ghost too many": ("-(-samples // self.ghost_size)", "samples // self.ghost_size + 1", SIZE),
 }
 
 
