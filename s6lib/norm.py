@@ -164,12 +164,16 @@ class GhostBatchNorm(_BatchNorm):
             # overflow; and a graph exported in training, then switched to evaluation, must read BatchNorm's here.
             statistics = [tensor.repeat(ghosts) for tensor in (mean, variance) for ghosts, _ in parts]
             if self.momentum is not None:
-                momentum, step = self.momentum, 1.0
+                momentum, step = self.momentum, None
         output = self._normalise(input, parts, statistics, momentum)
         statistics = torch.cat(statistics).view(2, splits, -1)
         averages = average(statistics, 1).unbind() if even else _uneven_average(statistics, samples, values)
-        mean.lerp_(averages[0], step)
-        variance.lerp_(averages[1], step)
+        if step is None:  # taken
+            mean.copy_(averages[0])
+            variance.copy_(averages[1])
+        else:
+            mean.lerp_(averages[0], step)
+            variance.lerp_(averages[1], step)
         return output
 
     def _cut(self, input: Tensor, splits: int) -> list[tuple[int, int]]:

@@ -503,7 +503,8 @@ class TestEvaluation:
         images = 3 + 2 * torch.randn(8, 3, 8, 8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(copy.deepcopy(ghost), (images,)).module()
+            export = torch.export.export_for_training if torch.__version__ < "2.6" else torch.export.export
+            exported = export(copy.deepcopy(ghost), (images,)).module()
         for train in (True, False, True):
             torch.testing.assert_close(switched(exported, train)(images), ghost.train(train)(images))
             for name in ("running_mean", "running_var"):
