@@ -172,7 +172,7 @@ def test_runs_of_different_recipes_are_not_one_study(copy):
     about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
     about["recipe"]["epochs"] = 3
     write_results(folder, about, {name: (folder / name).read_bytes() for name in RESULTS})
-    with pytest.raises(StudyError, match=r"epochs = \d, not \d: it is not of one study"):
+    with pytest.raises(StudyError, match=r"was trained with different settings: epochs = \d, not \d"):
         Study(copy)
 
 
