@@ -1,6 +1,8 @@
 import contextlib
+import errno
 import os
 import random
+import stat
 import warnings
 
 import pytest
@@ -163,3 +165,17 @@ def test_weights_that_carry_code_are_refused(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(read_result(tmp_path, "weights.pt"), weights_only=True)
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_disk_that_cannot_sync_a_folder_will_do(tmp_path, monkeypatch):
+    """As CIFS and some FUSE: fsync of a folder answers EINVAL."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"

@@ -1,5 +1,6 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,28 @@ def test_a_finished_run_is_not_repeated(tiny_study, capsys):
     again = run_study(TINY, (L1_BN, GBN, GBN), (1, 2, 1), out, show_progress=True)
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
     assert_same_study(again, tiny_study)
+    assert capsys.readouterr().err == "all 4 runs are there\n"
+
+
+def test_what_a_killed_study_left_is_removed(tmp_path):
+    (tmp_path / ".study-0123").touch()
+    run_study(replace(TINY, epochs=1, train_images=64), GBN, 1, tmp_path, jobs=1, show_progress=False)
+    assert not list(tmp_path.glob(".study-*"))
+
+
+def test_a_folder_may_be_in_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = replace(TINY, epochs=1, train_images=64)
+    run_study(recipe, GBN, 1, "~/runs", jobs=1, show_progress=False)
+    assert (tmp_path / "runs" / "plain").exists()
+    assert Study("~/runs").runs == [("gbn", 1)]
+
+
+@pytest.mark.parametrize("jobs", [-1, 0, 1.5, "2", True])
+def test_a_number_of_jobs_that_is_none_is_refused(tmp_path, jobs):
+    with pytest.raises(StudyError, match=f"jobs must be a whole number from 1, or None for one a core, not {jobs!r}"):
+        run_study(TINY, GBN, 1, tmp_path / "out", jobs=jobs)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("seed", [-1, True, 1.0, "1", None])
@@ -241,6 +264,14 @@ def test_code_that_does_the_same_is_accepted(own_study):
 def with_two_groups(channels):
     """Another name, other words."""
     return nn.GroupNorm(num_groups=1 + 1, num_channels=channels)
+
+
+def test_threads_train_the_users_code_and_leave_it_as_it_is(own_study, tmp_path):
+    before = vars(Own).copy()
+    with ThreadPoolExecutor(2) as executor:
+        study = run_study(OWN, OWN_CONDITIONS, (1, 2), tmp_path, executor=executor, show_progress=False)
+    assert_same_study(study, own_study)
+    assert dict(vars(Own)) == before
 
 
 def test_a_stopped_run_of_ones_own_goes_on(own_study, tmp_path):

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -197,3 +198,25 @@ def test_help_is_quick_since_it_imports_no_torch():
 def test_help_names_the_recipes_and_conditions_that_there_are():
     assert tuple(RECIPES) == RECIPE_NAMES
     assert tuple(ALL_CONDITIONS) == SLUGS
+
+
+GREEK = """
+import s6lib
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
+RECIPE = s6lib.Recipe("mine", network=Net, epochs=1, train_images=64)
+CONDITIONS = (s6lib.CONTROL, s6lib.Condition("l1", "\N{GREEK SMALL LETTER LAMDA} = 1e-4", l1=1e-4))
+"""
+
+
+def test_a_letter_that_the_output_lacks_and_a_file_named_like_a_module_of_pythons(tmp_path):
+    (tmp_path / "random.py").write_text(GREEK, encoding="utf-8")
+    command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
+    command += ["-m", "s6lib", "run", "--study", str(tmp_path / "random.py"), "--jobs", "1", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u03bb = 1e-4" in done.stdout
+    assert len(list(tmp_path.rglob("*.png"))) == 3
