@@ -39,6 +39,17 @@ class Step(NamedTuple):
     penalty: Tensor
 
 
+class Sums(NamedTuple):
+    """What the steps of an epoch add up, on the device and in place.
+
+    metrics: float32 (3,), cross-entropy, hits and penalty, each summed over the images.
+    finite_steps: int64 (), the steps until the metrics became infinite or NaN.
+    """
+
+    metrics: Tensor
+    finite_steps: Tensor
+
+
 class Training(NamedTuple):
     """Means over the images of an epoch: cross-entropy, accuracy (0 to 1), and the penalty added to the loss."""
 
@@ -82,33 +93,43 @@ def train_step(learner: Learner, images: Tensor, targets: Tensor) -> Step:
     return Step(logits.detach(), loss.detach(), penalty.detach())
 
 
-def train_epoch(learner: Learner, batches: Iterable[tuple[Tensor, Tensor]]) -> Training:
+def add_step(learner: Learner, sums: Sums, images: Tensor, targets: Tensor) -> None:
+    """Take a step of training, and add its metrics to `sums`."""
+    logits, loss, penalty = train_step(learner, images, targets)
+    with torch.no_grad():
+        if learner.loss is not F.cross_entropy:
+            loss = F.cross_entropy(logits, targets)
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        hits = (logits.argmax(1) == labels).float().sum()
+        sums.metrics.add_(torch.stack([loss * len(targets), hits, penalty * len(targets)]))
+        sums.finite_steps.add_(sums.metrics.isfinite().all())  # a sum once infinite or NaN stays so
+
+
+def train_epoch(
+    learner: Learner,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    step: Callable[[Learner, Sums, Tensor, Tensor], None] = add_step,
+) -> Training:
     """Train once over `batches`, pairs of images (B, 1, H, H) and targets: labels (B,) or probabilities (B, C).
 
     The metrics are those of the training pass itself, dropout and augmentation on: cross-entropy, whatever the loss,
     and how often the most probable class is that of the target. They are summed on the device and read once, since
     reading them at each step would make a GPU wait; so NonFiniteLoss too comes when the epoch ends.
+
+    `step` takes each step: `add_step`, or what does the same faster.
     """
     learner.model.train()
     device = next(learner.model.parameters()).device
-    # One tensor, added to in place: a small one kept from each step would scatter over the memory that steps reuse.
-    sums = torch.zeros(3, device=device)
-    finite_steps = torch.zeros((), dtype=torch.int64, device=device)
+    # Added to in place: a small tensor kept from each step would scatter over the memory that steps reuse.
+    sums = Sums(torch.zeros(3, device=device), torch.zeros((), dtype=torch.int64, device=device))
     count = steps = 0
     for images, targets in batches:
-        logits, loss, penalty = train_step(learner, images, targets)
-        with torch.no_grad():
-            if learner.loss is not F.cross_entropy:
-                loss = F.cross_entropy(logits, targets)
-            labels = targets.argmax(1) if targets.is_floating_point() else targets
-            hits = (logits.argmax(1) == labels).float().sum()
-            sums += torch.stack([loss * len(targets), hits, penalty * len(targets)])
-            finite_steps += sums.isfinite().all()  # a sum once infinite or NaN stays so
+        step(learner, sums, images, targets)
         count += len(targets)
         steps += 1
-    if finite_steps < steps:
-        raise NonFiniteLoss(step=int(finite_steps) + 1)
-    return Training(*(sums.cpu().double() / count).tolist())
+    if sums.finite_steps < steps:
+        raise NonFiniteLoss(step=int(sums.finite_steps) + 1)
+    return Training(*(sums.metrics.cpu().double() / count).tolist())
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
