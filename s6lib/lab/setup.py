@@ -83,8 +83,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
         train = train.part(torch.randperm(len(train.labels), generator=generator)[:count])
     train, test = train.part(slice(count)).to(device), test.to(device)
     model = build_initialised(run, train).to(device)
-    # On MPS, BatchNorm in channels_last has had wrong gradients (pytorch issue 175189).
-    if memory_format(model) != torch.contiguous_format and device.type != "mps":
+    if memory_format(model) != torch.contiguous_format:
         model = model.to(memory_format=memory_format(model))
     optimizer = _build_optimizer(run, settings, model)
     average = _build_average(model, optimizer, settings.ema) if settings.ema else None
