@@ -315,13 +315,20 @@ def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def batches(
-    digits: Digits, batch_size: int, augmentation: Augmentation, generator: torch.Generator
+    digits: Digits,
+    batch_size: int,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    batches_at_once: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Go once over `digits` in random order, augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
 
     Each image has amounts of its own. All of them come from `generator`, on the CPU, so that they do not depend on the
     device; the last batch may be smaller. Rotation alone takes the nearest pixel, as the published recipes do; with
     shift or scale, all three are one bilinear step.
+
+    `batches_at_once` are augmented together, to the same bits: by default one on a CPU, and elsewhere some 6,400
+    images, since a GPU waits for the copy of their indices and amounts.
     """
     images, labels = digits.images, digits.labels
     count, device = len(labels), labels.device
@@ -332,8 +339,10 @@ def batches(
     brightness, contrast = brightness.to(device), contrast.to(device)
     scales = 1 + scale * _uniform(count, generator)
     shifts = shift * torch.stack([_uniform(count, generator) for _ in range(2)], dim=1)
-    for start in range(0, count, batch_size):
-        part = slice(start, start + batch_size)
+    if batches_at_once is None:
+        batches_at_once = 1 if device.type == "cpu" else max(1, 6400 // batch_size)
+    for start in range(0, count, batches_at_once * batch_size):
+        part = slice(start, start + batches_at_once * batch_size)
         chosen = order[part].to(device)
         batch = images[chosen]
         if jitter:
@@ -342,7 +351,8 @@ def batches(
             batch = affine(batch, angles[part], scales[part], shifts[part])
         else:
             batch = rotate(batch, angles[part])
-        yield normalise(batch, digits.mean, digits.std), labels[chosen]
+        parts = (normalise(batch, digits.mean, digits.std), labels[chosen])
+        yield from zip(*(part.split(batch_size) for part in parts), strict=True)
 
 
 def _grey(images: Tensor) -> Tensor:
