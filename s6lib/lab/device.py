@@ -6,6 +6,7 @@ import platform
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
         settings.enter_context(torch.random.fork_rng(devices))
         if device.type == "cuda":
             settings.enter_context(_exact_convolutions())
+            settings.enter_context(torch.cuda.stream(_stream(device)))
         flushing = _denormals_are_flushed()
         try:
             torch.set_num_threads(1)
@@ -68,6 +70,15 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 def _denormals_are_flushed() -> bool:
     return bool(torch.tensor(2.0**-120) * 2.0**-20 == 0)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which this process trains: nothing can be recorded on the default one.
+
+    It is the same for all runs, as torch keeps freed memory for the stream that had it.
+    """
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from s6lib.lab.files import (
 )
 from s6lib.lab.first_steps import first_steps, identity_differences
 from s6lib.lab.record import is_own, settings_of
+from s6lib.lab.replay import Replay, records_steps
 from s6lib.lab.setup import Setup, read_data, saved_weights, set_up
 from s6lib.recipes import Run
-from s6lib.train import NonFiniteLoss, evaluate, train_epoch
+from s6lib.train import NonFiniteLoss, add_step, evaluate, train_epoch
 
 History = list[dict[str, float]]
 # A process trains one run at a time: torch's generator and number of threads are the process's own.
@@ -101,12 +102,13 @@ def _may_write_in(folder: Path | None) -> bool:
 
 def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor]:
     """Train an epoch: its row of the history, and the classes of the test images after it."""
-    generator = seed_everything(run.seed, epoch, setup.train.labels.device)
+    device, rates = setup.train.labels.device, setup.settings.learning_rates(epoch)
+    generator = seed_everything(run.seed, epoch, device)
     begun = time.perf_counter()
-    training = train_epoch(setup.learner, setup.batches(epoch, generator))
+    step = Replay(setup.learner, setup.average, rates, is_own(run)) if records_steps(device) else add_step
+    training = train_epoch(setup.learner, setup.batches(epoch, generator), step)
     seconds = time.perf_counter() - begun
     test = evaluate(setup.judged, setup.test)
-    rates = setup.settings.learning_rates(epoch)
     if not np.isfinite(test.loss):  # the last step's update was too large
         raise NonFiniteLoss(step=len(rates))
     row = (epoch, rates[0], *training, test.loss, test.accuracy, seconds)

@@ -58,7 +58,11 @@ class Setup(NamedTuple):
         """Set a learning rate; groups of parameters that began with one of their own keep their ratio."""
         first = self.settings.learning_rate
         for group in self.learner.optimizer.param_groups:
-            group["lr"] = rate * (group.get("initial_lr", first) / first) if first else rate
+            scaled = rate * (group.get("initial_lr", first) / first) if first else rate
+            if isinstance(group["lr"], Tensor):  # where a recorded step reads it
+                group["lr"].fill_(scaled)
+            else:
+                group["lr"] = scaled
 
 
 def read_data(recipe: Recipe) -> Data:
@@ -114,13 +118,14 @@ def _build_optimizer(run: Run, settings: Recipe, model: nn.Module) -> torch.opti
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(f"optimizer must make a torch.optim.Optimizer, not {type(optimizer).__name__}")
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+        group.setdefault("initial_lr", float(group["lr"]))
     return optimizer
 
 
 def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> AveragedModel:
     """An exponential moving average of the weights, renewed after each step of the optimizer."""
-    average, update = AveragedModel(model), get_ema_multi_avg_fn(keep)
+    # On the model's device, where a recorded step counts too.
+    average, update = AveragedModel(model, next(model.parameters()).device), get_ema_multi_avg_fn(keep)
     begun: list[bool] = []  # whether the average holds a step; on a GPU, to look would make the CPU wait
 
     @torch.no_grad()
