@@ -5,6 +5,7 @@ go backward on them, so whole steps are counted on the CPU.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from s6lib.__main__ import _own
 from s6lib.data import PROJECT, Digits, batches
-from s6lib.lab.run import _learner
-from s6lib.recipes import ALL_CONDITIONS, PLAIN, RECIPES, build_model
+from s6lib.lab.device import CPU
+from s6lib.lab.setup import set_up
+from s6lib.recipes import ALL_CONDITIONS, PLAIN, RECIPES, Run, build_model
 from s6lib.train import train_epoch
 
 CUDA = torch.device("cuda")
@@ -45,39 +47,47 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def copies_of_a_forward(recipe, condition):
-    """What is copied from the indices of a batch to its loss, on a GPU that is not there."""
-    settings = recipe.changed_by(condition)
+def copies_on_a_gpu(recipe, condition):
+    """What is copied from the indices of a batch to its loss, on a GPU that is not there: of two batches.
+
+    The first lies amid the images that are augmented at once, the second begins the next such.
+    """
+    settings, copied = recipe.changed_by(condition), []
     with FakeTensorMode():
         with CUDA:
             model = build_model(recipe, condition)
-            images = torch.zeros(2 * settings.batch_size, 28, 28, dtype=torch.uint8)
+            images = torch.zeros(2 * 6400, 28, 28, dtype=torch.uint8)
             digits = Digits(images, torch.zeros(len(images), dtype=torch.int64))
         stream = batches(digits, settings.batch_size, settings.augmentation, torch.Generator())
-        next(stream)  # what is copied once an epoch is behind it
-        with Operations() as operations:
-            batch, labels = next(stream)
-            loss = F.cross_entropy(model(batch), labels) + condition.penalty_of(model)
+        for skipped in (1, 6400 // settings.batch_size - 2):
+            for _ in range(skipped):
+                next(stream)
+            with Operations() as operations:
+                batch, labels = next(stream)
+                loss = F.cross_entropy(model(batch), labels) + condition.penalty_of(model)
+            copied.append(operations.copied)
     assert loss.shape == ()
     assert {loss.device, batch.device, labels.device} == {torch.device("cuda:0")}
-    return operations.copied
+    return copied
 
 
 @pytest.mark.parametrize(("recipe", "condition"), STUDIES, ids=lambda one: getattr(one, "slug", None) or one.name)
-def test_a_step_copies_its_indices_and_how_its_images_are_moved(recipe, condition):
+def test_a_step_copies_nothing_and_a_hundred_their_indices_and_how_their_images_are_moved(recipe, condition):
     moved = 2 if recipe.shift or recipe.scale else 1  # a shift beside the turn
-    assert copies_of_a_forward(recipe, condition) == {"_to_copy": 1 + moved}
+    assert copies_on_a_gpu(recipe, condition) == [{}, {"_to_copy": 1 + moved}]
 
 
 def operations_of_a_step(recipe, condition, digits):
-    learner = _learner(build_model(recipe, condition), recipe.changed_by(condition))
+    recipe = replace(recipe, train_images=len(digits.labels))
+    learner = set_up(Run(recipe, condition, 1), (digits, digits), CPU).learner
+    learner.model.to(memory_format=torch.contiguous_format)  # as on a GPU
     for layer in learner.model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0  # on a CPU a mask takes operations of its own
     stream = batches(digits, 64, recipe.augmentation, torch.Generator().manual_seed(1))
-    train_epoch(learner.model, [next(stream)], learner.optimizer, condition.penalty_of)
+    train_epoch(learner, [next(stream)])
     with Operations() as operations:
-        train_epoch(learner.model, [next(stream)], learner.optimizer, condition.penalty_of)
+        train_epoch(learner, [next(stream)])
     return operations.launched.total()
 
 
