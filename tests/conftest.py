@@ -29,6 +29,12 @@ TINY = replace(PLAIN, epochs=2, train_images=640)
 L1_BN, _, _, GBN, _ = CONDITIONS
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Make warnings errors once all plugins have started: what another's plugin warns of is not for us to mend."""
+    config.addinivalue_line("filterwarnings", "error")
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # statsmodels collects garbage at each of Holm's corrections, and would go through all of torch
 
