@@ -89,10 +89,10 @@ def test_the_moving_average_is_what_is_judged_and_saved(monkeypatch):
     """With a decay of 0.5, three steps leave 1/4, 1/4 and 1/2 of the three models; the first is the whole at first."""
     seen = []
 
-    def spy(learner, batches):
+    def spy(learner, batches, *step):
         weights = list(learner.model.parameters())
         learner.optimizer.register_step_post_hook(lambda *_: seen.append([w.detach().clone() for w in weights]))
-        return original(learner, batches)
+        return original(learner, batches, *step)
 
     original = s6lib.lab.run.train_epoch
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", spy)
@@ -109,10 +109,10 @@ def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, t
     assert whole.history[-1]["val_accuracy"] == pytest.approx(float(right))
     original = s6lib.lab.run.train_epoch
 
-    def stop_at_epoch_2(learner, batches):
+    def stop_at_epoch_2(learner, batches, *step):
         if learner.optimizer.state:
             raise Stopped
-        return original(learner, batches)
+        return original(learner, batches, *step)
 
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
     with pytest.raises(Stopped):
@@ -141,10 +141,10 @@ def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_pa
 
 
 def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
-    def stop_at_epoch_2(learner, batches):
+    def stop_at_epoch_2(learner, batches, *step):
         if learner.optimizer.state:
             raise Stopped
-        return original(learner, batches)
+        return original(learner, batches, *step)
 
     original = s6lib.lab.run.train_epoch
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
