@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"which to train, of {', '.join(SLUGS)} (default: the first five), or of your own",
     )
     run.add_argument("--seeds", nargs="+", type=_whole(0), default=[1], metavar="K", help="one run each (default: 1)")
-    run.add_argument("--epochs", type=_whole(1), metavar="N", help="passes over the images (default: 25)")
-    run.add_argument("--train-images", type=_whole(1), metavar="N", help="the first N of 60,000 (default: all)")
+    run.add_argument("--epochs", type=_whole(1), metavar="N", help="passes over the training images (default: 25)")
+    run.add_argument("--train-images", type=_whole(1), metavar="N", help="how many of them to use (default: all)")
     run.add_argument("--out", default="runs", metavar="DIR", help="where the runs are kept (default: runs)")
     run.add_argument("--jobs", type=_whole(1), metavar="N", help="runs side by side (default: one a core; 1 on a GPU)")
     run.add_argument("--device", default="auto", help="auto (default) takes a CUDA GPU if it can; cpu, cuda:1, mps")
@@ -222,9 +222,9 @@ def _compared(study: "Study", title: str) -> dict[str, Any]:
         return {}
     if len(outcomes) < 2:
         return {}
-    digits = "held-out" if study.recipe.held_out else "test"
+    judged = "held-out" if study.recipe.held_out else "test"
     means = condition_statistics(outcomes).round(3).to_string(index=False)
-    print(f"accuracy on the {digits} digits at the last epoch, %\n{means}\n")
+    print(f"accuracy on the {judged} images at the last epoch, %\n{means}\n")
     figures = {"replication": plots.plot_replication(outcomes, study.labels, title)}
     if outcomes.shape[1] > 1:
         columns = ["first", "second", "n", "difference", "low", "high", "p", "p_holm"]

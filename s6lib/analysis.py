@@ -134,6 +134,8 @@ def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.Da
 def convolution_weights(model: nn.Module) -> np.ndarray:
     """The weights of all 2d convolutions of a model in one row, float32 (count,)."""
     kernels = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    if not kernels:
+        raise SettingError(f"{type(model).__name__} has no 2d convolution whose weights could be looked at")
     return torch.cat([weights.detach().flatten().cpu() for weights in kernels]).numpy()
 
 

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from s6lib.analysis import (
     accuracies_on,
@@ -213,3 +214,36 @@ def test_ghosts_scatter_as_their_means_do(mnist):
     expected = ((ghosts - before.mean((0, 2, 3))) / before.std((0, 2, 3))).square().mean(0).sqrt().mean()
     assert table[4][1] == pytest.approx(expected.item(), rel=1e-4)
     assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
+)
+def test_a_computed_weight_is_pruned_for_good(wrap):
+    model = nn.Sequential(wrap(nn.Conv2d(1, 8, 5, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)).eval()
+    copy = pruned(model, 0.7)
+    copy(torch.zeros(1, 1, 28, 28))
+    assert (convolution_weights(copy) == 0).mean() == pytest.approx(0.7)
+    assert (convolution_weights(model) == 0).mean() == 0
+
+
+def test_a_weight_that_a_hook_computes_is_not_pruned_in_silence():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(nn.Conv2d(1, 8, 5))
+    with pytest.raises(ValueError, match="0 computes its weight in a hook, so it cannot be pruned"):
+        pruned(nn.Sequential(layer), 0.5)
+
+
+def test_a_network_without_convolutions_has_none_to_prune():
+    with pytest.raises(ValueError, match="Linear has no 2d convolution"):
+        pruned(nn.Linear(3, 4), 0.5)
+
+
+def test_the_names_of_classes_are_the_data_sets(mnist):
+    digits = mnist[1]._replace(class_names=tuple("abcdefghij"))
+    wrong = misclassified(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), digits.part(slice(50)))
+    assert set(wrong["actual"]) | set(wrong["predicted"]) <= set("abcdefghij")
+    pairs = confused_pairs(confusion_matrix(np.array([0, 2]), np.array([1, 1]), 3), ("x", "y", "z"))
+    assert pairs["pair"].tolist() == ["x / y", "y / z", "x / z"]
+    with pytest.raises(ValueError, match="class_names must be the 3 names"):
+        confused_pairs(np.zeros((3, 3), dtype=int))

@@ -286,7 +286,7 @@ def test_a_stopped_run_of_ones_own_goes_on(own_study, tmp_path):
 
 def test_a_study_returns_what_was_asked_for(tiny_study):
     assert run_study(TINY, ["gbn"], 2, tiny_study.folder, show_progress=False).runs == [("gbn", 2)]
-    both = run_study(TINY, (GBN, L1_BN), (1, 2), tiny_study.folder, show_progress=False)
+    both = run_study(TINY, iter((GBN, L1_BN)), iter((1, 2)), tiny_study.folder, show_progress=False)
     assert list(both.conditions) == ["gbn", "l1-bn"]
 
 

@@ -1,6 +1,7 @@
 """What a run starts from: the user's data, optimizer, schedule, and weights averaged as they should be."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from s6lib.data import load_data
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.run import train_run
-from s6lib.lab.setup import read_data, set_up
+from s6lib.lab.setup import _on_device, read_data, set_up
 from s6lib.recipes import CONTROL, PLAIN, Condition, Recipe, Run
 
 
@@ -210,3 +211,15 @@ def test_data_of_the_users_is_the_same_for_every_run():
 def test_named_data_is_the_default(mnist):
     assert torch.equal(load_data("mnist")[1].labels, mnist[1].labels)
     assert Condition("a", changes={"train_images": 5}).changes == {"train_images": 5}
+
+
+def test_a_loss_with_weights_is_copied_with_its_tensors():
+    """So that they move to a GPU with it, and a state that the loss keeps is not shared between runs."""
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    for loss in (nn.CrossEntropyLoss(weight=weights), partial(nn.functional.cross_entropy, weight=weights)):
+        setup = set_up_of(replace(SQUARES, loss=loss))
+        assert setup.learner.loss is not loss
+        logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+        assert torch.equal(setup.learner.loss(logits, labels), loss(logits, labels))
+    with torch.device("meta"):
+        assert _on_device(loss, torch.device("meta")).keywords["weight"].device.type == "meta"

@@ -57,7 +57,8 @@ def run_study(
     is missing; DamagedFile if a finished run is damaged. Raises RunsFailed after all runs that could finish have, and
     Stopped, a KeyboardInterrupt, when it is interrupted.
     """
-    runs = [Run(recipe, condition, seed) for seed in _seeds(seeds) for condition in _conditions(conditions)]
+    conditions, seeds = _conditions(conditions), _seeds(seeds)
+    runs = [Run(recipe, condition, seed) for seed in seeds for condition in conditions]
     out, jobs = Path(out).expanduser(), _jobs(jobs)
     if executor is None:
         device = resolve_device(device)
@@ -79,7 +80,7 @@ def run_study(
                 raise Stopped("every finished epoch is kept: run the cell again to go on") from None
     if failures:
         raise RunsFailed("\n".join(failures))
-    return Study(out, recipe, list({run.condition: None for run in runs}), [run.seed for run in runs])
+    return Study(out, recipe, conditions, seeds)
 
 
 def _jobs(jobs: int | None) -> int | None:

@@ -1,7 +1,9 @@
 """What a run starts from: its data, its model, its optimizer, and the batches of an epoch."""
 
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -91,7 +93,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
         model = model.to(memory_format=memory_format(model))
     optimizer = _build_optimizer(run, settings, model)
     average = _build_average(model, optimizer, settings.ema) if settings.ema else None
-    learner = Learner(model, optimizer, settings.loss, run.condition.penalty_of)
+    learner = Learner(model, optimizer, _on_device(settings.loss, device), run.condition.penalty_of)
     return Setup(settings, learner, average, train, test)
 
 
@@ -104,6 +106,16 @@ def build_initialised(run: Run, digits: Digits | None) -> nn.Module:
         with torch.no_grad():
             model.eval()(normalise(digits.images[:2].cpu(), digits.mean, digits.std))
     return model
+
+
+def _on_device(thing: Any, device: torch.device) -> Any:
+    """A copy of a loss with its tensors, class weights say, on a device."""
+    if isinstance(thing, nn.Module | Tensor):
+        return deepcopy(thing).to(device)
+    if isinstance(thing, partial):
+        named = {name: _on_device(one, device) for name, one in thing.keywords.items()}
+        return partial(thing.func, *(_on_device(one, device) for one in thing.args), **named)
+    return thing
 
 
 def _build_optimizer(run: Run, settings: Recipe, model: nn.Module) -> torch.optim.Optimizer:
