@@ -114,13 +114,13 @@ def _download_dataset(name: str) -> Dataset:
 
     kind = {"fashion-mnist": FashionMNIST, "kmnist": KMNIST}[name]
     try:
-        DATA.mkdir(parents=True, exist_ok=True)
-        with FileLock(DATA / f".{name}.lock"):  # one process at a time
+        (DATA / kind.__name__).mkdir(parents=True, exist_ok=True)
+        with FileLock(DATA / kind.__name__ / ".lock"):  # one process at a time
             train, test = (kind(DATA, train=train, download=True) for train in (True, False))
     except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
         raise DataError(
             f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
-            f"network, and if a file there is damaged, delete the folder first ({type(error).__name__}: {error})"
+            f"network, and if a file there is damaged, delete the folder first ({str(error).partition(chr(10))[0]})"
         ) from None
     return Dataset(train.data, train.targets, test.data, test.targets, tuple(train.classes))
 
@@ -129,6 +129,8 @@ def _called(data: Callable[[], Dataset]) -> Dataset:
     """The five parts that a callable returns, as tensors. Raises DataError if they are no data set."""
     try:
         made = data()
+    except S6Error:  # known from run.json alone
+        raise
     except Exception as error:  # the user's own code: any
         raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from None
     if not isinstance(made, tuple | list) or len(made) != len(Dataset._fields):

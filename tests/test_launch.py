@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import GBN, L1_BN, TINY
 from filelock import FileLock
+from test_data import squares
 from test_study import assert_same_study
 from torch import nn
 
+from s6lib.__main__ import main
 from s6lib.errors import RunsFailed, StudyError
 from s6lib.lab.files import is_complete
 from s6lib.lab.launch import run_study
@@ -224,6 +226,15 @@ def test_a_folder_of_ones_own_can_be_read_without_the_code_but_for_its_models(ow
     assert study.labels["wild"] == "batch 256, two epochs"
     with pytest.raises(StudyError, match=r"Own is known from run\.json alone"):
         study.model("bn")
+
+
+def test_a_study_of_the_users_data_is_reported_without_its_code(tmp_path, capsys):
+    recipe = Recipe("squares", lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 3)), data=squares, epochs=1)
+    run_study(recipe, CONTROL, (1, 2), tmp_path, jobs=1, show_progress=False)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "squares_accuracy.png" in capsys.readouterr().out
+    with pytest.raises(StudyError, match=r"squares is known from run\.json alone"):
+        _ = Study(tmp_path, "squares").data
 
 
 def edited(name):
