@@ -94,8 +94,9 @@ def operations_of_a_step(recipe, condition, digits):
 def test_penalties_and_ghosts_add_no_more_operations_than_they_did(mnist):
     """On a GPU these networks wait for the launch of operations, so their number is their time.
 
-    Two penalties: one addition for each of 22 parameters, and 17 more for all of them together. A ghost layer: 19 more
-    than BatchNorm, of which 6 are the other three norms and their gradients.
+    Two penalties: one addition for each of 22 parameters, and 17 more for all of them together. A ghost layer: 26 more
+    than BatchNorm, of which 6 are the other three norms and their gradients. Its statistics begin in eight tensors:
+    under torch.vmap, parts of one tensor would not be updated.
     """
     digits = Digits(mnist[0].images[:128], mnist[0].labels[:128])
     slugs = ("bn", "l1-bn", "l1-l2-bn", "gbn", "l1-l2-gbn")
@@ -104,4 +105,4 @@ def test_penalties_and_ghosts_add_no_more_operations_than_they_did(mnist):
     assert bare <= 110
     assert counted["l1-bn"] - bare <= 30
     assert counted["l1-l2-bn"] - bare == counted["l1-l2-gbn"] - counted["gbn"] <= 39
-    assert counted["gbn"] - bare <= 7 * 19
+    assert counted["gbn"] - bare <= 7 * 26

@@ -791,8 +791,9 @@ def torchs_inputs():
     """The inputs that torch keeps for its own tests of BatchNorm1d, 2d and 3d, in training and in evaluation."""
     if importlib.util.find_spec("expecttest") is None:
         return [pytest.param(None, None, None, marks=pytest.mark.skip(reason="torch's test inputs need expecttest"))]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        patch.setattr(torch.backends, "disable_global_flags", lambda: None)  # other tests of this process set flags
         common_modules = importlib.import_module("torch.testing._internal.common_modules")
     cases = []
     for info in common_modules.module_db:

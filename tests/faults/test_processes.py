@@ -59,7 +59,7 @@ def deadly(model):
     """A penalty that ends the worker which computes it, as the kernel does when memory is short."""
     if os.getpid() != DRIVER:
         os.kill(os.getpid(), signal.SIGKILL)
-    return 0.0
+    return 0 * model.layers[0].weight.sum()
 
 
 def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(undisturbed, tmp_path, capsys):
