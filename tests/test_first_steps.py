@@ -368,3 +368,12 @@ def test_a_penalty_edited_in_a_cell_is_refused_and_the_same_accepted(tmp_path):
 def test_published_numbers_of_the_librarys_own_runs_hold_no_first_steps(tiny_study):
     assert "first_steps" not in json.loads((tiny_study.folder / "plain" / "gbn" / "seed-1" / "run.json").read_text())
     assert isinstance(tiny_study.model("gbn"), PlainNet)
+
+
+def test_a_gradient_may_jump_where_a_loss_may_not():
+    def steps(loss, gradient):
+        return {"steps": [{"loss": loss, "penalty": 0.0, "gradient": gradient}]}
+
+    assert step_differences(steps(1.0, 1.0), steps(1.00005, 1.006)) == []
+    assert step_differences(steps(1.0, 1.0), steps(1.0002, 1.0)) == ["step 1 loss = 1, not 1.0002"]
+    assert step_differences(steps(1.0, 1.0), steps(1.0, 1.05)) == ["step 1 gradient = 1, not 1.05"]

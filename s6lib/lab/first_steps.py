@@ -25,7 +25,9 @@ from s6lib.recipes import Loss, Penalty, Run
 from s6lib.train import predict_logits, train_step
 
 STEPS = 3  # and one more, on a batch of the last one's size
-TOLERANCE = 1e-4  # relative; Python 3.11 with torch 2.14 and 3.12 with 2.11 differ by 2e-7
+# Relative. Torch 2.5, 2.11 and 2.14 differ by up to 7e-6 in a loss and 6e-3 in a gradient, over 30 networks: where two
+# pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
+TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
 PACKAGE = Path(__file__).parents[1]
 SHARES = [share / 20 for share in range(20)]  # of the training done, at which a schedule of the user's is looked at
 EVALUATED = 250  # test images
@@ -98,7 +100,8 @@ def step_differences(recorded: Any, requested: Any, name: str = "", tolerance: f
         counted = zip(recorded, requested, strict=True)
         pairs = [(f"{name.removesuffix('s')} {number}", *pair) for number, pair in enumerate(counted, 1)]
     else:
-        close = _is_close(recorded, requested, tolerance)
+        jumps = name.endswith(" gradient") and tolerance == TOLERANCE
+        close = _is_close(recorded, requested, GRADIENT_TOLERANCE if jumps else tolerance)
         return [] if close else [f"{name} = {_rounded(recorded)}, not {_rounded(requested)}"]
     return [phrase for pair in pairs for phrase in step_differences(pair[1], pair[2], pair[0], tolerance)]
 
