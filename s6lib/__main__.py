@@ -108,7 +108,7 @@ def _own(file: str) -> tuple["Recipe", list["Condition"]]:
     path = Path(file)
     # A name that is no module's: a file may be called random.py.
     spec = importlib.util.spec_from_file_location("s6lib_study_" + re.sub(r"\W", "_", path.stem), path)
-    if not path.is_file() or spec is None:
+    if not path.is_file() or spec is None or spec.loader is None:
         raise StudyError(f"there is no Python file {file}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -180,11 +180,13 @@ def _report_all(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.dir)
     own, conditions = _own(arguments.study) if arguments.study is not None else (None, [])
     for name in recipes_in(folder) or [own.name if own else RECIPE_NAMES[0]]:
-        mine = own is not None and own.name == name
-        there = {path.parents[1].name for path in (folder / name).glob("*/seed-*/run.json")}
-        given = [condition for condition in conditions if condition.slug in there] if mine else []
-        slugs = [slug for slug in sorted(there) if slug not in {condition.slug for condition in given}]
-        study = Study(folder, own if mine else name, [*given, *slugs] if mine else None)
+        if own is not None and own.name == name:
+            slugs = {path.parents[1].name for path in (folder / name).glob("*/seed-*/run.json")}
+            given = [condition for condition in conditions if condition.slug in slugs]
+            others = sorted(slugs - {condition.slug for condition in given})
+            study = Study(folder, own, [*given, *others])
+        else:
+            study = Study(folder, name)
         _report(study, Path(arguments.images or folder / "images"))
 
 

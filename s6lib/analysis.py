@@ -87,7 +87,7 @@ def confused_pairs(matrix: np.ndarray, class_names: Sequence[str] = CLASS_NAMES)
     Columns: pair, errors, and share, the part of all errors from 0 to 1.
     """
     both = matrix + matrix.T
-    first, second = np.triu_indices(len(matrix), k=1)
+    first, second = (side.tolist() for side in np.triu_indices(len(matrix), k=1))
     if len(class_names) != len(matrix):
         raise SettingError(f"class_names must be the {len(matrix)} names of the matrix's classes, not {class_names!r}")
     names = [f"{class_names[a]} / {class_names[b]}" for a, b in zip(first, second, strict=True)]

@@ -99,16 +99,14 @@ def load_data(data: str | Callable[[], Dataset], device: str | torch.device = "c
     """
     if data == "mnist":
         return load_mnist(device=device)
-    dataset = _download_dataset(data) if isinstance(data, str) else _called(data)
-    train_images, train_labels, test_images, test_labels, class_names = dataset
-    pixels = train_images.double() / 255
+    train, test = _download_dataset(data) if isinstance(data, str) else _call_dataset(data)
+    pixels = train.images.double() / 255
     mean, std = round(float(pixels.mean()), 4), round(float(pixels.std()), 4) or 1.0  # 1.0: every pixel is equal
-    parts = ((train_images, train_labels), (test_images, test_labels))
-    train, test = (Digits(*part, class_names, mean, std).to(device) for part in parts)
+    train, test = (part._replace(mean=mean, std=std).to(device) for part in (train, test))
     return train, test
 
 
-def _download_dataset(name: str) -> Dataset:
+def _download_dataset(name: str) -> tuple[Digits, Digits]:
     """Fashion-MNIST (arXiv:1708.07747) or Kuzushiji-MNIST (arXiv:1812.01718), by torchvision."""
     from torchvision.datasets import KMNIST, FashionMNIST
 
@@ -122,20 +120,21 @@ def _download_dataset(name: str) -> Dataset:
             f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
             f"network, and if a file there is damaged, delete the folder first ({str(error).partition(chr(10))[0]})"
         ) from None
-    return Dataset(train.data, train.targets, test.data, test.targets, tuple(train.classes))
+    class_names = tuple(train.classes)
+    return Digits(train.data, train.targets, class_names), Digits(test.data, test.targets, class_names)
 
 
-def _called(data: Callable[[], Dataset]) -> Dataset:
-    """The five parts that a callable returns, as tensors. Raises DataError if they are no data set."""
+def _call_dataset(data: Callable[[], Dataset]) -> tuple[Digits, Digits]:
+    """The training and the test images that a callable returns. Raises DataError if they are not a data set."""
     try:
-        made = data()
+        dataset = data()
     except S6Error:  # known from run.json alone
         raise
     except Exception as error:  # the user's own code: any
         raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from None
-    if not isinstance(made, tuple | list) or len(made) != len(Dataset._fields):
-        raise DataError(f"data must return {', '.join(Dataset._fields)}, not {type(made).__name__}")
-    *arrays, class_names = made
+    if not isinstance(dataset, tuple | list) or len(dataset) != len(Dataset._fields):
+        raise DataError(f"data must return {', '.join(Dataset._fields)}, not {type(dataset).__name__}")
+    *arrays, class_names = dataset
     train_images, train_labels, test_images, test_labels = map(torch.as_tensor, arrays)
     names = tuple(map(str, class_names))
     if not 2 <= len(names) <= 256:
@@ -156,7 +155,7 @@ def _called(data: Callable[[], Dataset]) -> Dataset:
                 f"class_names each, not {labels.dtype} {tuple(labels.shape)}"
                 + (f" from {labels.min()} to {labels.max()}" if labels.numel() else "")
             )
-    return Dataset(train_images, train_labels.long(), test_images, test_labels.long(), names)
+    return Digits(train_images, train_labels.long(), names), Digits(test_images, test_labels.long(), names)
 
 
 def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
@@ -172,7 +171,7 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
     if missing:
         _download(missing)
         contents.update((archive, _content(archive)) for archive in missing)
-    train_images, train_labels, test_images, test_labels = map(_tensor, contents.values())
+    train_images, train_labels, test_images, test_labels = map(_tensor, filter(None, contents.values()))
     train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
     return train.to(device), test.to(device)
 

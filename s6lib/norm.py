@@ -3,7 +3,8 @@
 """Ghost Batch Normalization: BatchNorm whose training statistics come from parts of the batch."""
 
 import warnings
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,8 @@ class GhostBatchNorm(_BatchNorm):
         UserWarning says that there was nothing to convert.
         """
         _check_cut(num_splits, ghost_size)
-        classes = {_batchnorm_class(ghost): ghost for ghost in (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)}
+        ghosts = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
+        classes: dict[type, type] = {_batchnorm_class(ghost): ghost for ghost in ghosts}
         if cls is not GhostBatchNorm:
             classes[_batchnorm_class(cls)] = cls
         found, left = False, []
@@ -114,7 +116,8 @@ class GhostBatchNorm(_BatchNorm):
             if isinstance(layer, cls):
                 ghosts = [kind for kind in type(layer).__mro__ if issubclass(kind, GhostBatchNorm)]
                 classes = {kind: _batchnorm_class(kind) for kind in ghosts if not kind.__module__.startswith("torch.")}
-                layer.__class__ = _counterpart(type(layer), classes)
+                batchnorm: Any = _counterpart(type(layer), classes)  # Any: it is no GhostBatchNorm
+                layer.__class__ = batchnorm
                 for attribute in ("num_splits", "ghost_size"):
                     layer.__dict__.pop(attribute, None)
         return module
@@ -135,7 +138,8 @@ class GhostBatchNorm(_BatchNorm):
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         self._check_input_dim(input)
         samples, values = input.shape[0], input.shape[2:].numel()
-        splits = min(self.num_splits, samples) if self.ghost_size is None else -(-samples // self.ghost_size)
+        num_splits: Any = self.num_splits  # None only where there is a ghost_size
+        splits = min(num_splits, samples) if self.ghost_size is None else -(-samples // self.ghost_size)
         if not self.training or splits <= 1:
             return _BatchNorm.forward(self, input)  # not super(): a subclass may add to its BatchNorm's forward
         if values * (samples // splits) == 1:
@@ -149,8 +153,10 @@ class GhostBatchNorm(_BatchNorm):
         mean, variance, batches = self.running_mean, self.running_var, self.num_batches_tracked
         if self.track_running_stats and batches is not None:
             batches.add_(1)
-        if not self.track_running_stats or mean is None:
+        if not self.track_running_stats or mean is None or variance is None:
             return self._normalise(input, parts, [None] * 2 * len(parts), 1.0)
+        step: float | Tensor | None
+        average: Callable[..., Tensor]
         even, step, momentum, average = samples % splits == 0, self.momentum, 1.0, torch.mean
         if step is None:  # a cumulative average, which stands still without the number of batches, as BatchNorm's
             step = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
@@ -166,8 +172,8 @@ class GhostBatchNorm(_BatchNorm):
             if self.momentum is not None:
                 momentum, step = self.momentum, None
         output = self._normalise(input, parts, statistics, momentum)
-        statistics = torch.cat(statistics).view(2, splits, -1)
-        averages = average(statistics, 1).unbind() if even else _uneven_average(statistics, samples, values)
+        table = torch.cat(statistics).view(2, splits, -1)
+        averages = average(table, 1).unbind() if even else _uneven_average(table, samples, values)
         if step is None:  # taken
             mean.copy_(averages[0])
             variance.copy_(averages[1])
@@ -199,8 +205,8 @@ class GhostBatchNorm(_BatchNorm):
                 outputs.append(F.batch_norm(part, mean, variance, weight, bias, True, momentum, self.eps))
                 continue
             folded = _fold(part, ghosts)
-            affine = [None if tensor is None else tensor.expand(ghosts, -1).flatten() for tensor in (weight, bias)]
-            output = F.batch_norm(folded.flatten(1, 2), mean, variance, *affine, True, momentum, self.eps)
+            scale, shift = [None if one is None else one.expand(ghosts, -1).flatten() for one in (weight, bias)]
+            output = F.batch_norm(folded.flatten(1, 2), mean, variance, scale, shift, True, momentum, self.eps)
             outputs.append(_unfold(output.view(folded.shape), part))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -81,14 +81,10 @@ def _plot_curves(history: pd.DataFrame, column: str, title: str, formatted: Call
         conditions = history.groupby("condition", sort=False)
         ends = conditions.apply(lambda rows: rows.loc[rows["epoch"] == rows["epoch"].max(), column].mean())
         labels = [f"{rows['label'].iloc[0]}\n{formatted(ends[slug])}" for slug, rows in conditions]
-        legend = {
-            "loc": "outside lower center",
-            "ncols": min(6 if len(labels) <= 6 else 5, len(labels)),
-            "frameon": False,
-        }
-        seeds = history["seed"].nunique()
-        name = f"condition, and its value at the last epoch ({seeds} seed{'s: mean, lowest and highest' * (seeds > 1)})"
-        figure.legend(whole.get_lines()[: len(labels)], labels, title=name, **legend)
+        name = f"condition, and its value at the last epoch ({_describe_seeds(history)})"
+        columns = min(6 if len(labels) <= 6 else 5, len(labels))
+        lines = whole.get_lines()[: len(labels)]
+        figure.legend(lines, labels, title=name, loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(title)
     return figure
 
@@ -114,10 +110,9 @@ def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.D
     changed = changes.index[changes]
     if not 0 < len(changed) <= len(changes) / 2:  # a rate that changes at every epoch has no steps to show
         return
-    look = {"color": "#888888", "linestyles": ":", "linewidth": 1.2}
     for axes, start in zip(panels, starts, strict=True):
-        seen = [epoch - 0.5 for epoch in changed if epoch > start]
-        axes.vlines(seen, 0, 1, transform=axes.get_xaxis_transform(), **look)
+        places = [epoch - 0.5 for epoch in changed if epoch > start]
+        axes.vlines(places, 0, 1, "#888888", ":", transform=axes.get_xaxis_transform(), linewidth=1.2)
     factors = (history["lr"] / before)[history["epoch"].isin(changed)].round(6).unique()
     said = f"learning rate \N{MULTIPLICATION SIGN} {factors[0]:g}" if len(factors) == 1 else "new learning rate"
     panels[0].annotate(
@@ -224,10 +219,8 @@ def plot_pruning(
             side.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(xlabel="share of the convolution weights set to zero, the smallest first", ylabel="test accuracy")
         axes.legend(loc="lower left", frameon=False)
-        seeds = curve["seed"].nunique()
-        band = f"{seeds} seed{'s: mean, lowest and highest' * (seeds > 1)}"
-        axes.set_title(join_words(title, "\n", band))
-    return axes.figure
+        axes.set_title(join_words(title, "\n", _describe_seeds(curve)))
+    return _figure_of(axes)
 
 
 def plot_confusion(
@@ -245,12 +238,18 @@ def plot_confusion(
         axes.set(xlabel="predicted", ylabel="actual", title=title)
         axes.tick_params("x", rotation=45)
         axes.tick_params("y", rotation=0)
-    return axes.figure
+    return _figure_of(axes)
 
 
 def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
     """The panel to draw on: the one given, or that of a new figure."""
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
+
+
+def _figure_of(axes: Axes) -> Figure:
+    """The figure that holds a panel, even one of a subfigure."""
+    figure = axes.figure
+    return figure if isinstance(figure, Figure) else figure.figure
 
 
 def plot_replication(
@@ -279,7 +278,7 @@ def plot_replication(
         label_rows(axes, [label_of(slug, labels) for slug in outcomes], means)
         _draw_scale(axes)
         axes.set_title(join_words(title, "\n", f"{len(outcomes)} seeds: {DOTS}"))
-    return axes.figure
+    return _figure_of(axes)
 
 
 def _draw_scale(axes: Axes) -> None:
@@ -323,12 +322,13 @@ def plot_differences(
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
         beside = [f"{row.difference:+.3f}   {row.p:.3f}   {row.p_holm:.2f}" for row in comparisons.itertuples()]
         label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
-        header = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 10}
-        axes.text(1.015, -0.95, f"points   p alone   among {len(names)}", color="#555555", **header)
+        header = f"points   p alone   among {len(names)}"
+        place = axes.get_yaxis_transform()
+        axes.text(1.015, -0.95, header, transform=place, va="center", fontsize=10, color="#555555")
         found = (comparisons["p_holm"] <= 0.05).sum()
         stand = f"{len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
         axes.set_title(join_words(title, ", ", stand), pad=18)
-    return axes.figure
+    return _figure_of(axes)
 
 
 def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
@@ -338,6 +338,11 @@ def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame
     first, second = (comparisons[side].map(groups) for side in ("first", "second"))
     comparisons["group"] = np.where(first == second, first.map(order.index) + 1, 0)
     return comparisons.sort_values(["group", "difference"], ascending=[True, False], ignore_index=True)
+
+
+def _describe_seeds(table: pd.DataFrame) -> str:
+    seeds = table["seed"].nunique()
+    return f"{seeds} seeds: mean, lowest and highest" if seeds > 1 else "1 seed"
 
 
 def join_words(title: str, mark: str, text: str) -> str:
@@ -368,24 +373,25 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
 
     Those at least as far from zero, on either side, are in colour: their share is the p-value of `sign_flip_p`.
     """
-    flips, found = sign_flip_means(differences), abs(float(np.mean(differences)))
-    edges = np.linspace(*(1.02 * max(found, flips.index.max()) * np.array([-1, 1])), 42)
-    far = np.abs(flips.index) >= found - 2e-6 * np.abs(differences).sum()  # to which the means are rounded
+    flips, mean = sign_flip_means(differences), float(np.mean(differences))
+    reach = 1.02 * max(abs(mean), flips.index.max())
+    edges = np.linspace(-reach, reach, 42).tolist()
+    far = np.abs(flips.index) >= abs(mean) - 2e-6 * np.abs(differences).sum()  # to which the means are rounded
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
         parts = [flips.index[~far], flips.index[far]]
         axes.hist(parts, edges, weights=[flips[~far], flips[far]], stacked=True, color=["#BBBBBB", COLORS["gbn"]])
-        axes.axvline(np.mean(differences), color="#222222", linewidth=1.5)
+        axes.axvline(mean, color="#222222", linewidth=1.5)
         axes.annotate(
-            f"found: {np.mean(differences):+.3f}".replace("-", "\N{MINUS SIGN}"),
-            (np.mean(differences), 0.9),
-            xytext=(-10 if np.mean(differences) > 0 else 10, 0),
+            f"found: {mean:+.3f}".replace("-", "\N{MINUS SIGN}"),
+            (mean, 0.9),
+            xytext=(-10 if mean > 0 else 10, 0),
             xycoords=axes.get_xaxis_transform(),
             textcoords="offset points",
-            ha="right" if np.mean(differences) > 0 else "left",
+            ha="right" if mean > 0 else "left",
         )
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
         share = f"in colour: as far from 0 as what was found, {flips[far].sum():.1%} of all {2 ** len(differences):,}"
         axes.set_title(join_words(title, "\n", share))
-    return axes.figure
+    return _figure_of(axes)

@@ -25,12 +25,7 @@ Norm = Callable[[int], nn.Module]  # makes the normalisation layer for a number 
 Penalty = Callable[[nn.Module], Tensor | float]  # what is added to the loss, from a model: a scalar
 Loss = Callable[[Tensor, Tensor], Tensor]  # from logits and targets, a scalar
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from images and labels, images and targets
-SCHEDULES = {
-    "steps": None,
-    "one-cycle": None,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda done: 1.0,
-}
+SCHEDULES = ("steps", "one-cycle", "cosine", "constant")
 
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
@@ -104,7 +99,8 @@ class Condition:
     penalty: Penalty | None = None
     changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    __init_subclass__ = classmethod(_refuse_subclass)
+    def __init_subclass__(cls) -> None:
+        _refuse_subclass(cls)
 
     def __post_init__(self) -> None:
         _use_python_numbers(self)
@@ -197,7 +193,8 @@ class Recipe:
     passes: int = 1
     draw_images: bool = False
 
-    __init_subclass__ = classmethod(_refuse_subclass)
+    def __init_subclass__(cls) -> None:
+        _refuse_subclass(cls)
 
     def __post_init__(self) -> None:
         _use_python_numbers(self)
@@ -234,13 +231,12 @@ class Recipe:
         _require(type(self.draw_images) is bool, "draw_images", "True or False", self.draw_images)
         if isinstance(self.data, str):  # each has 60,000 training images
             most = 50_000 if self.held_out else 60_000
-            if self.train_images is None:
-                object.__setattr__(self, "train_images", most)
-            expected = "a whole number from 1 to 60,000"
-            sound = type(self.train_images) is int and 1 <= self.train_images <= 60_000
-            _require(sound, "train_images", expected, self.train_images)
-            sound = self.train_images <= most
+            count = most if self.train_images is None else self.train_images
+            sound = type(count) is int and 1 <= count <= 60_000
+            _require(sound, "train_images", "a whole number from 1 to 60,000", count)
+            sound = count <= most
             _require(sound, "held_out", "False, or True with at most 50,000 train_images", self.held_out)
+            object.__setattr__(self, "train_images", count)
         elif self.train_images is not None:
             _require_whole("train_images", self.train_images, 1)
 
@@ -267,7 +263,8 @@ class Recipe:
 
     def learning_rates(self, epoch: int) -> list[float]:
         """The learning rate of each step of an epoch, which is counted from 1; `train_images` must be a number."""
-        steps = self.passes * -(-self.train_images // self.batch_size)
+        assert self.train_images is not None, "the number of steps depends on train_images"
+        steps = self.passes * math.ceil(self.train_images / self.batch_size)
         if self.schedule == "steps":
             return [self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)] * steps
         taken, total = range((epoch - 1) * steps, epoch * steps), self.epochs * steps
@@ -277,9 +274,12 @@ class Recipe:
 
     def factor(self, done: float) -> float:
         """The factor of the learning rate at a share of training done. Raises SettingError if it is no such number."""
-        schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        factor = _as_python(schedule(done))
-        sound = isinstance(factor, Real) and 0 <= factor < math.inf
+        if self.schedule == "cosine":
+            return (1 + math.cos(math.pi * done)) / 2
+        if isinstance(self.schedule, str):
+            return 1.0
+        factor = _as_python(self.schedule(done))
+        sound = isinstance(factor, Real) and 0 <= float(factor) < math.inf
         _require(sound, "schedule", f"a function that gives a finite number from 0, at {done:.4g} too", factor)
         return float(factor)
 

@@ -7,7 +7,7 @@ that is missing or of one out of range raises ValueError.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -147,7 +147,7 @@ def _steps(table: pd.DataFrame) -> pd.DataFrame:
     return (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()
 
 
-def _listed(names: Sequence[object]) -> str:
+def _listed(names: Iterable[object]) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
@@ -187,7 +187,8 @@ def _whole_steps(sample: np.ndarray) -> np.ndarray:
 
 def _flipped_sums(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All sums of the steps with any signs, in order, and the chance of each."""
-    sums, chances = np.zeros(1), np.ones(1)
+    sums: np.ndarray = np.zeros(1)
+    chances: np.ndarray = np.ones(1)
     for step in steps:
         sums, places = np.unique(np.concatenate([sums + step, sums - step]), return_inverse=True)
         chances = np.bincount(places, np.tile(chances / 2, 2))

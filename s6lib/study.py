@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -297,7 +296,7 @@ def _chosen(
     found: list[_Found], conditions: Collection[Condition | str] | None, seeds: Iterable[int] | int | None
 ) -> list[_Found]:
     slugs = None if conditions is None else {_slug(condition) for condition in conditions}
-    wanted = None if seeds is None else {seeds} if isinstance(seeds, Integral) else set(seeds)
+    wanted = None if seeds is None else set(seeds) if isinstance(seeds, Iterable) else {seeds}
     return [
         run
         for run in found

@@ -85,10 +85,11 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def _exact_convolutions() -> Iterator[None]:
     """cuDNN's deterministic kernels in full float32, by whichever of torch's two interfaces to TF32 there is."""
     cudnn = torch.backends.cudnn
-    holder, name, exact = cudnn, "allow_tf32", False
-    if hasattr(cudnn, "conv"):  # to mix the two interfaces is an error in torch
-        holder, name, exact = cudnn.conv, "fp32_precision", "ieee"
-    wanted = [(cudnn, "benchmark", False), (cudnn, "deterministic", True), (holder, name, exact)]
+    wanted: list[tuple[Any, str, bool | str]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    if hasattr(cudnn, "conv"):  # torch refuses a program that uses both interfaces
+        wanted.append((cudnn.conv, "fp32_precision", "ieee"))
+    else:
+        wanted.append((cudnn, "allow_tf32", False))
     before = [getattr(place, setting) for place, setting, _ in wanted]
     try:
         for place, setting, value in wanted:

@@ -192,11 +192,12 @@ def _checked_loss(setup: Setup) -> Loss:
 
 
 def _checked_penalty(run: Run) -> Penalty:
-    if run.condition.penalty is None:
+    own = run.condition.penalty
+    if own is None:
         return run.condition.penalty_of
 
-    def penalty(model: nn.Module) -> Tensor:
-        value = run.condition.penalty(model)
+    def penalty(model: nn.Module) -> Tensor | float:
+        value = own(model)
         _require_scalar("`penalty`", value)
         return value
 
@@ -245,10 +246,11 @@ def _read_back(setup: Setup, second: nn.Module) -> Tensor:
 
 def _parts(setup: Setup) -> dict[str, Any]:
     """What data, schedule and optimizer of the user's are; the first steps alone would not show all of it."""
-    settings, parts = setup.settings, {}
+    settings = setup.settings
+    parts: dict[str, Any] = {}
     if callable(settings.data):
         arrays = [*setup.train[:2], *setup.test[:2]]
-        sums = [zlib.crc32(array.contiguous().numpy()) for array in arrays]
+        sums = [zlib.crc32(array.contiguous().numpy().data) for array in arrays]
         parts["data"] = {"class names": list(setup.train.class_names), "checksums": sums}
     if callable(settings.schedule):
         parts["schedule"] = [settings.factor(share) for share in SHARES]

@@ -45,7 +45,9 @@ class Replay:
     def __init__(self, learner: Learner, average: nn.Module | None, rates: list[float], own: bool) -> None:
         self.parts = (*learner, average)
         self.watched = COMPARED if own else 1
-        self.first, self.graph, self.before = True, None, None
+        self.first = True
+        self.graph: Any = None  # a torch.cuda.CUDAGraph, once recorded
+        self.before: tuple[list[Tensor], Tensor] | None = None  # the state before the watched steps
         self.inputs: list[Tensor] = []  # what the graph reads
         self.kept: list[list[Tensor]] = []  # what the watched steps read
         self.rates, hindrance = _place_learning_rates(learner.optimizer, rates)
@@ -172,7 +174,8 @@ def _numbers(parts: Sequence[Any]) -> dict[str, Any]:
 
 def _drawn() -> tuple[Any, ...]:
     """Where the generators of Python and numpy are."""
-    _, words, *rest = np.random.get_state()  # noqa: NPY002 - the one that a user's code may draw from
+    state: Any = np.random.get_state()  # noqa: NPY002 - the one that a user's code may draw from
+    _, words, *rest = state
     return random.getstate(), words.tobytes(), rest
 
 

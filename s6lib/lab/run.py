@@ -3,7 +3,7 @@
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -92,7 +92,7 @@ def _identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
     return settings_of(run) | ({} if steps is None else {"first_steps": steps})
 
 
-def _may_write_in(folder: Path | None) -> bool:
+def _may_write_in(folder: Path | None) -> TypeGuard[Path]:
     """Whether a run in training may write in its folder: not once that is complete.
 
     For a run that seemed lost, and was sent out again, may come back after all.

@@ -120,11 +120,10 @@ def _submitted(executor: Executor, run: Run, order: Order) -> Future:
     try:
         future = executor.submit(train_packed, key, packed(run), order)
         future.add_done_callback(lambda _: _PACKED_HERE.pop(key, None))
-        return future
     except (BrokenExecutor, RuntimeError) as error:  # the pool has died, or was shut down
-        future: Future = Future()
+        future = Future()
         future.set_exception(error if isinstance(error, BrokenExecutor) else BrokenExecutor(str(error)))
-        return future
+    return future
 
 
 def _outcome(future: Future) -> Trained | str | BaseException:
@@ -219,7 +218,7 @@ def _follow(driver: int) -> None:
 
 
 def _wait_for_the_end_of(parent: int) -> None:
-    if os.name == "nt":  # where a process goes on naming a parent that is gone
+    if sys.platform == "win32":  # where a process goes on naming a parent that is gone
         synchronize, forever = 0x00100000, -1  # of winnt.h and winbase.h
         kernel = ctypes.windll.kernel32
         kernel.WaitForSingleObject(kernel.OpenProcess(synchronize, False, parent), forever)
@@ -250,8 +249,8 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
             client.submit(import_module, "s6lib.lab.workers", workers=[address], pure=False) for address in workers
         ]
         for address, tried in zip(workers, tries, strict=True):
-            if isinstance(error := tried.exception(), ModuleNotFoundError):
-                raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=error)}")
+            if isinstance(failure := tried.exception(), ModuleNotFoundError):
+                raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=failure)}")
         if not workers:
             print(f"waiting for workers: none has come to {scheduler} yet", file=sys.stderr, flush=True)
         yield client.get_executor(pure=False, retries=POOLS)
