@@ -17,10 +17,10 @@ import torch
 from distributed import Client, LocalCluster
 from loky import ProcessPoolExecutor
 
-from s6lib.lab.files import serialised
+from s6lib.lab.files import serialise
 from s6lib.lab.launch import run_study
-from s6lib.lab.run import COLUMNS, Trained
-from s6lib.lab.workers import packed
+from s6lib.lab.run import COLUMNS, RunResult
+from s6lib.lab.workers import pack
 from s6lib.recipes import CONTROL, PLAIN, Run, build_model
 
 ROUNDS, RUNS = 3, 1_000
@@ -54,12 +54,12 @@ def growth(workers_of: type | object) -> float:
     return seconds[0] / seconds[1]
 
 
-def finished_run() -> Trained:
+def finished_run() -> RunResult:
     """What a run of 25 epochs sends back."""
-    weights = serialised(lambda file: torch.save(build_model(PLAIN, CONTROL).state_dict(), file))
+    weights = serialise(lambda file: torch.save(build_model(PLAIN, CONTROL).state_dict(), file))
     history = [dict.fromkeys(COLUMNS, float(epoch)) for epoch in range(25)]
     machines = [{"torch": str(torch.__version__)}]
-    return Trained(None, history, weights, np.zeros(10_000, np.uint8), machines)
+    return RunResult(None, history, weights, np.zeros(10_000, np.uint8), machines)
 
 
 def seconds_a_run() -> float:
@@ -69,7 +69,7 @@ def seconds_a_run() -> float:
         list(executor.map(pickle.loads, [result] * 10))
         begun = time.perf_counter()
         for seed in range(RUNS):
-            packed(Run(PLAIN, CONTROL, seed))  # which the real one sends
+            pack(Run(PLAIN, CONTROL, seed))  # which the real one sends
             futures.append(executor.submit(pickle.loads, result))
         assert sum(1 for _ in as_completed(futures)) == RUNS
         return (time.perf_counter() - begun) / RUNS

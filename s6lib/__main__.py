@@ -57,15 +57,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SLUG",
         help=f"which to train, of {', '.join(SLUGS)} (default: the first five), or of your own",
     )
-    run.add_argument("--seeds", nargs="+", type=_whole(0), default=[1], metavar="K", help="one run each (default: 1)")
-    run.add_argument("--epochs", type=_whole(1), metavar="N", help="passes over the training images (default: 25)")
-    run.add_argument("--train-images", type=_whole(1), metavar="N", help="how many of them to use (default: all)")
+    run.add_argument(
+        "--seeds", nargs="+", type=_whole_number(0), default=[1], metavar="K", help="one run each (default: 1)"
+    )
+    run.add_argument(
+        "--epochs", type=_whole_number(1), metavar="N", help="passes over the training images (default: 25)"
+    )
+    run.add_argument(
+        "--train-images", type=_whole_number(1), metavar="N", help="how many of them to use (default: all)"
+    )
     run.add_argument("--out", default="runs", metavar="DIR", help="where the runs are kept (default: runs)")
-    run.add_argument("--jobs", type=_whole(1), metavar="N", help="runs side by side (default: one a core; 1 on a GPU)")
+    run.add_argument(
+        "--jobs", type=_whole_number(1), metavar="N", help="runs side by side (default: one a core; 1 on a GPU)"
+    )
     run.add_argument("--device", default="auto", help="auto (default) takes a CUDA GPU if it can; cpu, cuda:1, mps")
     run.add_argument(
         "--cluster",
-        type=_scheduler,
+        type=_scheduler_address,
         metavar="dask://HOST:PORT",
         help="send the runs to the workers of a Dask scheduler",
     )
@@ -77,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole_number(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
@@ -86,13 +94,13 @@ def _whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _scheduler(address: str) -> str:
+def _scheduler_address(address: str) -> str:
     if not re.fullmatch(r"dask://[^/:]+:\d+", address):
         raise argparse.ArgumentTypeError(f"{address!r} is not of the form dask://HOST:PORT")
     return address.replace("dask", "tcp", 1)
 
 
-def _known(name: str, known: dict[str, Any]) -> Any:
+def _look_up(name: str, known: dict[str, Any]) -> Any:
     """What a name stands for. Raises StudyError if nothing, with the name that was perhaps meant."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -101,7 +109,7 @@ def _known(name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def _own(file: str) -> tuple["Recipe", list["Condition"]]:
+def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
     """RECIPE and CONDITIONS of a user's file. Raises StudyError if it cannot be read or does not define them."""
     from s6lib.recipes import Condition, Recipe
 
@@ -124,19 +132,19 @@ def _own(file: str) -> tuple["Recipe", list["Condition"]]:
     return recipe, list(conditions)
 
 
-def _asked(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
+def _read_request(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
     """The recipe and the conditions that a command line asks for."""
     from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES
 
     if arguments.study is not None and arguments.recipe is not None:
         raise StudyError("--study and --recipe both name a recipe; give one of them")
-    recipe, conditions = _known(arguments.recipe or "plain", RECIPES), list(CONDITIONS)
+    recipe, conditions = _look_up(arguments.recipe or "plain", RECIPES), list(CONDITIONS)
     known = dict(ALL_CONDITIONS)
     if arguments.study is not None:
-        recipe, conditions = _own(arguments.study)
+        recipe, conditions = read_study_file(arguments.study)
         known = {condition.slug: condition for condition in conditions}
     if arguments.conditions is not None:
-        conditions = [_known(slug, known) for slug in arguments.conditions]
+        conditions = [_look_up(slug, known) for slug in arguments.conditions]
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
     try:
         recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
@@ -146,7 +154,7 @@ def _asked(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
 
 
 @contextmanager
-def _cluster(scheduler: str | None) -> Iterator["Executor | None"]:
+def _cluster_executor(scheduler: str | None) -> Iterator["Executor | None"]:
     """The executor of a Dask scheduler, if one is named."""
     if scheduler is None:
         yield None
@@ -160,8 +168,8 @@ def _cluster(scheduler: str | None) -> Iterator["Executor | None"]:
 def _run(arguments: argparse.Namespace) -> None:
     from s6lib.lab.launch import run_study
 
-    recipe, conditions = _asked(arguments)
-    with _cluster(arguments.cluster) as executor:
+    recipe, conditions = _read_request(arguments)
+    with _cluster_executor(arguments.cluster) as executor:
         study = run_study(
             recipe,
             conditions,
@@ -178,7 +186,7 @@ def _report_all(arguments: argparse.Namespace) -> None:
     from s6lib.study import Study, recipes_in
 
     folder = Path(arguments.dir)
-    own, conditions = _own(arguments.study) if arguments.study is not None else (None, [])
+    own, conditions = read_study_file(arguments.study) if arguments.study is not None else (None, [])
     for name in recipes_in(folder) or [own.name if own else RECIPE_NAMES[0]]:
         if own is not None and own.name == name:
             slugs = {path.parents[1].name for path in (folder / name).glob("*/seed-*/run.json")}
@@ -200,19 +208,19 @@ def _report(study: "Study", images: Path) -> None:
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
     print(f"\n{title} ({name})\n{result_table(study).to_string(index=False)}\n")
     figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
-    shown = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
-    with suppress(StudyError):  # a model of the user's is known by name alone, unless --study is given
-        model, digits = study.model(shown), study.data[1]
-        heading = f"{title}, {study.labels[shown]}"
-        figures[f"misclassified_{shown}"] = plots.plot_misclassified(misclassified(model, digits), digits, heading)
-    figures |= _compared(study, title)
+    slug = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
+    with suppress(StudyError):  # without --study, the user's own model has only a name
+        model, digits = study.model(slug), study.data[1]
+        heading = f"{title}, {study.labels[slug]}"
+        figures[f"misclassified_{slug}"] = plots.plot_misclassified(misclassified(model, digits), digits, heading)
+    figures |= _report_comparisons(study, title)
     for kind, figure in figures.items():
         path = images / f"{name}_{kind}.png"
         plots.save(figure, path)
         print(path)
 
 
-def _compared(study: "Study", title: str) -> dict[str, Any]:
+def _report_comparisons(study: "Study", title: str) -> dict[str, Any]:
     """Where every condition has the same two seeds or more: print means and differences, and return their figures."""
     from s6lib import plots
     from s6lib.statistics import condition_statistics, paired_comparisons
@@ -235,7 +243,7 @@ def _compared(study: "Study", title: str) -> dict[str, Any]:
     return figures
 
 
-def _stopped(arguments: argparse.Namespace) -> str:
+def _stop_message(arguments: argparse.Namespace) -> str:
     """What Ctrl-C leaves, truly."""
     if getattr(arguments, "cluster", None) is None:
         return "Every finished epoch is kept: the same command goes on from there."
@@ -270,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, StudyError) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing more to stop
-        print(f"\nStopped. {_stopped(arguments)}", file=sys.stderr)
+        print(f"\nStopped. {_stop_message(arguments)}", file=sys.stderr)
         return 130
     return 0
 

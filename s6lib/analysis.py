@@ -24,16 +24,16 @@ def condition_table(recipe: Recipe, conditions: Sequence[Condition]) -> pd.DataF
     them changes has a column, and so has a penalty of one's own. Raises ValueError if a condition does not fit the
     recipe.
     """
-    shown = dict.fromkeys(["dropout", "batch_size", "learning_rate"])
-    shown |= dict.fromkeys(name for condition in conditions for name in condition.changes)
+    names = dict.fromkeys(["dropout", "batch_size", "learning_rate"])
+    names |= dict.fromkeys(name for condition in conditions for name in condition.changes)
     rows = []
     for condition in conditions:
         row = {"condition": condition.label, "lambda 1": condition.l1, "lambda 2": condition.l2}
         if any(other.penalty is not None for other in conditions):
-            row["penalty"] = _readable(condition.penalty)
+            row["penalty"] = _table_entry(condition.penalty)
         row |= {"normalisation": _normalisation(condition), "splits": condition.num_splits or 1}
-        trained = recipe.changed_by(condition)
-        rows.append(row | {name.replace("_", " "): _readable(getattr(trained, name)) for name in shown})
+        settings = recipe.changed_by(condition)
+        rows.append(row | {name.replace("_", " "): _table_entry(getattr(settings, name)) for name in names})
     return pd.DataFrame(rows)
 
 
@@ -43,7 +43,7 @@ def _normalisation(condition: Condition) -> str:
     return "BatchNorm" if condition.num_splits is None else "GhostBatchNorm"
 
 
-def _readable(setting: Any) -> Any:
+def _table_entry(setting: Any) -> Any:
     """A setting as a table shows it: a class or a function by its name, what there is none of by a dash."""
     if setting is None:
         return "-"
@@ -109,7 +109,7 @@ def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
     votes[np.arange(len(labels)), labels] = 0
     wrong = votes.sum(1)
     images = np.argsort(-wrong, kind="stable")[: np.count_nonzero(wrong)]
-    names = [[class_names[label] for label in found[images]] for found in (labels, votes.argmax(1))]
+    names = [[class_names[label] for label in classes[images]] for classes in (labels, votes.argmax(1))]
     return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
 
 
@@ -140,7 +140,7 @@ def convolution_weights(model: nn.Module) -> np.ndarray:
 
 
 @torch.no_grad()
-def pruned(model: nn.Module, share: float) -> nn.Module:
+def prune(model: nn.Module, share: float) -> nn.Module:
     """A copy of a model with this share (0 to 1) of its convolution weights, the smallest of all layers, set to zero.
 
     Nothing is trained afterwards. A parametrized weight, as of weight_norm, is a plain one in the copy. Han et al.
@@ -172,12 +172,12 @@ def _refuse_hooked_weights(model: nn.Module) -> None:
 
 
 def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.DataFrame:
-    """The accuracy (0 to 1) on `digits` of every run after `pruned`: condition, seed, share, accuracy, a row each."""
+    """The accuracy (0 to 1) on `digits` of every run after `prune`: condition, seed, share, accuracy, a row each."""
     rows = []
     for condition, seed in study.runs:
         model = study.model(condition, seed)
         for share in shares:
-            accuracy = evaluate(pruned(model, share), digits).accuracy
+            accuracy = evaluate(prune(model, share), digits).accuracy
             rows.append({"condition": condition, "seed": seed, "share": share, "accuracy": accuracy})
     return pd.DataFrame(rows)
 

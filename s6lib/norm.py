@@ -157,6 +157,7 @@ class GhostBatchNorm(_BatchNorm):
             return self._normalise(input, parts, [None] * 2 * len(parts), 1.0)
         step: float | Tensor | None
         average: Callable[..., Tensor]
+        statistics: Any  # a list of tensors, then one tensor of all
         even, step, momentum, average = samples % splits == 0, self.momentum, 1.0, torch.mean
         if step is None:  # a cumulative average, which stands still without the number of batches, as BatchNorm's
             step = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
@@ -172,8 +173,8 @@ class GhostBatchNorm(_BatchNorm):
             if self.momentum is not None:
                 momentum, step = self.momentum, None
         output = self._normalise(input, parts, statistics, momentum)
-        table = torch.cat(statistics).view(2, splits, -1)
-        averages = average(table, 1).unbind() if even else _uneven_average(table, samples, values)
+        statistics = torch.cat(statistics).view(2, splits, -1)
+        averages = average(statistics, 1).unbind() if even else _uneven_average(statistics, samples, values)
         if step is None:  # taken
             mean.copy_(averages[0])
             variance.copy_(averages[1])
@@ -205,8 +206,8 @@ class GhostBatchNorm(_BatchNorm):
                 outputs.append(F.batch_norm(part, mean, variance, weight, bias, True, momentum, self.eps))
                 continue
             folded = _fold(part, ghosts)
-            scale, shift = [None if one is None else one.expand(ghosts, -1).flatten() for one in (weight, bias)]
-            output = F.batch_norm(folded.flatten(1, 2), mean, variance, scale, shift, True, momentum, self.eps)
+            affine = [None if tensor is None else tensor.expand(ghosts, -1).flatten() for tensor in (weight, bias)]
+            output = F.batch_norm(folded.flatten(1, 2), mean, variance, affine[0], affine[1], True, momentum, self.eps)
             outputs.append(_unfold(output.view(folded.shape), part))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

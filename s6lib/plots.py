@@ -107,17 +107,17 @@ def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.D
     """
     before = history.groupby(["condition", "seed"])["lr"].shift()
     changes = (before.notna() & (history["lr"] != before)).groupby(history["epoch"]).all()
-    changed = changes.index[changes]
-    if not 0 < len(changed) <= len(changes) / 2:  # a rate that changes at every epoch has no steps to show
+    epochs = changes.index[changes]
+    if not 0 < len(epochs) <= len(changes) / 2:  # a rate that changes at every epoch has no steps to show
         return
     for axes, start in zip(panels, starts, strict=True):
-        places = [epoch - 0.5 for epoch in changed if epoch > start]
+        places = [epoch - 0.5 for epoch in epochs if epoch > start]
         axes.vlines(places, 0, 1, "#888888", ":", transform=axes.get_xaxis_transform(), linewidth=1.2)
-    factors = (history["lr"] / before)[history["epoch"].isin(changed)].round(6).unique()
-    said = f"learning rate \N{MULTIPLICATION SIGN} {factors[0]:g}" if len(factors) == 1 else "new learning rate"
+    factors = (history["lr"] / before)[history["epoch"].isin(epochs)].round(6).unique()
+    change = f"learning rate \N{MULTIPLICATION SIGN} {factors[0]:g}" if len(factors) == 1 else "new learning rate"
     panels[0].annotate(
-        f"dotted: {said}",
-        (changed[0] - 0.5, height),
+        f"dotted: {change}",
+        (epochs[0] - 0.5, height),
         xytext=(22, 0),
         xycoords=panels[0].get_xaxis_transform(),
         textcoords="offset points",
@@ -162,11 +162,11 @@ def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", cou
     Args:
         wrong: a row an error of the model on `digits`, as `misclassified` gives it.
     """
-    shown = wrong.head(count)
-    titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in shown.itertuples()]
-    found = f"{len(shown)} of its {len(wrong)} errors on {len(digits.labels):,} images"
-    heading = f"{join_words(title, ': ', found)}\nactual class, taken for predicted class (confidence)"
-    return plot_digits(digits.images[shown["image"].tolist()], titles, columns=5, title=heading)
+    first = wrong.head(count)
+    titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in first.itertuples()]
+    share = f"{len(first)} of its {len(wrong)} errors on {len(digits.labels):,} images"
+    heading = f"{join_words(title, ': ', share)}\nactual class, taken for predicted class (confidence)"
+    return plot_digits(digits.images[first["image"].tolist()], titles, columns=5, title=heading)
 
 
 def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
@@ -325,9 +325,9 @@ def plot_differences(
         header = f"points   p alone   among {len(names)}"
         place = axes.get_yaxis_transform()
         axes.text(1.015, -0.95, header, transform=place, va="center", fontsize=10, color="#555555")
-        found = (comparisons["p_holm"] <= 0.05).sum()
-        stand = f"{len(outcomes)} seeds: {found} of {len(names)} differences stand (corrected p at most 0.05)"
-        axes.set_title(join_words(title, ", ", stand), pad=18)
+        count = (comparisons["p_holm"] <= 0.05).sum()
+        result = f"{len(outcomes)} seeds: {count} of {len(names)} differences stand (corrected p at most 0.05)"
+        axes.set_title(join_words(title, ", ", result), pad=18)
     return _figure_of(axes)
 
 

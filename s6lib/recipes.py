@@ -50,8 +50,8 @@ def _require_number(name: str, value: float, least: float, most: float = sys.flo
 
 def _require_callable(name: str, value: Any, expected: str) -> None:
     if isinstance(value, nn.Module) and name in ("network", "norm"):
-        made = type(value).__name__
-        raise SettingError(f"{name} must be {expected}: give the class {made}, not a {made} that is already made")
+        kind = type(value).__name__
+        raise SettingError(f"{name} must be {expected}: give the class {kind}, not a {kind} that is already made")
     _require(callable(value), name, expected, value)
 
 
@@ -116,9 +116,9 @@ class Condition:
             _require_callable("norm", self.norm, "a function or a class that makes a layer")
         if self.penalty is not None:
             _require_callable("penalty", self.penalty, "a function of the model")
-        known = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "data", "held_out")]
-        sound = isinstance(self.changes, Mapping) and all(name in known for name in self.changes)
-        _require(sound, "changes", f"a dict of settings of the recipe, which are {', '.join(known)}", self.changes)
+        names = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "data", "held_out")]
+        sound = isinstance(self.changes, Mapping) and all(name in names for name in self.changes)
+        _require(sound, "changes", f"a dict of settings of the recipe, which are {', '.join(names)}", self.changes)
         idle = {"momentum", "nesterov"} & self.changes.keys()
         if self.changes.get("optimizer") is not None and idle:
             raise SettingError(f"changes must not hold {idle.pop()} beside an optimizer: give it to the optimizer")

@@ -90,7 +90,7 @@ def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
     """
     table = _complete(outcomes)
     if table.shape[1] < 2:
-        raise ValueError(f"a comparison needs two conditions, and the table has {_listed(table)} alone: add another")
+        raise ValueError(f"a comparison needs two conditions, and the table has {_join(table)} alone: add another")
     steps, rows = _steps(table), []
     for first, second in itertools.combinations(table, 2):
         differences = table[first] - table[second]
@@ -113,7 +113,7 @@ def friedman_p(outcomes: pd.DataFrame) -> float:
     table = _complete(outcomes)
     if table.shape[1] < 3:
         raise ValueError(
-            f"Friedman's test takes at least three conditions, and the table has {_listed(table)}: compare two by "
+            f"Friedman's test takes at least three conditions, and the table has {_join(table)}: compare two by "
             "paired_comparisons"
         )
     steps = _steps(table)
@@ -128,7 +128,7 @@ def _complete(outcomes: pd.DataFrame) -> pd.DataFrame:
         if not names.is_unique:
             raise ValueError(
                 f"a row a seed and a column a condition, but these occur twice: {kind} "
-                f"{_listed(names[names.duplicated()].unique())}; drop or rename them"
+                f"{_join(names[names.duplicated()].unique())}; drop or rename them"
             )
     table = outcomes.astype(float)
     missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if not np.isfinite(table.at[seed, slug])]
@@ -147,7 +147,7 @@ def _steps(table: pd.DataFrame) -> pd.DataFrame:
     return (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()
 
 
-def _listed(names: Iterable[object]) -> str:
+def _join(names: Iterable[object]) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
@@ -233,7 +233,7 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
     verdicts = {verdict(row.difference, row.p_holm) for row in rows.itertuples()}
     if not verdicts:
         raise ValueError(f"{best} is the best of none: name the others")
-    return next(found for found in (CONTRADICTED, UNDECIDED, SUPPORTED) if found in verdicts)
+    return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
 
 
 # --- power -----------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def variance_sources(right: np.ndarray | pd.DataFrame) -> dict[str, float]:
     lacking = np.isnan(points).any(1)
     if lacking.any():
         seeds = right.index[lacking] if isinstance(right, pd.DataFrame) else np.flatnonzero(lacking)
-        raise ValueError(f"two conditions pair by seed, and one of them lacks: {_listed(seeds)}; leave these seeds out")
+        raise ValueError(f"two conditions pair by seed, and one of them lacks: {_join(seeds)}; leave these seeds out")
     seeds, images = points.shape
     by_seed, by_image = points.mean(1), points.mean(0)
     residual = points - by_seed[:, np.newaxis] - by_image + points.mean()

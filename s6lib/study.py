@@ -18,14 +18,14 @@ from s6lib.lab.first_steps import first_steps, step_differences
 from s6lib.lab.record import (
     condition_entry,
     differences,
-    is_own,
-    is_recorded,
+    has_placeholder,
+    has_user_code,
+    read_condition,
+    read_recipe,
     recipe_entry,
-    recorded_condition,
-    recorded_recipe,
 )
 from s6lib.lab.run import COLUMNS
-from s6lib.lab.setup import Data, build_initialised, read_data
+from s6lib.lab.setup import Data, build_network, read_data
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, name_of
 from s6lib.train import predict_logits
 
@@ -42,7 +42,7 @@ def recipes_in(folder: str | Path) -> list[str]:
     return [name for name in RECIPES if name in names] + sorted(names - RECIPES.keys())
 
 
-class _Found(NamedTuple):
+class _RecordedRun(NamedTuple):
     """A complete run, as its run.json describes it."""
 
     folder: Path
@@ -82,10 +82,10 @@ class Study:
         self.folder = Path(folder).expanduser()
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
-        found = [_found(path.parent) for path in (self.folder / name).glob("*/seed-*/run.json")]
-        runs = _chosen(found, conditions, seeds)
+        records = [_read_run(path.parent) for path in (self.folder / name).glob("*/seed-*/run.json")]
+        runs = _select(records, conditions, seeds)
         if not runs:
-            there = ", ".join(sorted({f"{run.condition.slug} {run.seed}" for run in found})) or "none"
+            there = ", ".join(sorted({f"{run.condition.slug} {run.seed}" for run in records})) or "none"
             raise StudyError(
                 f"no complete {name} run of those asked for in {folder} (there are: {there}); train some, by run_study "
                 "or python -m s6lib run"
@@ -98,18 +98,18 @@ class Study:
         self.recipe = recipe if isinstance(recipe, Recipe) else runs[0].recipe
         self.conditions = {run.condition.slug: run.condition for run in runs}
         self.conditions.update({slug: given[slug] for slug in self.conditions if slug in given})
-        self._found = {(run.condition.slug, run.seed): run for run in runs}
+        self._records = {(run.condition.slug, run.seed): run for run in runs}
         self._require_recorded_steps()
 
     @property
     def runs(self) -> list[tuple[str, int]]:
         """Slug and seed of each run, by condition."""
-        return list(self._found)
+        return list(self._records)
 
     @property
     def seeds(self) -> list[int]:
         """The seeds of which there is a run, in order."""
-        return sorted({seed for _, seed in self._found})
+        return sorted({seed for _, seed in self._records})
 
     @property
     def labels(self) -> dict[str, str]:
@@ -122,7 +122,7 @@ class Study:
 
     @cached_property
     def _history(self) -> pd.DataFrame:
-        tables = {run: self._read_history(*run) for run in self._found}
+        tables = {run: self._read_history(*run) for run in self._records}
         table = pd.concat(tables, names=["condition", "seed"]).reset_index(["condition", "seed"]).reset_index(drop=True)
         table.insert(1, "label", table["condition"].map(self.labels))
         return table
@@ -163,8 +163,8 @@ class Study:
         """What run.json says of each run, a row a run: device, processor, versions, seconds and what else it holds."""
         left_out = {"recipe", "condition", "seed", "first_steps", "sha256"}
         rows = [
-            {"condition": slug, "seed": seed, **{k: v for k, v in found.about.items() if k not in left_out}}
-            for (slug, seed), found in self._found.items()
+            {"condition": slug, "seed": seed, **{k: v for k, v in record.about.items() if k not in left_out}}
+            for (slug, seed), record in self._records.items()
         ]
         return pd.DataFrame(rows)
 
@@ -185,9 +185,9 @@ class Study:
 
         Raises StudyError if something in it is the user's and was not given, or no longer predicts what was saved.
         """
-        found = self._run(condition, seed)
-        content = read_result(found.folder, "weights.pt")
-        run = Run(self.recipe, self.conditions[found.condition.slug], found.seed)
+        record = self._run(condition, seed)
+        content = read_result(record.folder, "weights.pt")
+        run = Run(self.recipe, self.conditions[record.condition.slug], record.seed)
         try:
             model = self._build(run)
         except SettingError as error:
@@ -196,37 +196,39 @@ class Study:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         except Exception:  # a dozen kinds, by what the file is instead
             network = name_of(self.recipe.network)
-            path = found.folder / "weights.pt"
+            path = record.folder / "weights.pt"
             raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from None
-        if is_own(run):
-            self._require_saved_predictions(model, found)
+        if has_user_code(run):
+            self._require_saved_predictions(model, record)
         return model.eval()
 
     def _build(self, run: Run) -> nn.Module:
         """The network of a run as it began: what it draws when it is made comes from the run's seed."""
-        train = self.data[0] if is_own(run) else None
+        train = self.data[0] if has_user_code(run) else None
         with reproducible(CPU):
             seed_everything(run.seed, 0, CPU)
-            return build_initialised(run, train)
+            return build_network(run, train)
 
-    def _require_saved_predictions(self, model: nn.Module, found: _Found) -> None:
-        some, saved = self.data[1].part(slice(CHECKED)), self.predictions(found.condition, found.seed)[:CHECKED]
+    def _require_saved_predictions(self, model: nn.Module, record: _RecordedRun) -> None:
+        some, saved = self.data[1].part(slice(CHECKED)), self.predictions(record.condition, record.seed)[:CHECKED]
         different = int((predict_logits(model, some).argmax(1).numpy() != saved).sum())
         if different > 3:  # two logits that nearly tie may change places on another processor
             raise StudyError(
-                f"the model of {found.folder} gives other predictions than were saved with it for {different} of "
+                f"the model of {record.folder} gives other predictions than were saved with it for {different} of "
                 f"{len(saved)} images: the code has changed since; give what was trained then"
             )
 
     def _require_recorded_steps(self) -> None:
         """Raise StudyError if code of the user's does not take the first steps that were recorded with its runs."""
         for slug, condition in self.conditions.items():
-            found = self._run(slug, None)
-            run = Run(self.recipe, condition, found.seed)
-            if is_own(run) and not is_recorded(run) and "first_steps" in found.about:
-                phrases = step_differences(found.about["first_steps"], first_steps(run, self.data))
+            record = self._run(slug, None)
+            run = Run(self.recipe, condition, record.seed)
+            if has_user_code(run) and not has_placeholder(run) and "first_steps" in record.about:
+                phrases = step_differences(record.about["first_steps"], first_steps(run, self.data))
                 if phrases:
-                    raise StudyError(DIFFERENT_TRAINING.format(folder=found.folder, differences="; ".join(phrases[:3])))
+                    raise StudyError(
+                        DIFFERENT_TRAINING.format(folder=record.folder, differences="; ".join(phrases[:3]))
+                    )
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
         """The saved class of each test image, uint8 (10000,), by default of the condition's first seed."""
@@ -238,12 +240,12 @@ class Study:
 
     def check(self) -> None:
         """Read every file of every run. Raises DamagedFile if one is missing or not what was written."""
-        for found in self._found.values():
+        for record in self._records.values():
             for name in RESULTS:
-                read_result(found.folder, name)
+                read_result(record.folder, name)
 
     def _read_history(self, condition: str, seed: int) -> pd.DataFrame:
-        folder = self._found[condition, seed].folder
+        folder = self._records[condition, seed].folder
         try:
             table = pd.read_csv(read_result(folder, "history.csv"))
         except pd.errors.ParserError:
@@ -254,14 +256,14 @@ class Study:
             raise DamagedFile(f"{folder / 'history.csv'} is not a history of a run: {', '.join(COLUMNS)}")
         return table
 
-    def _run(self, condition: str | Condition, seed: int | None) -> _Found:
+    def _run(self, condition: str | Condition, seed: int | None) -> _RecordedRun:
         slug = _slug(condition)
-        seeds = [k for known, k in self._found if known == slug and seed in (None, k)]
+        seeds = [k for known, k in self._records if known == slug and seed in (None, k)]
         if not seeds:
-            known = ", ".join(f"{slug} {k}" for slug, k in self._found)
+            known = ", ".join(f"{slug} {k}" for slug, k in self._records)
             asked = "" if seed is None else f", seed {seed}"
             raise StudyError(f"no complete run of condition {slug!r}{asked}; there are: {known}")
-        return self._found[slug, seeds[0]]
+        return self._records[slug, seeds[0]]
 
 
 def first_runs(folder: str | Path) -> list[Study]:
@@ -274,17 +276,17 @@ def first_runs(folder: str | Path) -> list[Study]:
     return studies
 
 
-def _found(folder: Path) -> _Found:
+def _read_run(folder: Path) -> _RecordedRun:
     """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
     about = read_about(folder)
     try:
-        recipe, condition = recorded_recipe(about["recipe"]), recorded_condition(about["condition"])
-        run = _Found(folder, about, recipe, condition, about["seed"])
+        recipe, condition = read_recipe(about["recipe"]), read_condition(about["condition"])
+        run = _RecordedRun(folder, about, recipe, condition, about["seed"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from None
-    found = run.recipe.name, run.condition.slug, f"seed-{run.seed}"
-    if found != folder.parts[-3:]:
-        raise DamagedFile(f"{folder} holds another run: {', '.join(found)}")
+    place = run.recipe.name, run.condition.slug, f"seed-{run.seed}"
+    if place != folder.parts[-3:]:
+        raise DamagedFile(f"{folder} holds another run: {', '.join(place)}")
     return run
 
 
@@ -292,19 +294,19 @@ def _slug(condition: Condition | str) -> str:
     return condition.slug if isinstance(condition, Condition) else condition
 
 
-def _chosen(
-    found: list[_Found], conditions: Collection[Condition | str] | None, seeds: Iterable[int] | int | None
-) -> list[_Found]:
+def _select(
+    records: list[_RecordedRun], conditions: Collection[Condition | str] | None, seeds: Iterable[int] | int | None
+) -> list[_RecordedRun]:
     slugs = None if conditions is None else {_slug(condition) for condition in conditions}
     wanted = None if seeds is None else set(seeds) if isinstance(seeds, Iterable) else {seeds}
     return [
         run
-        for run in found
+        for run in records
         if (slugs is None or run.condition.slug in slugs) and (wanted is None or run.seed in wanted)
     ]
 
 
-def _require_one_training(runs: list[_Found], recipe: str | Recipe, given: dict[str, Condition]) -> None:
+def _require_one_training(runs: list[_RecordedRun], recipe: str | Recipe, given: dict[str, Condition]) -> None:
     """Raise StudyError if recipe or a condition differ between runs, or from what the caller has given."""
     wanted = recipe_entry(recipe) if isinstance(recipe, Recipe) else runs[0].about["recipe"]
     conditions = {slug: condition_entry(condition) for slug, condition in given.items()}

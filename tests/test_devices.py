@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from s6lib.__main__ import _own
+from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT, Digits, batches
 from s6lib.lab.device import CPU
 from s6lib.lab.setup import set_up
@@ -23,7 +23,7 @@ from s6lib.recipes import ALL_CONDITIONS, PLAIN, RECIPES, Run, build_model
 from s6lib.train import train_epoch
 
 CUDA = torch.device("cuda")
-FRONTIER, SIZES = _own(str(PROJECT / "studies" / "frontier.py"))
+FRONTIER, SIZES = read_study_file(str(PROJECT / "studies" / "frontier.py"))
 STUDIES = [(recipe, condition) for recipe in RECIPES.values() for condition in ALL_CONDITIONS.values()]
 STUDIES += [(FRONTIER, condition) for condition in SIZES]
 

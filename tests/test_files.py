@@ -15,7 +15,7 @@ from s6lib.lab.files import (
     read_about,
     read_checkpoint,
     read_result,
-    serialised,
+    serialise,
     write_checkpoint,
     write_results,
     write_whole,
@@ -151,7 +151,7 @@ class Harmful:
 
 def test_a_checkpoint_that_carries_code_is_passed_over_unread(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(serialised(lambda file: torch.save({"model": Harmful()}, file)))
+    (tmp_path / "checkpoint.pt").write_bytes(serialise(lambda file: torch.save({"model": Harmful()}, file)))
     assert read_checkpoint(tmp_path, resume=True) is None
     assert "UnpicklingError" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_carries_code_is_passed_over_unread(tmp_path, monkeypa
 def test_weights_that_carry_code_are_refused(tmp_path, monkeypatch):
     """Even with a digest that fits, as a stranger's folder would have."""
     monkeypatch.chdir(tmp_path)
-    harmful = serialised(lambda file: torch.save({"weight": Harmful()}, file))
+    harmful = serialise(lambda file: torch.save({"weight": Harmful()}, file))
     write_results(tmp_path, {}, dict.fromkeys(RESULTS, harmful))
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(read_result(tmp_path, "weights.pt"), weights_only=True)

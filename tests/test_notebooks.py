@@ -19,11 +19,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import s6lib
-from s6lib.__main__ import _own
+from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT
-from s6lib.lab.files import serialised
+from s6lib.lab.files import serialise
 from s6lib.lab.launch import run_study
-from s6lib.lab.run import COLUMNS, Trained, save_run
+from s6lib.lab.run import COLUMNS, RunResult, save_run
 from s6lib.models import PlainNet
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, CONTROL, PLAIN, Run
@@ -395,8 +395,8 @@ def made_up_run(folder, condition, seed, accuracy, loss=0.02):
         weights.data.flatten()[::4] = 0
     row = {"val_accuracy": round(accuracy, 4), "val_loss": loss}
     history = [{**dict.fromkeys(COLUMNS, 0.0), "epoch": epoch, **row} for epoch in range(1, 26)]
-    weights = serialised(lambda file: torch.save(model.state_dict(), file))
-    save_run(run.folder(folder), run, Trained(None, history, weights, np.zeros(10_000, np.uint8), [{}]))
+    weights = serialise(lambda file: torch.save(model.state_dict(), file))
+    save_run(run.folder(folder), run, RunResult(None, history, weights, np.zeros(10_000, np.uint8), [{}]))
 
 
 def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys):
@@ -441,7 +441,7 @@ def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys
 
 def test_the_ablation_finds_what_earns(tmp_path, capsys):
     """On made-up accuracies: shift and scale earn 0.1 points, and nothing else earns any."""
-    steps = (CONTROL, *_own(str(PROJECT / "studies" / "ablation.py"))[1])
+    steps = (CONTROL, *read_study_file(str(PROJECT / "studies" / "ablation.py"))[1])
     for number, condition in enumerate((*steps, *CONDITIONS)):
         for seed in range(1, 11) if condition in (*steps[:2], *CONDITIONS) else range(1, 6):
             earned = 0.001 * (number in range(2, len(steps)))

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_1samp
 from statsmodels.stats.multitest import multipletests
 
-from s6lib.__main__ import _own
+from s6lib.__main__ import read_study_file as _own
 from s6lib.analysis import passing, pruning_curve
 from s6lib.data import PROJECT
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read

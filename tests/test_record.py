@@ -9,10 +9,10 @@ from torchvision.transforms import v2
 from s6lib.lab.record import (
     condition_entry,
     differences,
-    is_own,
+    has_user_code,
+    read_condition,
+    read_recipe,
     recipe_entry,
-    recorded_condition,
-    recorded_recipe,
 )
 from s6lib.models import PlainNet, SeparableNet
 from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN, Condition, Recipe, Run, build_model
@@ -42,11 +42,11 @@ LIBRARY = Condition("library", changes={"loss": SMOOTH, "optimizer": ADAMW, "sch
 @pytest.mark.parametrize("condition", [*ALL_CONDITIONS.values(), GROUPS, LIBRARY, WILD])
 def test_what_is_recorded_can_be_read_again(condition):
     entry = condition_entry(condition)
-    again = recorded_condition(entry)
+    again = read_condition(entry)
     assert condition_entry(again) == entry
     assert again == condition or condition in (GROUPS, LIBRARY)
-    assert recipe_entry(recorded_recipe(recipe_entry(OWN))) == recipe_entry(OWN)
-    assert recorded_recipe(recipe_entry(PLAIN)) == PLAIN
+    assert recipe_entry(read_recipe(recipe_entry(OWN))) == recipe_entry(OWN)
+    assert read_recipe(recipe_entry(PLAIN)) == PLAIN
 
 
 def test_settings_that_are_not_used_are_not_recorded():
@@ -58,13 +58,13 @@ def test_settings_that_are_not_used_are_not_recorded():
     changed = replace(
         PLAIN, schedule="one-cycle", shift=2.0, scale=0.1, nesterov=True, ema=0.9, held_out=True, train_images=9
     )
-    assert recorded_recipe(recipe_entry(changed)) == changed
+    assert read_recipe(recipe_entry(changed)) == changed
 
 
 @pytest.mark.parametrize("network", [partial(SeparableNet, width=14), partial(SeparableNet, 14)])
 def test_a_network_of_the_library_with_numbers_can_be_made_from_what_is_recorded(network):
     entry = recipe_entry(Recipe("small", network))
-    again = recorded_recipe(entry)
+    again = read_recipe(entry)
     assert recipe_entry(again) == entry
     assert sum(weights.numel() for weights in build_model(again, CONTROL).parameters()) == 1_694
 
@@ -72,7 +72,7 @@ def test_a_network_of_the_library_with_numbers_can_be_made_from_what_is_recorded
 @pytest.mark.parametrize("network", [partial(Own), partial(PlainNet, norm=nn.InstanceNorm2d)])
 def test_a_partial_of_ones_own_is_known_by_name_alone(network):
     entry = recipe_entry(Recipe("own", network))
-    again = recorded_recipe(entry)
+    again = read_recipe(entry)
     assert recipe_entry(again) == entry
     with pytest.raises(ValueError, match=r"is known from run\.json alone"):
         build_model(again, CONTROL)
@@ -80,11 +80,11 @@ def test_a_partial_of_ones_own_is_known_by_name_alone(network):
 
 def test_what_is_known_by_name_alone_cannot_be_made():
     with pytest.raises(ValueError, match=r"Own is known from run\.json alone, .* give the recipe and the conditions"):
-        build_model(recorded_recipe(recipe_entry(OWN)), CONTROL)
+        build_model(read_recipe(recipe_entry(OWN)), CONTROL)
 
 
 def test_what_is_a_librarys_is_known_by_its_settings():
-    assert not is_own(Run(PLAIN, LIBRARY, 1))
+    assert not has_user_code(Run(PLAIN, LIBRARY, 1))
     entry = condition_entry(LIBRARY)["changes"]
     assert entry["loss"]["partial"] == "torch.nn.functional.cross_entropy"
     assert entry["loss"]["arguments"] == {"label_smoothing": 0.1}
@@ -103,7 +103,7 @@ def test_what_is_a_librarys_is_known_by_its_settings():
      Condition("a", changes={"network": partial(PlainNet, two_groups)})],
 )  # fmt: skip
 def test_a_run_with_code_of_the_users_is_own(condition):
-    assert is_own(Run(PLAIN, condition, 1))
+    assert has_user_code(Run(PLAIN, condition, 1))
 
 
 def entry(**changes):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import s6lib.lab.device
 import s6lib.lab.run
-from s6lib.__main__ import _own
+from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT, Augmentation, batches
 from s6lib.lab import replay
 from s6lib.lab.device import reproducible
@@ -37,7 +37,7 @@ class Stopped(BaseException):
 
 
 SHORT = replace(TINY, train_images=640 + 32)  # ten batches, and a smaller one
-FRONTIER, SIZES = _own(str(PROJECT / "studies" / "frontier.py"))
+FRONTIER, SIZES = read_study_file(str(PROJECT / "studies" / "frontier.py"))
 CYCLE = replace(FRONTIER, epochs=2, train_images=640 + 32)
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 

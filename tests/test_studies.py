@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s6lib import PLAIN, PlainNet, SeparableNet
-from s6lib.__main__ import _own
+from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT, hold_out
 from s6lib.lab.files import read_about, read_result
 from s6lib.lab.first_steps import first_steps
@@ -26,14 +26,14 @@ def parameters(recipe, condition):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_condition_of_a_study_can_be_trained(file: Path, mnist):
-    recipe, conditions = _own(str(file))
+    recipe, conditions = read_study_file(str(file))
     assert len({condition.slug for condition in conditions}) == len(conditions)
     for condition in conditions:
         first_steps(Run(recipe, condition, 1), mnist)
 
 
 def test_the_sizes_of_the_frontier_are_as_said():
-    recipe, conditions = _own(str(PROJECT / "studies" / "frontier.py"))
+    recipe, conditions = read_study_file(str(PROJECT / "studies" / "frontier.py"))
     for condition in conditions:
         assert condition.label == f"{parameters(recipe, condition):,} parameters"
         assert isinstance(build_model(recipe, condition), SeparableNet)
@@ -42,7 +42,7 @@ def test_the_sizes_of_the_frontier_are_as_said():
 
 
 def test_the_search_has_seen_no_test_digit_and_its_table_is_of_its_trials():
-    recipe, conditions = _own(str(PROJECT / "studies" / "frontier_search.py"))
+    recipe, conditions = read_study_file(str(PROJECT / "studies" / "frontier_search.py"))
     table = pd.read_csv(PROJECT / "studies" / "frontier_search.csv").set_index("trial")
     assert list(table.index) == [condition.slug for condition in conditions]
     for condition in conditions:
@@ -53,7 +53,7 @@ def test_the_search_has_seen_no_test_digit_and_its_table_is_of_its_trials():
 
 def test_the_table_of_the_search_is_what_its_saved_weights_give(mnist):
     """On every tenth held-out digit; what was saved of all of them gives the table."""
-    recipe, conditions = _own(str(PROJECT / "studies" / "frontier_search.py"))
+    recipe, conditions = read_study_file(str(PROJECT / "studies" / "frontier_search.py"))
     table = pd.read_csv(PROJECT / "studies" / "frontier_search.csv").set_index("trial")
     held_out = hold_out(mnist[0])[1]
     for condition in conditions:
@@ -72,15 +72,15 @@ def test_the_table_of_the_search_is_what_its_saved_weights_give(mnist):
 
 def test_the_published_search_is_that_of_its_study_file():
     """Its source has changed since, but not what it does."""
-    recipe, conditions = _own(str(PROJECT / "studies" / "frontier_search.py"))
+    recipe, conditions = read_study_file(str(PROJECT / "studies" / "frontier_search.py"))
     study = Study(PROJECT / "studies" / "search", recipe, conditions)
     assert len(study.runs) == len(conditions)
     assert study.model("t18")
 
 
 def test_the_ablation_leads_from_the_published_recipe_to_that_of_the_frontier():
-    recipe, conditions = _own(str(PROJECT / "studies" / "ablation.py"))
-    frontier, _ = _own(str(PROJECT / "studies" / "frontier.py"))
+    recipe, conditions = read_study_file(str(PROJECT / "studies" / "ablation.py"))
+    frontier, _ = read_study_file(str(PROJECT / "studies" / "frontier.py"))
     assert recipe == PLAIN
     before = recipe_entry(PLAIN)
     for condition in conditions:

@@ -19,7 +19,7 @@ from test_study import assert_same_study
 from s6lib.__main__ import main
 from s6lib.errors import RunsFailed, StudyError
 from s6lib.lab.launch import run_study
-from s6lib.lab.workers import Order, dask_executor, packed, resolve_device
+from s6lib.lab.workers import JobSettings, dask_executor, pack, resolve_device
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
@@ -132,7 +132,7 @@ def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(clus
             if "3/8 epochs" in line and cluster.scheduler.poll() is None:  # the first run has come back
                 cluster.scheduler.kill()
     assert driver.returncode == 1, printed
-    assert "cancelled, perhaps since the scheduler is gone; give the same command again" in printed
+    assert "cancelled, perhaps because the scheduler is gone; give the same command again" in printed
     assert list(out.rglob("run.json"))
 
 
@@ -205,9 +205,9 @@ def test_an_executor_that_is_shut_down_is_a_failure_of_each_run(tmp_path):
 def test_what_is_ones_own_travels_by_value(tmp_path):
     """To a process that knows nothing of this file, and shares no disk."""
     once = replace(TINY, epochs=1, train_images=64)
-    run, order = Run(once, Condition("half", penalty=half), 1), Order(tmp_path, "not there", "cpu", None)
+    run, settings = Run(once, Condition("half", penalty=half), 1), JobSettings(tmp_path, "not there", "cpu", None)
     task = tmp_path / "task"
-    task.write_bytes(pickle.dumps(("key", packed(run), order)))
+    task.write_bytes(pickle.dumps(("key", pack(run), settings)))
     script = (
         "import pickle, sys; from s6lib.lab.workers import train_packed\n"
         "print(round(train_packed(*pickle.load(open(sys.argv[1], 'rb'))).history[0]['penalty'], 6))"

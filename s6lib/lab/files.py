@@ -21,7 +21,7 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the last epoch's, and
 IDENTITY = {"recipe", "condition", "seed"}  # the entries by which a checkpoint is known to be one
 
 
-def serialised(write: Callable[[BinaryIO], Any]) -> bytes:
+def serialise(write: Callable[[BinaryIO], Any]) -> bytes:
     """Return the bytes that `write` produces."""
     file = io.BytesIO()
     write(file)
@@ -91,7 +91,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         undamaged = False
     if not undamaged:
-        raise _damaged(path)
+        raise _damage_error(path)
     return about
 
 
@@ -100,7 +100,7 @@ def read_result(folder: Path, name: str) -> io.BytesIO:
     path = folder / name
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != read_about(folder)["sha256"].get(name):
-        raise _damaged(path)
+        raise _damage_error(path)
     return io.BytesIO(content)
 
 
@@ -109,7 +109,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     last, before = (folder / name for name in CHECKPOINTS)
     if last.exists():
         os.replace(last, before)
-    write_whole(last, serialised(lambda file: torch.save(state, file)))
+    write_whole(last, serialise(lambda file: torch.save(state, file)))
 
 
 def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
@@ -123,7 +123,7 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
         if not path.exists():
             continue
         try:
-            state = _load_checked(path)
+            state = _load_checkpoint(path)
         except Exception as error:  # torch.load answers damage with a dozen kinds of exception
             if resume:
                 print(f"{path} is damaged ({type(error).__name__}); going on without it", file=sys.stderr, flush=True)
@@ -134,7 +134,7 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
     return None
 
 
-def _load_checked(path: Path) -> dict[str, Any]:
+def _load_checkpoint(path: Path) -> dict[str, Any]:
     # A .pt file is a zip archive with a CRC-32 for each tensor, which torch.load does not look at.
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
@@ -149,7 +149,7 @@ def _digest(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: Path) -> DamagedFile:
+def _damage_error(path: Path) -> DamagedFile:
     return DamagedFile(
         f"{path} is damaged or missing, or its digest in run.json is: restore the folder (git checkout -- "
         f"{path.parent}), or delete it and train the run again"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
-from s6lib.lab.record import differences, is_own
-from s6lib.lab.setup import Data, Setup, build_initialised, saved_weights, set_up
+from s6lib.lab.record import differences, has_user_code
+from s6lib.lab.setup import Data, Setup, build_network, serialise_weights, set_up
 from s6lib.recipes import Loss, Penalty, Run
 from s6lib.train import predict_logits, train_step
 
@@ -44,21 +44,21 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     """
     name = f"{run.condition.label} ({run.condition.slug})"
     with reproducible(CPU):
-        with _named(f"{name} cannot be built"):
+        with _error_prefix(f"{name} cannot be built"):
             setup = set_up(run, data, CPU)
             seed_everything(run.seed, 0, CPU)
-            second = build_initialised(run, setup.train)
+            second = build_network(run, setup.train)
             _require_equal_builds(setup.learner.model, second)
         untouched = deepcopy(second.state_dict())
-        with _named(f"{name} cannot be trained"):
-            steps = [_measured_step(run, setup, *batch) for batch in _first_batches(run, setup)]
+        with _error_prefix(f"{name} cannot be trained"):
+            steps = [_measure_step(run, setup, *batch) for batch in _first_batches(run, setup)]
             if not _same_state(second.state_dict(), untouched):
                 raise SettingError("training one network changed another: `network` must make a new one each time")
-        with _named(f"{name} cannot be saved and read back"):
+        with _error_prefix(f"{name} cannot be saved and read back"):
             logits = _read_back(setup, second)
         evaluation = float(F.cross_entropy(logits, setup.test.labels[:EVALUATED]))
     shapes = {name: "x".join(map(str, weights.shape)) for name, weights in setup.learner.model.named_parameters()}
-    return {"parameters": shapes, "steps": steps, "evaluation": evaluation, **_parts(setup)}
+    return {"parameters": shapes, "steps": steps, "evaluation": evaluation, **_describe_user_parts(setup)}
 
 
 def try_out(run: Run, data: Data) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def try_out(run: Run, data: Data) -> dict[str, Any]:
     Raises SettingError as `first_steps`, and if they differ.
     """
     steps = first_steps(run, data)
-    if is_own(run) and (different := step_differences(steps, first_steps(run, data), tolerance=1e-6)):
+    if has_user_code(run) and (different := step_differences(steps, first_steps(run, data), tolerance=1e-6)):
         raise SettingError(
             f"{run.condition.label} ({run.condition.slug}) trains differently each time ({different[0]}): something of "
             "yours keeps a state from run to run, or draws random numbers that torch, numpy and random do not seed"
@@ -102,7 +102,7 @@ def step_differences(recorded: Any, requested: Any, name: str = "", tolerance: f
     else:
         jumps = name.endswith(" gradient") and tolerance == TOLERANCE
         close = _is_close(recorded, requested, GRADIENT_TOLERANCE if jumps else tolerance)
-        return [] if close else [f"{name} = {_rounded(recorded)}, not {_rounded(requested)}"]
+        return [] if close else [f"{name} = {_format(recorded)}, not {_format(requested)}"]
     return [phrase for pair in pairs for phrase in step_differences(pair[1], pair[2], pair[0], tolerance)]
 
 
@@ -112,12 +112,12 @@ def _is_close(a: Any, b: Any, tolerance: float) -> bool:
     return a == b
 
 
-def _rounded(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _error_prefix(what: str) -> Iterator[None]:
     """Raise what the user's code raises as one sentence that says where it came from."""
     try:
         yield
@@ -164,15 +164,15 @@ def _first_batches(run: Run, setup: Setup) -> Iterator[tuple[Any, str]]:
         yield next(few.batches(1, generator)), f"a step on {last} images, as many as the last batch has, fails"
 
 
-def _measured_step(run: Run, setup: Setup, batch: Any, failure: str) -> dict[str, float]:
+def _measure_step(run: Run, setup: Setup, batch: Any, failure: str) -> dict[str, float]:
     """Take a step, and return its loss, its penalty and the size of its gradient."""
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
     if not pair or len(batch[0]) != len(batch[1]):
         raise SettingError("`transform` must return images and targets, two tensors of one length")
     images, targets = batch
-    learner = setup.learner._replace(loss=_checked_loss(setup), penalty=_checked_penalty(run))
+    learner = setup.learner._replace(loss=_loss_with_checks(setup), penalty=_penalty_with_checks(run))
     learner.model.train()
-    with _named(failure):
+    with _error_prefix(failure):
         logits, loss, penalty = train_step(learner, images, targets)
         F.cross_entropy(logits, targets)  # which the history records, whatever the loss
     gradients = [weights.grad for weights in learner.model.parameters() if weights.grad is not None]
@@ -181,7 +181,7 @@ def _measured_step(run: Run, setup: Setup, batch: Any, failure: str) -> dict[str
     return {"loss": float(loss), "penalty": float(penalty), "gradient": gradient}
 
 
-def _checked_loss(setup: Setup) -> Loss:
+def _loss_with_checks(setup: Setup) -> Loss:
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         _require_logits(logits, len(targets), len(setup.train.class_names))
         value = setup.settings.loss(logits, targets)
@@ -191,7 +191,7 @@ def _checked_loss(setup: Setup) -> Loss:
     return loss
 
 
-def _checked_penalty(run: Run) -> Penalty:
+def _penalty_with_checks(run: Run) -> Penalty:
     own = run.condition.penalty
     if own is None:
         return run.condition.penalty_of
@@ -234,7 +234,7 @@ def _read_back(setup: Setup, second: nn.Module) -> Tensor:
     some = setup.test.part(slice(EVALUATED))
     logits = predict_logits(setup.judged, some)
     _require_logits(logits, len(some.labels), len(some.class_names))
-    state = torch.load(io.BytesIO(saved_weights(setup.judged)), map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(serialise_weights(setup.judged)), map_location="cpu", weights_only=True)
     second.load_state_dict(state)
     if not torch.allclose(predict_logits(second, some), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise SettingError(
@@ -244,7 +244,7 @@ def _read_back(setup: Setup, second: nn.Module) -> Tensor:
     return logits.float()
 
 
-def _parts(setup: Setup) -> dict[str, Any]:
+def _describe_user_parts(setup: Setup) -> dict[str, Any]:
     """What data, schedule and optimizer of the user's are; the first steps alone would not show all of it."""
     settings = setup.settings
     parts: dict[str, Any] = {}

@@ -17,10 +17,10 @@ from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint
 from s6lib.lab.first_steps import first_steps, identity_differences, try_out
 from s6lib.lab.progress import progress
-from s6lib.lab.record import differences, is_own, is_recorded, recorded_condition, settings_of
-from s6lib.lab.run import Trained, save_run
+from s6lib.lab.record import differences, has_placeholder, has_user_code, read_condition, settings_of
+from s6lib.lab.run import save_run
 from s6lib.lab.setup import Data, read_data
-from s6lib.lab.workers import Order, resolve_device, train_here, train_with
+from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, Run
 from s6lib.study import DIFFERENT_TRAINING, Study
 
@@ -64,22 +64,24 @@ def run_study(
         device = resolve_device(device)
     with reproducible(CPU):
         data = read_data(recipe)
-    tried = _first_steps_of_each(runs, data)
+    steps = _first_steps_of_each(runs, data)
     with _only_study_in(out) as token:
         _refuse_links(out, [run.folder(out) for run in runs])
-        _refuse_other_training(out / recipe.name, runs, data, tried)
+        _refuse_other_training(out / recipe.name, runs, data, steps)
         waiting = [run for run in runs if not is_complete(run.folder(out))]
-        order = Order(out.resolve(), token, str(device), jobs)
+        settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
             print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
         with _bars(out, waiting) if waiting and show_progress else nullcontext():
             try:
-                trained = train_here(waiting, order) if executor is None else train_with(executor, waiting, order)
-                failures = [failure for run, result in trained for failure in _save(out, run, result)]
+                outcomes = (
+                    train_here(waiting, settings) if executor is None else train_with(executor, waiting, settings)
+                )
+                reasons = [_save(run.folder(out), run, outcome) for run, outcome in outcomes]
             except KeyboardInterrupt:
                 raise Stopped("every finished epoch is kept: run the cell again to go on") from None
-    if failures:
-        raise RunsFailed("\n".join(failures))
+    if any(reasons):
+        raise RunsFailed("\n".join(filter(None, reasons)))
     return Study(out, recipe, conditions, seeds)
 
 
@@ -107,11 +109,12 @@ def _conditions(conditions: Sequence[Condition | str]) -> list[Condition]:
     for condition in [conditions] if isinstance(conditions, Condition | str) else conditions:
         if isinstance(condition, str) and condition not in ALL_CONDITIONS:
             raise StudyError(f"{condition!r} is no built-in condition; there are: {', '.join(ALL_CONDITIONS)}")
-        found = ALL_CONDITIONS[condition] if isinstance(condition, str) else condition
-        if not isinstance(found, Condition):
+        if isinstance(condition, str):
+            condition = ALL_CONDITIONS[condition]
+        if not isinstance(condition, Condition):
             raise StudyError(f"a condition is a Condition or the slug of a built-in one, not {condition!r}")
-        if found not in distinct:
-            distinct.append(found)
+        if condition not in distinct:
+            distinct.append(condition)
     slugs = [condition.slug for condition in distinct]
     if len(set(slugs)) < len(slugs):
         raise StudyError(f"two different conditions share the name of a folder: {', '.join(slugs)}; rename one")
@@ -120,15 +123,15 @@ def _conditions(conditions: Sequence[Condition | str]) -> list[Condition]:
     return distinct
 
 
-def _save(out: str | Path, run: Run, trained: Trained | str) -> Iterator[str]:
-    """Save a run, and give the reason why it failed, if it did."""
-    if isinstance(trained, str):
-        yield trained
-        return
+def _save(folder: Path, run: Run, outcome: Outcome) -> str | None:
+    """Save a run; return the reason if it failed or cannot be written."""
+    if isinstance(outcome, str):
+        return outcome
     try:
-        save_run(run.folder(out), run, trained)
+        save_run(folder, run, outcome)
     except OSError as error:
-        yield f"{run}: {type(error).__name__}: {error}"
+        return f"{run}: {type(error).__name__}: {error}"
+    return None
 
 
 def _bars(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
@@ -169,14 +172,14 @@ def _refuse_links(out: Path, folders: list[Path]) -> None:
 
 def _first_steps_of_each(runs: list[Run], data: Data) -> Steps:
     """Try each condition out with its first seed. Raises SettingError if one cannot be trained."""
-    tried: Steps = {}
+    steps: Steps = {}
     for run in runs:
-        if run.condition.slug not in {slug for slug, _ in tried}:
-            tried[run.condition.slug, run.seed] = try_out(run, data)
-    return tried
+        if run.condition.slug not in {slug for slug, _ in steps}:
+            steps[run.condition.slug, run.seed] = try_out(run, data)
+    return steps
 
 
-def _refuse_other_training(folder: Path, runs: list[Run], data: Data, tried: Steps) -> None:
+def _refuse_other_training(folder: Path, runs: list[Run], data: Data, steps: Steps) -> None:
     """Raise StudyError if a run in the folder of a recipe was trained differently from what is requested now.
 
     A run of the library's own parts is known by its settings; one with code of the user's by its first steps too.
@@ -186,11 +189,11 @@ def _refuse_other_training(folder: Path, runs: list[Run], data: Data, tried: Ste
         recorded = read_about(other) if is_complete(other) else read_checkpoint(other)
         if recorded is None:
             continue
-        condition = conditions.get(other.parent.name) or recorded_condition(recorded["condition"])
+        condition = conditions.get(other.parent.name) or read_condition(recorded["condition"])
         run = Run(runs[0].recipe, condition, recorded["seed"])
         phrases = differences(recorded, settings_of(run))
-        if not phrases and is_own(run) and not is_recorded(run):
-            steps = tried.get((condition.slug, run.seed)) or first_steps(run, data)
-            phrases = identity_differences(recorded, {"first_steps": steps})
+        if not phrases and has_user_code(run) and not has_placeholder(run):
+            these = steps.get((condition.slug, run.seed)) or first_steps(run, data)
+            phrases = identity_differences(recorded, {"first_steps": these})
         if phrases:
             raise StudyError(DIFFERENT_TRAINING.format(folder=other, differences="; ".join(phrases[:3])))

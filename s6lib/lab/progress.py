@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 FIRST_LINE = 30.0  # seconds without the end of an epoch after which a line says how long it takes at least
 
 
-class Seen(NamedTuple):
+class Snapshot(NamedTuple):
     """A history.csv as last read: when it was written, and number and accuracy of its last epoch."""
 
     written: int
@@ -23,7 +23,7 @@ class Seen(NamedTuple):
     accuracy: float
 
 
-NOT_BEGUN = Seen(0, -1, 0.0)
+NOT_BEGUN = Snapshot(0, -1, 0.0)
 
 
 class Change(NamedTuple):
@@ -67,18 +67,18 @@ def _in_notebook() -> bool:
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def _read(history: Path) -> Seen:
+def _read(history: Path) -> Snapshot:
     """Read the last epoch of a history.csv; NOT_BEGUN if there is none to read."""
     try:
         written, rows = history.stat().st_mtime_ns, list(csv.DictReader(history.read_text().splitlines()))
         last = (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return NOT_BEGUN
-    return Seen(written, *last)
+    return Snapshot(written, *last)
 
 
 def _changes(
-    histories: dict[str, Path], seen: dict[str, Seen], epochs: dict[str, int], finished: threading.Event
+    histories: dict[str, Path], seen: dict[str, Snapshot], epochs: dict[str, int], finished: threading.Event
 ) -> Iterator[list[Change]]:
     """Twice a second, and once more when all is finished, what has changed since."""
     while True:
@@ -102,20 +102,20 @@ class _FirstEpochs:
 
     def __init__(self) -> None:
         self._running: set[str] = set()
-        self._begun = 0.0
+        self._start = 0.0
         self.ended = False
 
     def see(self, changes: Iterable[Change]) -> None:
         for change in changes:
             if not self._running:
-                self._begun = time.monotonic()
+                self._start = time.monotonic()
             self._running.add(change.label)
             self.ended |= change.epoch > change.before
 
     @property
     def waited(self) -> float:
         """Seconds since the first run began; 0 if none has begun, or an epoch has ended."""
-        return time.monotonic() - self._begun if self._running and not self.ended else 0.0
+        return time.monotonic() - self._start if self._running and not self.ended else 0.0
 
     def time_left(self, epochs: int) -> str:
         """The least time that this many epochs take, in words; nothing if it is not known or less than a second."""

@@ -15,9 +15,9 @@ from s6lib import models
 from s6lib.errors import SettingError
 from s6lib.recipes import Condition, Recipe, Run, name_of
 
-_PLAIN = (int, float, str, bool, type(None))
+_PLAIN_TYPES = (int, float, str, bool, type(None))
 # Settings that came after the first published runs: left out of run.json where a recipe does not use them.
-_LATER = {
+_LATER_SETTINGS = {
     "shift", "scale", "schedule", "nesterov", "ema", "held_out", "data", "transform", "loss", "optimizer", "passes",
     "draw_images",
 }  # fmt: skip
@@ -37,7 +37,7 @@ def recipe_entry(recipe: Recipe) -> dict[str, Any]:
     return {
         setting.name: _entry(getattr(recipe, setting.name))
         for setting in fields(recipe)
-        if setting.name not in _LATER or getattr(recipe, setting.name) != setting.default
+        if setting.name not in _LATER_SETTINGS or getattr(recipe, setting.name) != setting.default
     }
 
 
@@ -54,9 +54,9 @@ def _entry(value: Any) -> Any:
     A class or function of a library is its name, a partial or an object of one its name and arguments; what is the
     user's is a name and its source, which people can read: a run is known by what it does (see first_steps.py).
     """
-    if isinstance(value, Recorded):
+    if isinstance(value, Placeholder):
         return value.entry
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN_TYPES):
         return value
     if isinstance(value, list | tuple):
         return [_entry(one) for one in value]
@@ -66,10 +66,10 @@ def _entry(value: Any) -> Any:
         arguments = {str(place): _entry(one) for place, one in enumerate(value.args)}
         arguments |= {name: _entry(one) for name, one in value.keywords.items()}
         return {"name": name_of(value.func), "partial": _entry(value.func), "arguments": arguments}
-    if _is_named(value):
+    if _is_in_library(value):
         in_models = value.__module__ == "s6lib.models"  # the names by which run.json knows our own networks
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
-    if callable(value) and _is_named(type(value)):
+    if callable(value) and _is_in_library(type(value)):
         settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and _is_setting(one)}
         return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
     return {"name": name_of(value), "source": _source(value)}
@@ -79,10 +79,10 @@ def _is_setting(value: Any) -> bool:
     """Whether an attribute of a library's object is one of its settings: a number, a text, another such object."""
     if isinstance(value, list | tuple):
         return all(map(_is_setting, value))
-    return isinstance(value, _PLAIN) or (callable(value) and _is_named(type(value)))
+    return isinstance(value, _PLAIN_TYPES) or (callable(value) and _is_in_library(type(value)))
 
 
-def _is_named(thing: Any) -> bool:
+def _is_in_library(thing: Any) -> bool:
     """Whether s6lib, torch or torchvision holds a class or function under its name, which then says what it does."""
     module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
     if module.partition(".")[0] not in ("s6lib", "torch", "torchvision") or "<locals>" in name:
@@ -99,10 +99,10 @@ def is_library(setting: Any) -> bool:
         return all(map(is_library, (setting.func, *setting.args, *setting.keywords.values())))
     if isinstance(setting, list | tuple):
         return all(map(is_library, setting))
-    return isinstance(setting, _PLAIN) or _is_named(setting)
+    return isinstance(setting, _PLAIN_TYPES) or _is_in_library(setting)
 
 
-def is_own(run: Run) -> bool:
+def has_user_code(run: Run) -> bool:
     """Whether anything of a run is the user's."""
     settings = [getattr(run.settings, setting.name) for setting in fields(run.settings)]
     return not all(map(is_library, [*settings, run.condition.norm, run.condition.penalty]))
@@ -131,7 +131,7 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class Placeholder:
     """Stands for a setting of the user's that run.json describes: it has a name, but cannot be called."""
 
     entry: Any = field(hash=False)
@@ -147,18 +147,18 @@ class Recorded:
         )
 
 
-def is_recorded(run: Run) -> bool:
+def has_placeholder(run: Run) -> bool:
     """Whether something in a run is known from run.json alone, so that the run cannot be built."""
     parts = (*vars(run.settings).values(), run.condition.norm, run.condition.penalty)
-    return any(isinstance(part, Recorded) for part in parts)
+    return any(isinstance(part, Placeholder) for part in parts)
 
 
-def recorded_recipe(entry: dict[str, Any]) -> Recipe:
+def read_recipe(entry: dict[str, Any]) -> Recipe:
     """The recipe of an entry; what is the user's in it can then be named, but not called."""
     return Recipe(**_settings(entry))
 
 
-def recorded_condition(entry: dict[str, Any]) -> Condition:
+def read_condition(entry: dict[str, Any]) -> Condition:
     """The condition of an entry, with the same limit."""
     settings = _settings(entry)
     return Condition(**settings | {"changes": _settings(settings.get("changes", {}))})
@@ -169,9 +169,9 @@ def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
     for name in {"network", "norm", "penalty", "transform", "loss", "optimizer", "schedule", "data"} & settings.keys():
         value = settings[name]
         if name == "network":
-            settings[name] = _library_network(value) or Recorded(value)
+            settings[name] = _library_network(value) or Placeholder(value)
         elif isinstance(value, dict) or (isinstance(value, str) and "." in value):
-            settings[name] = Recorded(value)
+            settings[name] = Placeholder(value)
     return settings
 
 
@@ -203,7 +203,7 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
         if isinstance(old, dict) and isinstance(new, dict) and not _is_source(old) and not _is_source(new):
             phrases += differences(*_comparable(old, new))
         elif old != new:
-            phrases.append(f"{name} = {_shown(old)}, not {_shown(new)}")
+            phrases.append(f"{name} = {_describe(old)}, not {_describe(new)}")
     return phrases
 
 
@@ -225,5 +225,5 @@ def _is_source(entry: Any) -> bool:
     return isinstance(entry, dict) and "source" in entry
 
 
-def _shown(entry: Any) -> str:
+def _describe(entry: Any) -> str:
     return str(entry["name"]) if isinstance(entry, dict) and "name" in entry else repr(entry)

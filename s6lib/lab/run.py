@@ -16,15 +16,15 @@ from s6lib.lab.files import (
     is_complete,
     read_checkpoint,
     remove_parts,
-    serialised,
+    serialise,
     write_checkpoint,
     write_results,
     write_whole,
 )
 from s6lib.lab.first_steps import first_steps, identity_differences
-from s6lib.lab.record import is_own, settings_of
+from s6lib.lab.record import has_user_code, settings_of
 from s6lib.lab.replay import Replay, records_steps
-from s6lib.lab.setup import Setup, read_data, saved_weights, set_up
+from s6lib.lab.setup import Setup, read_data, serialise_weights, set_up
 from s6lib.recipes import Run
 from s6lib.train import NonFiniteLoss, add_step, evaluate, train_epoch
 
@@ -34,7 +34,7 @@ _ONE_RUN = threading.Lock()
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
 
 
-class Trained(NamedTuple):
+class RunResult(NamedTuple):
     """What training leaves.
 
     first_steps: as JSON, of a run with code of the user's (see first_steps.py).
@@ -51,7 +51,7 @@ class Trained(NamedTuple):
     machines: list[dict[str, Any]]
 
 
-def train_run(run: Run, folder: Path | None = None, device: str | torch.device = "cpu") -> Trained:
+def train_run(run: Run, folder: Path | None = None, device: str | torch.device = "cpu") -> RunResult:
     """Train a run; with a `folder`, go on from its checkpoint and renew it at each epoch's end, unless it is complete.
 
     All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
@@ -61,7 +61,7 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
     device = torch.device(device)
     with _ONE_RUN, reproducible(device):
         data = read_data(run.settings)
-        steps = first_steps(run, data) if is_own(run) else None
+        steps = first_steps(run, data) if has_user_code(run) else None
         setup = set_up(run, data, device)
         state = {**_identity(run, steps), "history": [], "machines": []}
         if _may_write_in(folder):
@@ -84,7 +84,7 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
                 write_whole(folder / "history.csv", _history_csv(history))
         if predictions is None:  # it was stopped after its last epoch
             predictions = evaluate(setup.judged, setup.test).predictions
-        return Trained(steps, history, saved_weights(setup.judged), predictions.numpy(), machines)
+        return RunResult(steps, history, serialise_weights(setup.judged), predictions.numpy(), machines)
 
 
 def _identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor
     device, rates = setup.train.labels.device, setup.settings.learning_rates(epoch)
     generator = seed_everything(run.seed, epoch, device)
     begun = time.perf_counter()
-    step = Replay(setup.learner, setup.average, rates, is_own(run)) if records_steps(device) else add_step
+    step = Replay(setup.learner, setup.average, rates, has_user_code(run)) if records_steps(device) else add_step
     training = train_epoch(setup.learner, setup.batches(epoch, generator), step)
     seconds = time.perf_counter() - begun
     test = evaluate(setup.judged, setup.test)
@@ -115,15 +115,15 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor
     return dict(zip(COLUMNS, row, strict=True)), test.predictions
 
 
-def save_run(folder: Path, run: Run, trained: Trained) -> None:
+def save_run(folder: Path, run: Run, result: RunResult) -> None:
     """Write a finished run to its folder."""
-    *earlier, last = trained.machines
-    about = {**_identity(run, trained.first_steps), **last, **({"earlier": earlier} if earlier else {})}
-    about["seconds"] = round(sum(row["seconds"] for row in trained.history), 1)
+    *earlier, last = result.machines
+    about = {**_identity(run, result.first_steps), **last, **({"earlier": earlier} if earlier else {})}
+    about["seconds"] = round(sum(row["seconds"] for row in result.history), 1)
     results = {
-        "predictions.npy": serialised(lambda file: np.save(file, trained.predictions)),
-        "weights.pt": trained.weights,
-        "history.csv": _history_csv(trained.history),
+        "predictions.npy": serialise(lambda file: np.save(file, result.predictions)),
+        "weights.pt": result.weights,
+        "history.csv": _history_csv(result.history),
     }
     write_results(folder, about, results)
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from s6lib.data import Digits, batches, hold_out, load_data, normalise
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, seed_everything
-from s6lib.lab.files import serialised
+from s6lib.lab.files import serialise
 from s6lib.lab.record import is_library
 from s6lib.recipes import Recipe, Run, build_model
 from s6lib.train import Learner, memory_format
@@ -88,7 +88,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
     if settings.draw_images:
         train = train.part(torch.randperm(len(train.labels), generator=generator)[:count])
     train, test = train.part(slice(count)).to(device), test.to(device)
-    model = build_initialised(run, train).to(device)
+    model = build_network(run, train).to(device)
     if memory_format(model) != torch.contiguous_format:
         model = model.to(memory_format=memory_format(model))
     optimizer = _build_optimizer(run, settings, model)
@@ -97,7 +97,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
     return Setup(settings, learner, average, train, test)
 
 
-def build_initialised(run: Run, digits: Digits | None) -> nn.Module:
+def build_network(run: Run, digits: Digits | None) -> nn.Module:
     """The network of a run; lazy layers take their sizes from two images, which a library's networks do not need."""
     model = build_model(run.recipe, run.condition)
     if not isinstance(model, nn.Module) or not any(weights.requires_grad for weights in model.parameters()):
@@ -161,10 +161,10 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
     return chain(model.parameters(), model.buffers())
 
 
-def saved_weights(model: nn.Module) -> bytes:
+def serialise_weights(model: nn.Module) -> bytes:
     """The state_dict of a model, on the CPU, as torch.save writes it."""
     state = {
         name: value.cpu().contiguous() if isinstance(value, Tensor) else value
         for name, value in model.state_dict().items()
     }
-    return serialised(lambda file: torch.save(state, file))
+    return serialise(lambda file: torch.save(state, file))

@@ -24,23 +24,26 @@ from loky import ProcessPoolExecutor, cpu_count
 
 from s6lib.errors import RunError, S6Error, StudyError
 from s6lib.lab.record import is_library
-from s6lib.lab.run import Trained, train_run
+from s6lib.lab.run import RunResult, train_run
 from s6lib.recipes import Run
 
-POOLS = 3  # one worker may die by chance; who loses this many has too little memory
+Outcome = RunResult | str  # of a run: its result, or the reason why it failed
+POOLS = 3  # one worker may die by chance; after three, assume that memory is short
 WORKERS_DIE = (
     "worker processes were killed again and again: is memory short (a worker needs about 1 GB)? Every finished epoch "
     "is kept: give the same command again, with fewer jobs"
 )
-_PACKED_HERE: dict[str, Run] = {}  # the runs that this process has sent out
+_RUNS_SENT: dict[str, Run] = {}  # the runs that this process has sent out
 LACKS_S6LIB = "a worker cannot import s6lib ({error}): install it there, `pip install -r requirements.txt` in a clone"
 
 
-class Order(NamedTuple):
-    """How runs are trained.
+class JobSettings(NamedTuple):
+    """What all runs of a study share.
 
-    out: the folder of the study. `token` is the name of a file in it: a worker that sees the file shares the disk, and
-    keeps checkpoints there.
+    out: the study's folder.
+    token: the name of a file in it. A worker that sees the file shares the disk, and writes checkpoints there.
+    device: the name of the device to train on.
+    jobs: the most runs at a time; None for the default.
     """
 
     out: Path
@@ -50,7 +53,10 @@ class Order(NamedTuple):
 
 
 def resolve_device(device: str | torch.device) -> str:
-    """The device asked for; "auto" is CUDA where there is one, else the CPU. Raises StudyError if it is not here."""
+    """Return the name of a device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises StudyError if this machine lacks the device.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     usable = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -61,91 +67,92 @@ def resolve_device(device: str | torch.device) -> str:
     return str(device)
 
 
-def train_here(runs: list[Run], order: Order) -> Iterator[tuple[Run, Trained | str]]:
-    """Train runs on this machine, and yield each as it ends, with what it left, or why it failed.
+def train_here(runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Outcome]]:
+    """Train runs on this machine, and yield each with its outcome as it ends.
 
-    `order.jobs` processes work side by side, by default and at most one a core, each with one thread; on a GPU, or with
-    one job, the runs take turns in this process. A pool that loses a worker is replaced by a new one.
+    On a CPU, `settings.jobs` processes of one thread each run in parallel: by default, and at most, one per core. On a
+    GPU, or with one job, the runs take turns in this process. A new pool replaces one that loses a worker.
     """
-    jobs = min(order.jobs or (cpu_count() if order.device == "cpu" else 1), cpu_count())
+    jobs = min(settings.jobs or (cpu_count() if settings.device == "cpu" else 1), cpu_count())
     if jobs == 1:
-        yield from ((run, _train(run, order)) for run in runs)
+        yield from ((run, _train(run, settings)) for run in runs)
         return
-    waiting, alone = list(runs), order._replace(jobs=None)
+    waiting, alone = list(runs), settings._replace(jobs=None)
     for _ in range(POOLS):
         lost = []
         with _pool(min(jobs, len(waiting) or 1)) as pool:
-            for run, trained in _trained(pool, waiting, alone):
-                if isinstance(trained, BrokenExecutor):
+            for run, future in _train_in(pool, waiting, alone):
+                if _lost_worker(future):
                     lost.append(run)
                 else:
-                    yield run, _said(run, trained)
+                    yield run, _outcome(run, future)
         if not lost:
             return
         waiting = lost
         print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
-    for run in waiting:  # each in a pool of its own, so that one that kills its worker takes no other with it
+    for run in waiting:  # one pool per run, so that a run that kills its worker stops no other run
         with _pool(1) as pool:
-            for _, trained in _trained(pool, [run], alone):
-                yield run, f"{run}: {WORKERS_DIE}" if isinstance(trained, BrokenExecutor) else _said(run, trained)
+            for _, future in _train_in(pool, [run], alone):
+                yield run, f"{run}: {WORKERS_DIE}" if _lost_worker(future) else _outcome(run, future)
 
 
-def train_with(executor: Executor, runs: list[Run], order: Order) -> Iterator[tuple[Run, Trained | str]]:
-    """Train runs wherever an executor takes them, `order.jobs` at a time, by default all, and yield each likewise."""
-    for run, trained in _trained(executor, runs, order):
-        yield run, _said(run, trained)
+def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Outcome]]:
+    """Train runs in an executor, `settings.jobs` at a time (by default all), and yield each with its outcome."""
+    for run, future in _train_in(executor, runs, settings):
+        yield run, _outcome(run, future)
 
 
-def _trained(executor: Executor, runs: list[Run], order: Order) -> Iterator[tuple[Run, Trained | str | BaseException]]:
-    """Each run as it ends, with what it left, why it failed, or the error of the executor that lost it."""
-    todo, pending = iter(runs), {}
+def _train_in(executor: Executor, runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Future]]:
+    """Send runs to an executor, and yield each with its future as it ends."""
+    todo = iter(runs)
+    pending: dict[Future, Run] = {}
     try:
         while True:
             for run in todo:
-                pending[_submitted(executor, run, order)] = run
-                if len(pending) == order.jobs:
+                pending[_submit(executor, run, settings)] = run
+                if len(pending) == settings.jobs:
                     break
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                yield pending.pop(future), _outcome(future)
+                yield pending.pop(future), future
     finally:
         for future in pending:  # after Ctrl-C, say
             future.cancel()
 
 
-def _submitted(executor: Executor, run: Run, order: Order) -> Future:
+def _submit(executor: Executor, run: Run, settings: JobSettings) -> Future:
     key = uuid4().hex
-    _PACKED_HERE[key] = run
+    _RUNS_SENT[key] = run
     try:
-        future = executor.submit(train_packed, key, packed(run), order)
-        future.add_done_callback(lambda _: _PACKED_HERE.pop(key, None))
+        future = executor.submit(train_packed, key, pack(run), settings)
+        future.add_done_callback(lambda _: _RUNS_SENT.pop(key, None))
     except (BrokenExecutor, RuntimeError) as error:  # the pool has died, or was shut down
         future = Future()
         future.set_exception(error if isinstance(error, BrokenExecutor) else BrokenExecutor(str(error)))
     return future
 
 
-def _outcome(future: Future) -> Trained | str | BaseException:
+def _lost_worker(future: Future) -> bool:
+    """Whether a worker process died, and its pool with it, before the run ended."""
+    return not future.cancelled() and isinstance(future.exception(), BrokenExecutor)
+
+
+def _outcome(run: Run, future: Future) -> Outcome:
+    """Return the outcome of a run, whose future is done; an executor's error becomes a reason."""
     try:
         return future.result()
-    except (Exception, CancelledError) as error:
-        return error
+    except ModuleNotFoundError as error:
+        return f"{run}: {LACKS_S6LIB.format(error=error)}"
+    except CancelledError:
+        return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
+    except Exception as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        return f"{run}: given up by the executor, {type(error).__name__}: {reason}"
 
 
-def _said(run: Run, trained: Trained | str | BaseException) -> Trained | str:
-    if not isinstance(trained, BaseException):
-        return trained
-    if isinstance(trained, ModuleNotFoundError):
-        return f"{run}: {LACKS_S6LIB.format(error=trained)}"
-    if isinstance(trained, CancelledError):
-        return f"{run}: cancelled, perhaps since the scheduler is gone; give the same command again to go on"
-    reason = (str(trained).splitlines() or ["no reason given"])[0]
-    return f"{run}: given up by the executor, {type(trained).__name__}: {reason}"
-
-
-def packed(run: Run) -> bytes:
-    """A run as bytes that any process with s6lib can unpickle: what is the user's, in a file or a cell, travels too."""
+def pack(run: Run) -> bytes:
+    """Pickle a run for any process with s6lib, together with the user's code, be it in a file or a notebook cell."""
     own = [run.condition.norm, run.condition.penalty, *vars(run.recipe).values(), *run.condition.changes.values()]
     modules = {sys.modules.get(_module_of(thing)) for thing in own if callable(thing) and not is_library(thing)}
     by_value = {module for module in modules if module is not None and not _is_installed(module)}
@@ -165,28 +172,28 @@ def _module_of(thing: Any) -> str:
 
 
 def _is_installed(module: ModuleType) -> bool:
-    """Whether a worker can be expected to import a module: Python's own, __main__, or an installed package's."""
+    """Whether a worker can be expected to import a module: one of Python's, __main__, or an installed package's."""
     file = getattr(module, "__file__", None) or ""
     package = module.__name__.partition(".")[0]
     return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
 
 
-def train_packed(key: str, content: bytes, order: Order) -> Trained | str:
-    """Train a run wherever this is called: in a thread of this process the run itself, elsewhere its unpickled copy.
+def train_packed(key: str, content: bytes, settings: JobSettings) -> Outcome:
+    """Train a run in whatever process or thread an executor calls this.
 
-    To unpickle a run in the process that packed it would rewrite the user's classes there.
+    In the process that packed the run, train the original: unpickling it there would redefine the user's classes.
     """
-    return _train(_PACKED_HERE.get(key) or pickle.loads(content), order)
+    return _train(_RUNS_SENT.get(key) or pickle.loads(content), settings)
 
 
-def _train(run: Run, order: Order) -> Trained | str:
-    """A run, or the reason why it failed: an exception would be taken for the executor's own.
+def _train(run: Run, settings: JobSettings) -> Outcome:
+    """Train a run; return the reason if it fails, since an exception would look like the executor's.
 
-    It keeps its checkpoints in its folder if this process sees the study's; elsewhere a run that is lost starts anew.
+    Checkpoints go to the run's folder if this process sees the study's. Without them, a lost run starts from epoch 1.
     """
     try:
-        folder = run.folder(order.out) if (order.out / order.token).exists() else None
-        return train_run(run, folder, resolve_device(order.device))
+        folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
+        return train_run(run, folder, resolve_device(settings.device))
     except S6Error as error:
         message = str(error)
     except Exception as error:
@@ -196,7 +203,7 @@ def _train(run: Run, order: Order) -> Trained | str:
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[Executor]:
-    """Worker processes that end with this one; when the block is left early, they end at once."""
+    """Start worker processes, which end with this process; if the block is left early, they end at once."""
     pool = ProcessPoolExecutor(jobs, initializer=_follow, initargs=(os.getpid(),))
     finished = False
     try:
@@ -207,7 +214,7 @@ def _pool(jobs: int) -> Iterator[Executor]:
 
 
 def _follow(driver: int) -> None:
-    """From now on, in a worker process: leave Ctrl-C to the driver, and end when the driver is gone."""
+    """Make a worker process ignore Ctrl-C, which the driver handles, and end when the driver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -218,7 +225,7 @@ def _follow(driver: int) -> None:
 
 
 def _wait_for_the_end_of(parent: int) -> None:
-    if sys.platform == "win32":  # where a process goes on naming a parent that is gone
+    if sys.platform == "win32":  # getppid still names a parent that is gone
         synchronize, forever = 0x00100000, -1  # of winnt.h and winbase.h
         kernel = ctypes.windll.kernel32
         kernel.WaitForSingleObject(kernel.OpenProcess(synchronize, False, parent), forever)
@@ -229,7 +236,7 @@ def _wait_for_the_end_of(parent: int) -> None:
 
 @contextmanager
 def dask_executor(scheduler: str) -> Iterator[Executor]:
-    """The executor of a Dask scheduler, tcp://HOST:PORT; a run that is lost with its worker is sent out again.
+    """Open the executor of a Dask scheduler, tcp://HOST:PORT; it retries a run whose worker is lost.
 
     Raises StudyError if Dask is not installed or no scheduler answers, and RunError if a worker cannot import s6lib.
     """
@@ -241,15 +248,15 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
         client = Client(scheduler, set_as_default=False)
     except OSError as error:
         raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
-    # Of what goes wrong the runs tell, in a line each; Dask tells it in pages.
+    # Each failed run reports its reason in one line; Dask would add pages.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with client:
         workers = list(client.nthreads())
-        tries = [
+        imports = [
             client.submit(import_module, "s6lib.lab.workers", workers=[address], pure=False) for address in workers
         ]
-        for address, tried in zip(workers, tries, strict=True):
-            if isinstance(failure := tried.exception(), ModuleNotFoundError):
+        for address, future in zip(workers, imports, strict=True):
+            if isinstance(failure := future.exception(), ModuleNotFoundError):
                 raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=failure)}")
         if not workers:
             print(f"waiting for workers: none has come to {scheduler} yet", file=sys.stderr, flush=True)

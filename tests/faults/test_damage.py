@@ -17,7 +17,7 @@ from test_study import assert_same_study
 
 from s6lib.data import PROJECT, DataError, load_mnist
 from s6lib.errors import DamagedFile, RunsFailed, StudyError
-from s6lib.lab.files import RESULTS, serialised, write_checkpoint, write_results
+from s6lib.lab.files import RESULTS, serialise, write_checkpoint, write_results
 from s6lib.lab.launch import run_study
 from s6lib.lab.record import settings_of
 from s6lib.recipes import Condition, Run
@@ -74,7 +74,7 @@ def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, cap
     whole = run_study(once, (GBN,), (1,), tmp_path / "whole", jobs=1, show_progress=False)
     folder = Run(once, GBN, 1).folder(tmp_path / "out")
     folder.mkdir(parents=True)
-    content = serialised(lambda file: torch.save({"model": Harmful()}, file)) if damage == "code" else b"damaged"
+    content = serialise(lambda file: torch.save({"model": Harmful()}, file)) if damage == "code" else b"damaged"
     for name in ("checkpoint.pt", "checkpoint-before.pt"):
         (folder / name).write_bytes(content)
     study = run_study(once, (GBN,), (1,), tmp_path / "out", jobs=1, show_progress=False)
@@ -124,9 +124,9 @@ def test_a_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist, 
 @pytest.mark.parametrize("kind", ["code", "another network", "a tensor", "no archive", "nothing", "junk"])
 def test_a_strangers_weights_are_refused_though_their_digests_fit(copy, monkeypatch, tmp_path, kind):
     content = {
-        "code": serialised(lambda file: torch.save({"weight": Harmful()}, file)),
-        "another network": serialised(lambda file: torch.save({"weight": torch.zeros(1)}, file)),
-        "a tensor": serialised(lambda file: torch.save(torch.zeros(1), file)),
+        "code": serialise(lambda file: torch.save({"weight": Harmful()}, file)),
+        "another network": serialise(lambda file: torch.save({"weight": torch.zeros(1)}, file)),
+        "a tensor": serialise(lambda file: torch.save(torch.zeros(1), file)),
         "no archive": b"import os",
         "nothing": b"",
         "junk": b"junk",
@@ -147,7 +147,7 @@ def test_a_strangers_predictions_are_refused_if_they_are_none(copy, content):
 
 def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatch, tmp_path):
     array = np.array([Harmful()], dtype=object)
-    content = serialised(lambda file: np.save(file, array, allow_pickle=True))
+    content = serialise(lambda file: np.save(file, array, allow_pickle=True))
     rewrite(Run(TINY, GBN, 1).folder(copy), "predictions.npy", content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
