@@ -1,4 +1,4 @@
-"""The command line: `python -m s6lib` runs the study, `python -m s6lib report` tells what a folder holds."""
+"""The command line: `python -m s6lib` runs a study, `python -m s6lib report` prints and draws its results."""
 
 import argparse
 import difflib
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from s6lib.errors import RunsFailed, S6Error, StudyError
 
-if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     from concurrent.futures import Executor
 
     from s6lib.recipes import Condition, Recipe
@@ -30,10 +30,10 @@ Train a 10k-parameter network on MNIST under five conditions (L1, L2, both, Ghos
   python -m s6lib                                   the five conditions, 25 epochs each, into runs/
   python -m s6lib run --conditions gbn bn --seeds 1 2 3
   python -m s6lib run --epochs 2 --train-images 6400 --out runs-short
-  python -m s6lib run --study mine.py --seeds 1 2 3 a file that defines RECIPE and CONDITIONS of your own
+  python -m s6lib run --study mine.py --seeds 1 2 3 a file that defines your own RECIPE and CONDITIONS
   python -m s6lib report results                    the tables and the figures of a folder
 
-A run that was stopped goes on from its last whole epoch when the same command is given again.
+Give the same command again to resume a stopped run from its last complete epoch.
 """
 
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--conditions",
         nargs="+",
         metavar="SLUG",
-        help=f"which to train, of {', '.join(SLUGS)} (default: the first five), or of your own",
+        help=f"which to train: {', '.join(SLUGS)} (default: the first five), or those of your study file",
     )
     run.add_argument(
         "--seeds", nargs="+", type=_whole_number(0), default=[1], metavar="K", help="one run each (default: 1)"
@@ -63,14 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--epochs", type=_whole_number(1), metavar="N", help="passes over the training images (default: 25)"
     )
+    run.add_argument("--train-images", type=_whole_number(1), metavar="N", help="how many images to use (default: all)")
+    run.add_argument("--out", default="runs", metavar="DIR", help="the folder for the runs (default: runs)")
     run.add_argument(
-        "--train-images", type=_whole_number(1), metavar="N", help="how many of them to use (default: all)"
+        "--jobs", type=_whole_number(1), metavar="N", help="parallel runs (default: one per core; 1 on a GPU)"
     )
-    run.add_argument("--out", default="runs", metavar="DIR", help="where the runs are kept (default: runs)")
-    run.add_argument(
-        "--jobs", type=_whole_number(1), metavar="N", help="runs side by side (default: one a core; 1 on a GPU)"
-    )
-    run.add_argument("--device", default="auto", help="auto (default) takes a CUDA GPU if it can; cpu, cuda:1, mps")
+    run.add_argument("--device", default="auto", help="auto (default: a CUDA GPU if there is one), cpu, cuda:1, mps")
     run.add_argument(
         "--cluster",
         type=_scheduler_address,
@@ -80,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print the result tables of a folder and draw its figures")
     report.add_argument("dir", metavar="DIR", help="a folder that `run` filled")
-    report.add_argument("--study", metavar="FILE.py", help="the file of your own that was given to `run`")
-    report.add_argument("--images", metavar="DIR", help="where the figures go (default: DIR/images)")
+    report.add_argument("--study", metavar="FILE.py", help="the study file that was given to `run`")
+    report.add_argument("--images", metavar="DIR", help="the folder for the figures (default: DIR/images)")
     return parser
 
 
@@ -100,21 +98,21 @@ def _scheduler_address(address: str) -> str:
     return address.replace("dask", "tcp", 1)
 
 
-def _look_up(name: str, known: dict[str, Any]) -> Any:
-    """What a name stands for. Raises StudyError if nothing, with the name that was perhaps meant."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+def _look_up(name: str, choices: dict[str, Any]) -> Any:
+    """Return the choice of this name. Raises StudyError, with the closest name, if there is none."""
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise StudyError(f"{name!r} is not known; {hint}There are: {', '.join(known)}")
-    return known[name]
+        raise StudyError(f"{name!r} is not known; {hint}There are: {', '.join(choices)}")
+    return choices[name]
 
 
 def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
-    """RECIPE and CONDITIONS of a user's file. Raises StudyError if it cannot be read or does not define them."""
+    """Return RECIPE and CONDITIONS of a study file. Raises StudyError if it cannot be read or does not define them."""
     from s6lib.recipes import Condition, Recipe
 
     path = Path(file)
-    # A name that is no module's: a file may be called random.py.
+    # A prefix, so that a file called random.py does not replace Python's module.
     spec = importlib.util.spec_from_file_location("s6lib_study_" + re.sub(r"\W", "_", path.stem), path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise StudyError(f"there is no Python file {file}")
@@ -133,18 +131,18 @@ def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
 
 
 def _read_request(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
-    """The recipe and the conditions that a command line asks for."""
+    """Return the recipe and the conditions that a command line names."""
     from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES
 
     if arguments.study is not None and arguments.recipe is not None:
         raise StudyError("--study and --recipe both name a recipe; give one of them")
     recipe, conditions = _look_up(arguments.recipe or "plain", RECIPES), list(CONDITIONS)
-    known = dict(ALL_CONDITIONS)
+    choices = dict(ALL_CONDITIONS)
     if arguments.study is not None:
         recipe, conditions = read_study_file(arguments.study)
-        known = {condition.slug: condition for condition in conditions}
+        choices = {condition.slug: condition for condition in conditions}
     if arguments.conditions is not None:
-        conditions = [_look_up(slug, known) for slug in arguments.conditions]
+        conditions = [_look_up(slug, choices) for slug in arguments.conditions]
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
     try:
         recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
@@ -155,7 +153,7 @@ def _read_request(arguments: argparse.Namespace) -> tuple["Recipe", list["Condit
 
 @contextmanager
 def _cluster_executor(scheduler: str | None) -> Iterator["Executor | None"]:
-    """The executor of a Dask scheduler, if one is named."""
+    """Open the executor of a Dask scheduler, if one is named."""
     if scheduler is None:
         yield None
         return
@@ -199,7 +197,7 @@ def _report_all(arguments: argparse.Namespace) -> None:
 
 
 def _report(study: "Study", images: Path) -> None:
-    """Print the tables of a study, and draw its figures: two graphs, a model's errors, and with more seeds two more."""
+    """Print the tables of a study and draw its figures: curves, a model's errors and, with two seeds, comparisons."""
     from s6lib import plots
     from s6lib.analysis import misclassified, result_table
     from s6lib.recipes import name_of
@@ -221,7 +219,7 @@ def _report(study: "Study", images: Path) -> None:
 
 
 def _report_comparisons(study: "Study", title: str) -> dict[str, Any]:
-    """Where every condition has the same two seeds or more: print means and differences, and return their figures."""
+    """Print means and differences, and return their figures, if all conditions share at least two seeds."""
     from s6lib import plots
     from s6lib.statistics import condition_statistics, paired_comparisons
 
@@ -232,9 +230,9 @@ def _report_comparisons(study: "Study", title: str) -> dict[str, Any]:
         return {}
     if len(outcomes) < 2:
         return {}
-    judged = "held-out" if study.recipe.held_out else "test"
+    part = "held-out" if study.recipe.held_out else "test"
     means = condition_statistics(outcomes).round(3).to_string(index=False)
-    print(f"accuracy on the {judged} images at the last epoch, %\n{means}\n")
+    print(f"accuracy on the {part} images at the last epoch, %\n{means}\n")
     figures = {"replication": plots.plot_replication(outcomes, study.labels, title)}
     if outcomes.shape[1] > 1:
         columns = ["first", "second", "n", "difference", "low", "high", "p", "p_holm"]
@@ -244,40 +242,40 @@ def _report_comparisons(study: "Study", title: str) -> dict[str, Any]:
 
 
 def _stop_message(arguments: argparse.Namespace) -> str:
-    """What Ctrl-C leaves, truly."""
+    """Say what is kept after Ctrl-C."""
     if getattr(arguments, "cluster", None) is None:
-        return "Every finished epoch is kept: the same command goes on from there."
+        return "Every finished epoch is kept: give the same command again to go on."
     return (
-        "Every finished run is kept, and of the others their finished epochs if the workers share this disk: the same "
-        "command goes on from there."
+        "Every finished run is kept; so is every finished epoch of the other runs, if the workers share this disk. "
+        "Give the same command again to go on."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks, and return the exit code.
+    """Run the command line and return the exit code.
 
-    0 when done, 1 if a run failed or a file is damaged, missing or cannot be written, 2 if the request is wrong, 130
-    after Ctrl-C.
+    The code is 0 on success, 1 if a run failed or a file is damaged, missing or cannot be written, 2 if the request is
+    wrong, and 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a label may hold a letter that the output's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):  # a label may hold a letter that the encoding lacks
             stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv or ["run"])
     try:
         _run(arguments) if arguments.command == "run" else _report_all(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, `head` say, has read enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except RunsFailed as error:
         print(f"python -m s6lib: these runs failed, all others are complete:\n{error}", file=sys.stderr)
         return 1
-    except (S6Error, OSError) as error:  # OSError: the disk is full, say
+    except (S6Error, OSError) as error:  # OSError: for example, a full disk
         print(f"python -m s6lib: {error}", file=sys.stderr)
         return 2 if isinstance(error, StudyError) else 1
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing more to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left for a second Ctrl-C to stop
         print(f"\nStopped. {_stop_message(arguments)}", file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""What saved runs say: tables of conditions and results, errors, weights, and how steadily runs learn."""
+"""Tables, errors, weights and learning curves of saved runs."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,11 +18,10 @@ from s6lib.train import evaluate, predict_logits
 
 
 def condition_table(recipe: Recipe, conditions: Sequence[Condition]) -> pd.DataFrame:
-    """What sets the conditions apart, and what they share, a row each.
+    """Tabulate the settings of each condition, one row per condition.
 
-    The settings of the recipe are those by which each condition trains, its own changes made; a setting that any of
-    them changes has a column, and so has a penalty of one's own. Raises ValueError if a condition does not fit the
-    recipe.
+    The settings of the recipe include the condition's changes. Every setting that some condition changes has a column,
+    and so do penalties that users define. Raises ValueError if a condition does not fit the recipe.
     """
     names = dict.fromkeys(["dropout", "batch_size", "learning_rate"])
     names |= dict.fromkeys(name for condition in conditions for name in condition.changes)
@@ -44,14 +43,14 @@ def _normalisation(condition: Condition) -> str:
 
 
 def _table_entry(setting: Any) -> Any:
-    """A setting as a table shows it: a class or a function by its name, what there is none of by a dash."""
+    """A setting as a table shows it: the name of a class or function, a dash for None."""
     if setting is None:
         return "-"
     return name_of(setting) if callable(setting) else setting
 
 
 def result_table(study: Study) -> pd.DataFrame:
-    """The summary of a study, a row a run, with accuracies in percent, ready to print."""
+    """The summary of a study, one row per run, with accuracies in percent, ready to print."""
     summary = study.summary()
     columns = {
         "condition": summary["label"],
@@ -65,7 +64,7 @@ def result_table(study: Study) -> pd.DataFrame:
 
 
 def misclassified(model: nn.Module, digits: Digits) -> pd.DataFrame:
-    """The images that a model gets wrong, in their order: image number, actual and predicted names, and its confidence.
+    """List the images that a model gets wrong: image number, actual and predicted class names, and confidence.
 
     The confidence, from 0 to 1, is the softmax probability of the predicted class.
     """
@@ -77,14 +76,14 @@ def misclassified(model: nn.Module, digits: Digits) -> pd.DataFrame:
 
 
 def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int = len(CLASS_NAMES)) -> np.ndarray:
-    """How often each class (row) was predicted as each class (column): int64 (classes, classes)."""
+    """Count how often each class (row) was predicted as each class (column): int64 (classes, classes)."""
     return np.bincount(classes * labels + predictions, minlength=classes**2).reshape(classes, classes)
 
 
 def confused_pairs(matrix: np.ndarray, class_names: Sequence[str] = CLASS_NAMES) -> pd.DataFrame:
-    """The pairs of classes by how often one is taken for the other, in either direction, the most frequent first.
+    """Rank the pairs of classes by how often a model confuses them, in either direction.
 
-    Columns: pair, errors, and share, the part of all errors from 0 to 1.
+    Columns: pair, errors, and share (of all errors, 0 to 1).
     """
     both = matrix + matrix.T
     first, second = (side.tolist() for side in np.triu_indices(len(matrix), k=1))
@@ -97,10 +96,10 @@ def confused_pairs(matrix: np.ndarray, class_names: Sequence[str] = CLASS_NAMES)
 
 
 def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
-    """The test images that some run of a study gets wrong, those that most runs get wrong first.
+    """List the test images that some run of a study gets wrong, those with the most wrong runs first.
 
-    Columns: image, its number; actual, the name of its class; runs, how many get it wrong; and taken_for, the class
-    that most of them take it for.
+    Columns: image (its number), actual (its class name), runs (how many get it wrong), and taken_for (the class name
+    that these runs predict most often).
     """
     class_names = study.data[1].class_names
     votes = np.zeros((len(labels), len(class_names)), dtype=int)
@@ -114,15 +113,16 @@ def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
 
 
 def accuracies_on(digits: Digits, study: Study) -> pd.DataFrame:
-    """Accuracy (0 to 1) of each saved model on other digits, such as load_qmnist's: condition, seed, accuracy."""
+    """Evaluate each saved model on other digits, such as load_qmnist's: condition, seed, accuracy (0 to 1)."""
     rows = [(slug, seed, evaluate(study.model(slug, seed), digits).accuracy) for slug, seed in study.runs]
     return pd.DataFrame(rows, columns=["condition", "seed", "accuracy"])
 
 
 def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:
-    """Whether each run of a condition is right on each test image: bool, a row a seed, a column an image.
+    """Whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
 
-    Two conditions so pair by seed, not by position. Raises ValueError if the study has no run of the condition.
+    The index holds the seeds, so that two conditions pair by seed. Raises ValueError if the study has no run of the
+    condition.
     """
     seeds = [seed for slug, seed in study.runs if slug == condition]
     if not seeds:
@@ -132,19 +132,19 @@ def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.Da
 
 
 def convolution_weights(model: nn.Module) -> np.ndarray:
-    """The weights of all 2d convolutions of a model in one row, float32 (count,)."""
+    """Concatenate the weights of all 2d convolutions of a model: float32 (count,)."""
     kernels = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     if not kernels:
-        raise SettingError(f"{type(model).__name__} has no 2d convolution whose weights could be looked at")
+        raise SettingError(f"{type(model).__name__} has no 2d convolution, so it has no weights to show")
     return torch.cat([weights.detach().flatten().cpu() for weights in kernels]).numpy()
 
 
 @torch.no_grad()
 def prune(model: nn.Module, share: float) -> nn.Module:
-    """A copy of a model with this share (0 to 1) of its convolution weights, the smallest of all layers, set to zero.
+    """Copy a model and set a share (0 to 1) of its convolution weights to zero, the smallest across all layers.
 
-    Nothing is trained afterwards. A parametrized weight, as of weight_norm, is a plain one in the copy. Han et al.
-    2015, arXiv:1506.02626, prune by one threshold a layer. Raises SettingError if a hook computes a weight.
+    The copy is not trained further. Its parametrized weights, such as those of weight_norm, become plain weights. Han
+    et al. 2015, arXiv:1506.02626, prune by one threshold per layer. Raises SettingError if a hook computes a weight.
     """
     if not 0 <= share <= 1:
         raise SettingError(f"a share is from 0 to 1, not {share!r}")
@@ -156,7 +156,7 @@ def prune(model: nn.Module, share: float) -> nn.Module:
     copy = deepcopy(model)
     layers = [layer for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
     for layer, kept in zip(layers, keep.split([layer.weight.numel() for layer in layers]), strict=True):
-        if is_parametrized(layer, "weight"):  # it would be computed anew at each forward pass
+        if is_parametrized(layer, "weight"):  # each forward pass would recompute it
             remove_parametrizations(layer, "weight")
         layer.weight.mul_(kept.view(layer.weight.shape).to(layer.weight.device))
     return copy
@@ -167,12 +167,12 @@ def _refuse_hooked_weights(model: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d) and "weight" not in layer._parameters and not is_parametrized(layer, "weight"):
             raise SettingError(
                 f"{name} computes its weight in a hook, so it cannot be pruned: use "
-                "torch.nn.utils.parametrizations, or make it plain first, with remove_weight_norm, say"
+                "torch.nn.utils.parametrizations, or first make it a plain weight, for example with remove_weight_norm"
             )
 
 
 def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.DataFrame:
-    """The accuracy (0 to 1) on `digits` of every run after `prune`: condition, seed, share, accuracy, a row each."""
+    """Evaluate every run on `digits` after `prune`: condition, seed, share, accuracy (0 to 1), one row per share."""
     rows = []
     for condition, seed in study.runs:
         model = study.model(condition, seed)
@@ -184,24 +184,25 @@ def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.D
 
 @torch.no_grad()
 def ghost_scatter(model: nn.Module, images: Tensor, splits: Sequence[int]) -> pd.DataFrame:
-    """The noise of ghost statistics: how far the means of ghost batches scatter around those of the batch.
+    """Measure the noise of ghost statistics: how far ghost means scatter around the batch means.
 
-    A row a normalisation layer, numbered from 1, a column a number of splits. In SDs of a channel, averaged over the
-    channels of what the layer is given, but for those that are dead, in evaluation mode.
+    The table has one row per normalisation layer, numbered from 1, and one column per number of splits. The scatter is
+    in SDs of a channel, averaged over the layer's input channels; dead channels are left out. The model runs in
+    evaluation mode.
 
     Args:
         images: a batch for the model, (N, 1, 28, 28).
     """
     rows: list[list[float]] = []
 
-    def look(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+    def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         channels = inputs[0].transpose(0, 1).flatten(2)  # (C, N, pixels)
         center, scale = channels.mean((1, 2)), channels.std((1, 2))
         means = [torch.stack([ghost.mean((1, 2)) for ghost in channels.tensor_split(count, 1)]) for count in splits]
         rows.append([float(((each - center) / scale).square().mean(0).sqrt().nanmean()) for each in means])
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
     try:
         model.eval()(images)
     finally:
@@ -211,18 +212,19 @@ def ghost_scatter(model: nn.Module, images: Tensor, splits: Sequence[int]) -> pd
 
 
 def stability(history: pd.DataFrame) -> pd.DataFrame:
-    """Per run, the SD of the change of accuracy from epoch to epoch, in points, at the first learning rate and after.
+    """Compute the SD of each run's change of accuracy from epoch to epoch, at the first learning rate and after it.
 
-    A row for each part ("first rate", "after") and seed, a column a condition; a part with under two changes is nan or
-    left out. The change from the last epoch at the first learning rate to the next belongs to neither part.
+    The SD is in points. The table has one row per part ("first rate", "after") and seed, and one column per condition.
+    A part with fewer than two changes is nan or missing. The change across the first drop of the learning rate belongs
+    to neither part.
 
     Args:
-        history: a row an epoch, as `Study.history` gives it: condition, seed, epoch, lr, val_accuracy (0 to 1).
+        history: one row per epoch, from `Study.history`: condition, seed, epoch, lr, val_accuracy (0 to 1).
     """
     epochs = history.sort_values(["condition", "seed", "epoch"], kind="stable")
     run = [epochs["condition"], epochs["seed"]]
     first = (epochs["lr"] == epochs["lr"].groupby(run).transform("first")).groupby(run).cummin()
-    before = first.groupby(run).shift(fill_value=True)  # of the epoch from which the change is
+    before = first.groupby(run).shift(fill_value=True)  # whether the previous epoch was at the first rate
     epochs = epochs.assign(
         change=100 * epochs["val_accuracy"].groupby(run).diff(),
         part=np.select([first, ~before], ["first rate", "after"], ""),
@@ -232,10 +234,10 @@ def stability(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def passing(history: pd.DataFrame, level: float, last: int) -> pd.Series:
-    """Whether all of the `last` epochs of a run have at least this accuracy (0 to 1), by condition and seed.
+    """Whether each of a run's `last` epochs reaches this accuracy (0 to 1), by condition and seed.
 
     Args:
-        history: a row an epoch, as `Study.history` gives it.
+        history: one row per epoch, from `Study.history`.
     """
     runs = history.sort_values("epoch", kind="stable").groupby(["condition", "seed"], sort=False)
     level -= 1e-9  # 99.4 / 100 is a little above 0.994

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s6lib.errors import S6Error
 
-# A checkout carries the archives and the published results; an installed package works in the current folder.
+# A checkout holds the archives and the published results; an installed package uses the current folder.
 _CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path()
 DATA = PROJECT / "data"
@@ -24,10 +24,10 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, on the scale 0 to 1
 FILL = 1  # the grey level, of 255, that rotation brings in from outside the image
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-DATASETS = ("mnist", "fashion-mnist", "kmnist")  # known by name; each has 60,000 training and 10,000 test images
-HELD_OUT = 6  # one training image in six, the last ones, is for choices, which must not be made on test images
+DATASETS = ("mnist", "fashion-mnist", "kmnist")  # each has 60,000 training and 10,000 test images
+HELD_OUT = 6  # the last sixth of the training images is for choices, which must not be made on test images
 
-# The archives, and the checksum of what each holds, which it says itself in its last eight bytes (RFC 1952).
+# The archives, and the CRC-32 of each one's content, which a gzip file stores in its last eight bytes (RFC 1952).
 _CRC32 = {
     "train-images-idx3-ubyte.gz": 0xE9F4D8B3,
     "train-labels-idx1-ubyte.gz": 0xE0CB4AD2,
@@ -37,7 +37,7 @@ _CRC32 = {
 
 
 class DataError(S6Error):
-    """A data set is missing, damaged, or not what was expected; the message says what to do."""
+    """A missing, damaged or unsuitable data set; the message says what to do."""
 
 
 class Digits(NamedTuple):
@@ -45,7 +45,7 @@ class Digits(NamedTuple):
 
     images: uint8 (N, H, H), 0 = background.
     labels: int64 (N,), indices into `class_names`.
-    mean, std: of the pixels that the network's input is normalised by, on the scale 0 to 1.
+    mean, std: of the pixels, on the scale 0 to 1; they normalise the network's input.
     """
 
     images: Tensor
@@ -55,19 +55,19 @@ class Digits(NamedTuple):
     std: float = STD
 
     def part(self, index: slice | Tensor) -> "Digits":
-        """The images that an index chooses, with their labels."""
+        """Select images, with their labels, by an index."""
         return self._replace(images=self.images[index], labels=self.labels[index])
 
     def to(self, device: str | torch.device) -> "Digits":
-        """The same images and labels on a device."""
+        """Move the images and labels to a device."""
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
 class Dataset(NamedTuple):
-    """What a callable given as a recipe's `data` returns; a plain tuple of the five will do.
+    """The return value of a callable given as a recipe's `data`; a plain tuple of the five is accepted too.
 
-    Images are uint8 (N, H, H), tensors or arrays, of one size in both parts; labels are whole numbers (N,), indices
-    into `class_names`.
+    Images are uint8 (N, H, H), tensors or arrays, of the same size in both parts. Labels are whole numbers (N,),
+    indices into `class_names`.
     """
 
     train_images: Tensor | np.ndarray
@@ -78,11 +78,11 @@ class Dataset(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """How far each image may be changed, at random, uniformly on both sides; zeros leave it as it is.
+    """The limits of the random changes to each image, uniform on both sides of zero; 0 means no change.
 
     rotation: degrees.
     jitter: relative change of brightness, and of contrast.
-    shift: pixels, across and down.
+    shift: pixels, horizontally and vertically.
     scale: relative change of size.
     """
 
@@ -93,9 +93,9 @@ class Augmentation(NamedTuple):
 
 
 def load_data(data: str | Callable[[], Dataset], device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
-    """Return the training and the test images of a data set: one of DATASETS, or what a callable returns.
+    """Load the training and the test images of a data set: one of DATASETS, or a callable that returns a `Dataset`.
 
-    Raises DataError if it cannot be downloaded or read, or is not what `Dataset` describes.
+    Raises DataError if it cannot be downloaded or read, or is not as `Dataset` describes.
     """
     if data == "mnist":
         return load_mnist(device=device)
@@ -107,7 +107,7 @@ def load_data(data: str | Callable[[], Dataset], device: str | torch.device = "c
 
 
 def _download_dataset(name: str) -> tuple[Digits, Digits]:
-    """Fashion-MNIST (arXiv:1708.07747) or Kuzushiji-MNIST (arXiv:1812.01718), by torchvision."""
+    """Load Fashion-MNIST (arXiv:1708.07747) or Kuzushiji-MNIST (arXiv:1812.01718) through torchvision."""
     from torchvision.datasets import KMNIST, FashionMNIST
 
     kind = {"fashion-mnist": FashionMNIST, "kmnist": KMNIST}[name]
@@ -115,7 +115,7 @@ def _download_dataset(name: str) -> tuple[Digits, Digits]:
         (DATA / kind.__name__).mkdir(parents=True, exist_ok=True)
         with FileLock(DATA / kind.__name__ / ".lock"):  # one process at a time
             train, test = (kind(DATA, train=train, download=True) for train in (True, False))
-    except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
+    except Exception as error:  # torchvision raises a dozen kinds, for faults of network, disk or file
         raise DataError(
             f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
             f"network, and if a file there is damaged, delete the folder first ({str(error).partition(chr(10))[0]})"
@@ -125,7 +125,7 @@ def _download_dataset(name: str) -> tuple[Digits, Digits]:
 
 
 def _call_dataset(data: Callable[[], Dataset]) -> tuple[Digits, Digits]:
-    """The training and the test images that a callable returns. Raises DataError if they are not a data set."""
+    """Call the user's `data`, and check what it returns. Raises DataError if it is not a data set."""
     try:
         dataset = data()
     except S6Error:  # known from run.json alone
@@ -159,11 +159,11 @@ def _call_dataset(data: Callable[[], Dataset]) -> tuple[Digits, Digits]:
 
 
 def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
-    """Return the training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
+    """Load the training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
 
-    Each of the four files in `root`/MNIST/raw is read unpacked or, if that is missing or damaged, from its archive,
-    which is then unpacked beside it where the folder can be written. Archives that are needed and not whole are
-    downloaded. Raises DataError where that fails.
+    Each of the four files in `root`/MNIST/raw is read unpacked. If the unpacked file is missing or damaged, its archive
+    is read, and unpacked beside it where the folder is writable. Missing or damaged archives that are needed are
+    downloaded. Raises DataError if a download fails.
     """
     raw = Path(root).expanduser() / "MNIST" / "raw"
     contents = {raw / name: _content(raw / name) for name in _CRC32}
@@ -177,15 +177,15 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
 
 
 def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> Digits:
-    """50,000 further test digits, of QMNIST (Yadav and Bottou, arXiv:1905.10498), in `root`/QMNIST, on `device`.
+    """Load the 50,000 further test digits of QMNIST (Yadav and Bottou, arXiv:1905.10498) on `device`.
 
-    They are downloaded when first asked for. Raises DataError where that fails, or a file is damaged.
+    The first call downloads them to `root`/QMNIST. Raises DataError if that fails or a file is damaged.
     """
     from torchvision.datasets import QMNIST
 
     try:
         qmnist = QMNIST(Path(root).expanduser(), what="test50k", download=True)
-    except Exception as error:  # torchvision's are of a dozen kinds, by what is wrong with network, disk or file
+    except Exception as error:  # torchvision raises a dozen kinds, for faults of network, disk or file
         raise DataError(
             f"the test digits of QMNIST could not be downloaded to, or read from, {Path(root) / 'QMNIST'}. Try again "
             f"with a network; if a file there is damaged, delete the folder first. What failed: {error!r}"
@@ -194,13 +194,13 @@ def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> 
 
 
 def hold_out(train: Digits) -> tuple[Digits, Digits]:
-    """Split off the last sixth of the training images: the rest, and those (of MNIST 50,000 and 10,000)."""
+    """Split the training images into the first five sixths and the last (of MNIST, 50,000 and 10,000)."""
     rest = len(train.labels) - len(train.labels) // HELD_OUT
     return train.part(slice(rest)), train.part(slice(rest, None))
 
 
 def _content(archive: Path) -> bytes | None:
-    """What the archive holds, from the unpacked file beside it or from itself; None if neither is whole."""
+    """Read an archive's content, from the unpacked file beside it or the archive; None if both are damaged."""
     unpacked = archive.with_suffix("")
     if unpacked.is_file():
         content = unpacked.read_bytes()
@@ -209,13 +209,13 @@ def _content(archive: Path) -> bytes | None:
     if not _is_whole(archive):
         return None
     content = gzip.decompress(archive.read_bytes())
-    with suppress(OSError):  # a read-only folder or a full disk: the next load unpacks again
+    with suppress(OSError):  # in a read-only folder or on a full disk, the next load unpacks again
         unpacked.write_bytes(content)
     return content
 
 
 def _is_whole(archive: Path) -> bool:
-    # torchvision takes as long to import as torch does, and digits that are unpacked need none of it.
+    # torchvision takes as long to import as torch does, and unpacked digits do not need it.
     from torchvision.datasets import MNIST
     from torchvision.datasets.utils import check_integrity
 
@@ -223,7 +223,7 @@ def _is_whole(archive: Path) -> bool:
 
 
 def _tensor(content: bytes) -> Tensor:
-    """The array of an idx file: the number of dimensions is its fourth byte, and their sizes, 4 bytes each, follow."""
+    """Parse an idx file: its fourth byte is the number of dimensions; their sizes, 4 bytes each, follow."""
     dimensions = content[3]
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
     return values.view(-1, 28, 28) if dimensions == 3 else values
@@ -248,7 +248,7 @@ def _download(archives: list[Path]) -> None:
 
 
 def _download_from_a_mirror(archive: Path) -> None:
-    """Leave a whole archive as it is: another process may have brought it."""
+    """Download an archive, unless another process has already done so."""
     from torchvision.datasets import MNIST
     from torchvision.datasets.utils import download_url
 
@@ -262,14 +262,14 @@ def _download_from_a_mirror(archive: Path) -> None:
 
 
 def normalise(images: Tensor, mean: float = MEAN, std: float = STD) -> Tensor:
-    """Grey levels 0 to 255, (N, H, H), as network input: float32 (N, 1, H, H), mean 0 and SD 1 over the data set."""
+    """Turn grey levels 0 to 255, (N, H, H), into network input: float32 (N, 1, H, H) of mean 0 and SD 1."""
     return _grey(images).unsqueeze(1).sub_(255 * mean).div_(255 * std)
 
 
 def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
-    """Rotate each square image (N, H, H) by its own angle (N,), in degrees counter-clockwise, nearest pixel.
+    """Rotate each square image (N, H, H) by its own angle (N,), in degrees counter-clockwise, to the nearest pixel.
 
-    Returns grey levels as float32; equals `torchvision.transforms.v2.functional.rotate` pixel for pixel.
+    Returns grey levels as float32. Equals `torchvision.transforms.v2.functional.rotate` pixel for pixel.
     """
     centres = _pixel_centres(images)
     sources = torch.view_as_real(centres * _turns(angles).to(centres))
@@ -279,10 +279,11 @@ def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
 
 
 def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
-    """Rotate, scale, then shift each square image (N, H, H) by its own amounts, bilinear, the background coming in.
+    """Rotate, scale, then shift each square image (N, H, H) by its own amounts, with bilinear interpolation.
 
-    Angles (N,) are in degrees counter-clockwise, scales (N,) are factors, shifts (N, 2) are pixels right and down.
-    Returns grey levels as float32; agrees with `torchvision.transforms.v2.functional.affine`, which turns clockwise.
+    Angles (N,) are in degrees counter-clockwise, scales (N,) are factors, shifts (N, 2) are pixels right and down. The
+    border is filled with background. Returns grey levels as float32. Agrees with
+    `torchvision.transforms.v2.functional.affine`, which rotates clockwise.
     """
     centres = _pixel_centres(images)
     moved = centres - torch.view_as_complex(shifts * (2 / images.shape[-1])).to(centres).view(-1, 1, 1)
@@ -291,25 +292,25 @@ def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Te
 
 
 def _pixel_centres(images: Tensor) -> Tensor:
-    """(H, H), from -1 to 1, each a complex number x + iy, which one multiplication rotates (y points down)."""
+    """Pixel centres from -1 to 1, (H, H), as complex numbers x + iy, so that a multiplication rotates them."""
     size = images.shape[-1]
     axis = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
     return torch.complex(axis.expand(size, size), axis.unsqueeze(1).expand(size, size))
 
 
 def _turns(angles: Tensor) -> Tensor:
-    """Unit complex numbers (N, 1, 1) of angles in degrees, on the CPU."""
+    """Turn angles in degrees into complex numbers of size 1, (N, 1, 1), on the CPU."""
     angles = torch.deg2rad(angles.double().cpu())
     return torch.polar(torch.ones_like(angles), angles).view(-1, 1, 1)
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Multiply each image (N, H, W) by its own factor (N,), as torchvision does on uint8: clamped and floored."""
+    """Multiply each image (N, H, W) by its own factor (N,), clamped and floored as torchvision does on uint8."""
     return _grey(images).mul_(factors.view(-1, 1, 1)).clamp_(0, 255).floor_()
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Stretch each image (N, H, W) about its own mean by its own factor (N,), as torchvision does on uint8."""
+    """Scale each image's contrast (N, H, W) about its mean by its own factor (N,), as torchvision does on uint8."""
     images, factors = _grey(images), factors.view(-1, 1, 1)
     means = images.mean(dim=(1, 2), keepdim=True)
     return images.mul_(factors).add_(means * (1 - factors)).clamp_(0, 255).floor_()
@@ -322,14 +323,14 @@ def batches(
     generator: torch.Generator,
     batches_at_once: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go once over `digits` in random order, augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
+    """Yield the images of `digits` once, in random order and augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
 
-    Each image has amounts of its own. All of them come from `generator`, on the CPU, so that they do not depend on the
-    device; the last batch may be smaller. Rotation alone takes the nearest pixel, as the published recipes do; with
-    shift or scale, all three are one bilinear step.
+    Each image gets its own random amounts. They come from `generator`, on the CPU, so that they do not depend on the
+    device. The last batch may be smaller. Rotation alone takes the nearest pixel, as the published recipes do; with
+    shift or scale, one bilinear step does all three.
 
-    `batches_at_once` are augmented together, to the same bits: by default one on a CPU, and elsewhere some 6,400
-    images, since a GPU waits for the copy of their indices and amounts.
+    `batches_at_once` batches are augmented together, which changes no bit: by default one on a CPU, and about 6,400
+    images elsewhere, since a GPU waits for the copy of their indices and amounts.
     """
     images, labels = digits.images, digits.labels
     count, device = len(labels), labels.device
@@ -357,7 +358,7 @@ def batches(
 
 
 def _grey(images: Tensor) -> Tensor:
-    """A float32 copy, for what follows to work in place."""
+    """Copy images as float32, so that the next operations can work in place."""
     return images.to(torch.float32, copy=True)
 
 

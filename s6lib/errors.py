@@ -1,11 +1,11 @@
-"""What a user can cause: every such error is an S6Error, and its message names what was wrong and what to do."""
+"""The errors that a user can cause; each message says what was wrong and what to do."""
 
 
 class S6Error(Exception):
-    """The base of the errors that a user can cause."""
+    """Base class of the errors that a user can cause."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows of it: one sentence, which a traceback would push off the screen (IPython's hook)."""
+        """Show one sentence in a notebook, without the traceback above it (a hook of IPython)."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -14,11 +14,11 @@ class StudyError(S6Error):
 
 
 class SettingError(StudyError, ValueError):
-    """A setting of a recipe, a condition or a table that makes no sense, or code of the user's that cannot train."""
+    """An invalid setting of a recipe, a condition or a table, or user code that cannot train."""
 
 
 class RunError(S6Error):
-    """A run that cannot go on; the message names condition, seed, and the cause."""
+    """A run that cannot continue; the message names condition, seed and cause."""
 
 
 class RunsFailed(S6Error):
@@ -30,7 +30,7 @@ class DamagedFile(S6Error):
 
 
 class Stopped(KeyboardInterrupt):
-    """A study that was interrupted, by Ctrl-C or a notebook's Stop; the message says how to go on."""
+    """A study that was interrupted, by Ctrl-C or a notebook's Stop; the message says how to continue."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"Stopped: {self}"]

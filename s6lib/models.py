@@ -1,4 +1,4 @@
-"""The two networks of the study, the small one of the frontier, and a dropout whose mask is cheap on a CPU."""
+"""PlainNet and BottleneckNet, the smaller SeparableNet, and a dropout whose mask is cheap on a CPU."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ class Dropout(nn.Dropout):
     """`torch.nn.Dropout` with a mask that costs a CPU one random draw for each dropped element, not for each element.
 
     The gaps between the successes of independent Bernoulli trials are geometric (Devroye 1986, section X.2), so
-    drawing the gaps draws the mask. On other devices it is torch's own dropout, which is cheap there.
+    drawing the gaps draws the mask. On other devices this is torch's dropout, which is cheap there.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):  # a symbolic trace, which could not follow the mode: a node, as torch's own
+        if isinstance(input, fx.Proxy):  # a symbolic trace cannot follow the mode: make one node, as torch does
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
             return super().forward(input)
         count = input.numel()
-        # Ten standard deviations above the expected number of gaps: enough of them to pass the last element.
+        # Draw ten standard deviations more than the expected number of gaps, enough to pass the last element.
         draws = int(count * self.p + 10 * (count * self.p) ** 0.5 + 10)
         dropped = torch.empty(draws, dtype=torch.int64).geometric_(self.p).cumsum(0).sub_(1)
         dropped = dropped[: int(torch.searchsorted(dropped, count))]
@@ -30,9 +30,9 @@ class Dropout(nn.Dropout):
 
 
 def receptive_fields(model: nn.Module) -> list[tuple[str, int]]:
-    """For each layer that looks around, in order: its description, and how many input pixels, across, it sees.
+    """List each convolution and pool, in order: its description, and the width of its receptive field in pixels.
 
-    Holds for a chain of square convolutions and pools. Dumoulin and Visin, arXiv:1603.07285.
+    Valid for a chain of square convolutions and pools (Dumoulin and Visin, arXiv:1603.07285).
     """
     fields, size, step = [], 1, 1
     for layer in model.modules():
@@ -51,7 +51,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 3, padding: int = 0
 
 
 def _relu() -> nn.ReLU:
-    return nn.ReLU(inplace=True)  # what is before it is not needed again; half the memory traffic
+    return nn.ReLU(inplace=True)  # its input is not needed again; this halves the memory traffic
 
 
 class PlainNet(nn.Module):
@@ -63,7 +63,7 @@ class PlainNet(nn.Module):
         norm_first: whether the normalisation stands before the ReLU.
     """
 
-    memory_format = torch.channels_last  # convolutions of this size take half the time in it, on a CPU
+    memory_format = torch.channels_last  # halves the time of convolutions of this size on a CPU
 
     def __init__(
         self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, dropout: float = 0.04, norm_first: bool = False
@@ -100,7 +100,7 @@ class BottleneckNet(nn.Module):
         norm: makes the normalisation layer for a number of channels.
     """
 
-    memory_format = torch.channels_last  # convolutions of this size take half the time in it, on a CPU
+    memory_format = torch.channels_last  # halves the time of convolutions of this size on a CPU
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -135,15 +135,15 @@ class BottleneckNet(nn.Module):
 class SeparableNet(nn.Module):
     """Four depthwise-separable convolutions on MNIST: (N, 1, 28, 28) to logits (N, 10).
 
-    It has 4 width^2 + 65 width parameters. Each block is unpadded, and added to what it was given less its edge
-    (residual connections: arXiv:1512.03385; separable convolutions: arXiv:1610.02357; SiLU: arXiv:1702.03118).
+    It has 4 width^2 + 65 width parameters. Each block is unpadded and adds its output to its cropped input (residual
+    connections: arXiv:1512.03385; separable convolutions: arXiv:1610.02357; SiLU: arXiv:1702.03118).
 
     Args:
-        width: channels everywhere: 14 makes 1,694 parameters, 18 2,466, 24 3,864, 32 6,176, 42 9,786.
+        width: channels of every layer: 14 makes 1,694 parameters, 18 2,466, 24 3,864, 32 6,176, 42 9,786.
         norm: makes the normalisation layer for a number of channels.
     """
 
-    memory_format = torch.channels_last  # convolutions of this size take half the time in it, on a CPU
+    memory_format = torch.channels_last  # halves the time of convolutions of this size on a CPU
 
     def __init__(self, width: int = 18, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class SeparableNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.first(images)
         for block in self.blocks:
-            # Cropped by a negative pad: the gradient of a slice would leave the memory format, and be slow from there.
+            # Crop by a negative pad: the gradient of a slice would leave the memory format, which is slow.
             features = F.silu(block(features) + F.pad(features, (-1, -1, -1, -1)))
         return self.last(features).flatten(1)
 

@@ -1,4 +1,4 @@
-"""Every figure, one function each. They return a `matplotlib.figure.Figure`; `save` writes it as a PNG at 2x."""
+"""Figures for any study, one function each; each returns a `matplotlib.figure.Figure`, and `save` writes it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from s6lib.data import CLASS_NAMES, Digits
 from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_means
 
-# Okabe and Ito's palette, told apart by colour-blind readers; a condition of the study has its colour in every figure.
+# Okabe and Ito's palette for colour-blind readers; a condition has the same colour in every figure.
 COLORS = {
     "l1-bn": "#0072B2",
     "l2-bn": "#E69F00",
@@ -40,24 +40,24 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def colors_of(slugs: Sequence[str]) -> dict[str, str]:
-    """A colour for each condition: its own, or one that no other has."""
+    """Choose a colour for each condition: the one in COLORS, or one that no other has."""
     more = (color for color in sns.color_palette("husl", max(1, len(slugs))).as_hex())
     return {slug: COLORS.get(slug) or next(more) for slug in slugs}
 
 
 def plot_accuracy(history: pd.DataFrame, title: str = "") -> Figure:
-    """Test accuracy of every condition by epoch, with the second half of the training closer up.
+    """Plot the test accuracy of every condition by epoch, and the second half of training enlarged.
 
-    Several seeds of a condition appear as their mean, in a band from the lowest to the highest.
+    Several seeds of a condition appear as their mean and a band from the lowest to the highest.
 
     Args:
-        history: a row an epoch, as `Study.history` gives it: condition, label, epoch, lr, and what is drawn.
+        history: one row per epoch, from `Study.history`: condition, label, epoch, lr, val_accuracy.
     """
     return _plot_curves(history, "val_accuracy", join_words(title, ": ", "test accuracy"), "{:.2%}".format)
 
 
 def plot_loss(history: pd.DataFrame, title: str = "") -> Figure:
-    """Test cross-entropy, without penalties, of every condition by epoch, as in `plot_accuracy`."""
+    """Plot the test cross-entropy (val_loss), without penalties, of every condition by epoch, as `plot_accuracy`."""
     name = join_words(title, ": ", "test loss (cross-entropy without penalty)")
     return _plot_curves(history, "val_loss", name, "{:.4f}".format)
 
@@ -99,11 +99,11 @@ def _draw_curves(axes: Axes, history: pd.DataFrame, column: str) -> None:
 
 
 def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.DataFrame, height: float) -> None:
-    """A dotted line where the learning rate of every run changes, and in the first panel, once, what it means.
+    """Draw a dotted line where the learning rate of every run changes, and explain it once, in the first panel.
 
     Args:
         starts: the first epoch of each panel.
-        height: of the words, from 0 at the bottom of the panel to 1.
+        height: of the explanation, from 0 at the bottom of the panel to 1.
     """
     before = history.groupby(["condition", "seed"])["lr"].shift()
     changes = (before.notna() & (history["lr"] != before)).groupby(history["epoch"]).all()
@@ -132,9 +132,9 @@ def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.D
 def plot_digits(
     images: Tensor, titles: Sequence[str], columns: int, title: str = "", rows: Sequence[str] = ()
 ) -> Figure:
-    """Grey-level images (N, H, W) in a grid, ink on paper, each under its title; of none, a figure that says so.
+    """Draw grey-level images (N, H, W) in a grid, ink on paper, each under its title.
 
-    `rows` are names of the rows, if they have any. Raises ValueError if there are not as many titles as images.
+    `rows` names the rows. Raises ValueError if there are not as many titles as images.
     """
     if len(titles) != len(images):
         raise ValueError(f"{len(images)} images need as many titles, not {len(titles)}")
@@ -157,10 +157,10 @@ def plot_digits(
 
 
 def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", count: int = 25) -> Figure:
-    """The first `count` images that a model gets wrong: actual and predicted class, and its confidence.
+    """Draw the first `count` images that a model gets wrong: actual and predicted class, and its confidence.
 
     Args:
-        wrong: a row an error of the model on `digits`, as `misclassified` gives it.
+        wrong: one row per error of the model on `digits`, from `misclassified`.
     """
     first = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in first.itertuples()]
@@ -170,11 +170,11 @@ def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", cou
 
 
 def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
-    """How large the weights of each condition are: a histogram each, with the share of those that are almost zero.
+    """Plot a histogram of the weights of each condition, with the share of weights that are almost zero.
 
     Args:
-        weights: of each condition, in one row, as `convolution_weights` gives them; of several runs, one after another.
-            A slug may be followed by a blank and, say, the epoch.
+        weights: the weights (count,) of each condition by slug, from `convolution_weights`; those of several runs are
+            concatenated. A slug may be followed by a space and more words, such as the epoch.
         labels: the conditions' names; by default their slugs.
     """
     slugs = [name.partition(" ")[0] for name in weights]
@@ -199,10 +199,10 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
 def plot_pruning(
     curve: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
 ) -> Figure:
-    """Accuracy by the share of convolution weights set to zero: the mean of the seeds, lowest and highest as a band.
+    """Plot accuracy by the share of convolution weights set to zero: the seeds' mean, lowest and highest.
 
     Args:
-        curve: a row a point of a run, as `pruning_curve` gives it: condition, seed, share, accuracy.
+        curve: one row per run and share, from `pruning_curve`: condition, seed, share, accuracy.
         labels: the conditions' names; by default their slugs.
     """
     colors = colors_of(list(curve["condition"].unique()))
@@ -226,11 +226,11 @@ def plot_pruning(
 def plot_confusion(
     matrix: np.ndarray, title: str = "", class_names: Sequence[str] = CLASS_NAMES, ax: Axes | None = None
 ) -> Figure:
-    """Errors by actual and predicted class; the correct predictions, on the diagonal, are left blank."""
+    """Plot the errors by actual and predicted class; the diagonal, correct predictions, stays blank."""
     with rc_context(STYLE):
         axes = panel((7, 5.6), ax)
         labels = {"xticklabels": class_names, "yticklabels": class_names, "cbar_kws": {"label": "errors"}}
-        # Nothing on the diagonal, and no zeros: what remains to be read is the errors.
+        # Hide the diagonal and the zeros, so that only errors remain.
         hidden = np.eye(len(matrix), dtype=bool) | (matrix == 0)
         shades = {"cmap": "Blues", "vmin": 0, "vmax": max(1, matrix[~hidden].max(initial=0))}
         sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", square=True, ax=axes, **shades, **labels)
@@ -242,12 +242,12 @@ def plot_confusion(
 
 
 def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
-    """The panel to draw on: the one given, or that of a new figure."""
+    """Return the panel to draw on: `ax`, or the panel of a new figure."""
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
 
 
 def _figure_of(axes: Axes) -> Figure:
-    """The figure that holds a panel, even one of a subfigure."""
+    """Return the figure that holds a panel, even a panel of a subfigure."""
     figure = axes.figure
     return figure if isinstance(figure, Figure) else figure.figure
 
@@ -255,10 +255,10 @@ def _figure_of(axes: Axes) -> Figure:
 def plot_replication(
     outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
 ) -> Figure:
-    """Every run of every condition as a dot, and the mean of each condition with its 95% t interval.
+    """Plot every run of every condition as a dot, and each condition's mean with its 95% t interval.
 
     Args:
-        outcomes: accuracies in percent, a row a seed, a column a condition.
+        outcomes: accuracies in percent, one row per seed, one column per condition.
         labels: the conditions' names; by default those of the columns.
     """
     statistics = condition_statistics(outcomes)
@@ -282,7 +282,7 @@ def plot_replication(
 
 
 def _draw_scale(axes: Axes) -> None:
-    """A bar as long as 5 of the 10,000 test digits, under the last row, at the left."""
+    """Draw a bar as long as 5 of the 10,000 test digits, at the lower left."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom + 0.5, top)
@@ -299,9 +299,10 @@ def plot_differences(
     groups: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Forest plot of the paired differences, in groups and by size; those that Holm's correction leaves in colour.
+    """Draw a forest plot of the paired differences, in groups and by size.
 
-    The interval of a difference is its own 95% t interval, which goes with its own p; beside it is p after Holm.
+    Differences that are significant after Holm's correction are in colour. The bars are uncorrected 95% t intervals,
+    which match "p alone"; p after Holm's correction is beside it.
 
     Args: as in `plot_replication`, and
         groups: the group of each condition. The pairs across two groups come first.
@@ -332,7 +333,7 @@ def plot_differences(
 
 
 def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
-    """The comparisons across groups first, then those within each; in both, the largest difference first."""
+    """Sort the comparisons: across groups first, then within each; in both, the largest difference first."""
     order = list(dict.fromkeys(groups.values()))
     comparisons = paired_comparisons(outcomes[sorted(outcomes, key=lambda slug: order.index(groups[slug]))])
     first, second = (comparisons[side].map(groups) for side in ("first", "second"))
@@ -354,7 +355,7 @@ def label_of(slug: str, labels: Mapping[str, str] | None) -> str:
 
 
 def label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
-    """One row a name, the first on top, and a text right of the panel beside each."""
+    """Label each row, the first on top, with a name on the left and a text right of the panel."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -363,20 +364,20 @@ def label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
 
 
 def separate_groups(axes: Axes, groups: pd.Series) -> None:
-    """A line wherever the rows of one group end and those of the next begin."""
+    """Draw a line between the rows of one group and the next."""
     for row in np.flatnonzero(groups != groups.shift())[1:]:
         axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
 
 
 def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | None = None) -> Figure:
-    """The means that coin flips for the signs of paired differences give, with the mean that was found.
+    """Plot the means of paired differences under random signs, and the observed mean.
 
-    Those at least as far from zero, on either side, are in colour: their share is the p-value of `sign_flip_p`.
+    Means at least as far from zero as the observed one are in colour: their share is the p-value of `sign_flip_p`.
     """
     flips, mean = sign_flip_means(differences), float(np.mean(differences))
     reach = 1.02 * max(abs(mean), flips.index.max())
     edges = np.linspace(-reach, reach, 42).tolist()
-    far = np.abs(flips.index) >= abs(mean) - 2e-6 * np.abs(differences).sum()  # to which the means are rounded
+    far = np.abs(flips.index) >= abs(mean) - 2e-6 * np.abs(differences).sum()  # the means are rounded
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
         parts = [flips.index[~far], flips.index[far]]

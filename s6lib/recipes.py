@@ -1,4 +1,4 @@
-"""What a study compares (conditions), how it trains (recipes), and the network that the two make."""
+"""Recipes (how a study trains), conditions (what it compares), and the network that the two build."""
 
 import inspect
 import math
@@ -22,9 +22,9 @@ from s6lib.norm import GhostBatchNorm
 from s6lib.train import l1_l2_penalty
 
 Norm = Callable[[int], nn.Module]  # makes the normalisation layer for a number of channels
-Penalty = Callable[[nn.Module], Tensor | float]  # what is added to the loss, from a model: a scalar
-Loss = Callable[[Tensor, Tensor], Tensor]  # from logits and targets, a scalar
-Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from images and labels, images and targets
+Penalty = Callable[[nn.Module], Tensor | float]  # from a model to a scalar that is added to the loss
+Loss = Callable[[Tensor, Tensor], Tensor]  # from logits and targets to a scalar
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from images and labels to images and targets
 SCHEDULES = ("steps", "one-cycle", "cosine", "constant")
 
 
@@ -34,7 +34,7 @@ def _require(met: bool, name: str, expected: str, value: Any) -> None:
 
 
 def _require_slug(name: str, value: str) -> None:
-    # It becomes a folder's name, so nothing in it may lead elsewhere.
+    # A slug becomes a folder's name, so it must not lead to another folder.
     slug = isinstance(value, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", value)
     _require(bool(slug), name, "lower-case words joined by hyphens", value)
 
@@ -56,7 +56,7 @@ def _require_callable(name: str, value: Any, expected: str) -> None:
 
 
 def _as_python(value: Any) -> Any:
-    """A number of numpy's, from a logspace or arange say, as Python's own."""
+    """Turn a number of numpy, for example from np.logspace, into a number of Python."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -67,27 +67,27 @@ def _use_python_numbers(thing: "Condition | Recipe") -> None:
 
 def _refuse_subclass(cls: type) -> None:
     raise SettingError(
-        f"{cls.__bases__[0].__name__} cannot be subclassed, since a run records the settings alone: pass a function of "
-        "yours as a setting, such as `schedule` or `penalty`"
+        f"{cls.__bases__[0].__name__} cannot be subclassed, since a run records only the settings: pass your own "
+        "function as a setting, such as `schedule` or `penalty`"
     )
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of training: a name, and what it changes.
+    """One way of training: a name, and what it changes in the recipe.
 
     Args:
-        slug: name of its folder and on the command line.
+        slug: name of its folder, and on the command line.
         label: name in tables and figures; by default the slug.
-        l1: weight of the sum of |w| over all trainable parameters, added to the loss.
-        l2: weight of the sum of w^2, added too.
-        num_splits: ghost batches a batch, or None for BatchNorm2d.
+        l1: weight of the L1 penalty, the sum of |w| over all trainable parameters.
+        l2: weight of the L2 penalty, the sum of w^2 over all trainable parameters.
+        num_splits: ghost batches per batch, or None for BatchNorm2d.
         norm: your own normalisation instead: makes the layer for a number of channels.
-        penalty: your own penalty, added to the loss: from the model, a scalar.
-        changes: settings of the recipe that this condition changes, by name. All but data and held_out: conditions are
-            compared on the same test images.
+        penalty: your own penalty, from the model to a scalar that is added to the loss.
+        changes: settings of the recipe that this condition changes, by name. It cannot change data and held_out, since
+            conditions are compared on the same test images.
 
-    Raises SettingError, a ValueError, for a value that makes no sense.
+    Raises SettingError, a ValueError, for an invalid value.
     """
 
     slug: str
@@ -125,47 +125,46 @@ class Condition:
         object.__setattr__(self, "changes", {name: _as_python(value) for name, value in self.changes.items()})
 
     def penalty_of(self, model: nn.Module) -> Tensor | float:
-        """What this condition adds to the loss: its three penalties, a differentiable scalar, or 0 if it has none."""
+        """Compute the sum of the condition's penalties: a differentiable scalar, or 0 if it has none."""
         penalty = l1_l2_penalty(model, self.l1, self.l2)
         return penalty if self.penalty is None else penalty + self.penalty(model)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a study trains, whatever its conditions change.
+    """How a study trains: the settings that its conditions share, unless a condition changes one.
 
     Args:
-        name: name of its folder and on the command line.
-        network: makes the network; called with `norm` and `dropout` where it takes them. The network is trained in the
-            memory format that its attribute `memory_format` names, if it has one.
-        dropout: probability, for a network that takes it; None leaves the network's own.
-        epochs: an epoch ends with an evaluation.
-        train_images: how many of the training images to use; by default all.
-        batch_size: images a step.
-        learning_rate: of the optimizer; of "one-cycle" the highest.
-        decay: by which "steps" multiplies the learning rate after every `decay_epochs`.
+        name: name of its folder, and on the command line.
+        network: makes the network; called with `norm` and `dropout` if it takes them. Training on a CPU uses the memory
+            format in the network's attribute `memory_format`, if it has one.
+        dropout: probability, for a network that takes it; None for the network's default.
+        epochs: number of epochs; each ends with an evaluation.
+        train_images: number of training images; by default all.
+        batch_size: images per step.
+        learning_rate: of the optimizer; with "one-cycle", the highest.
+        decay: factor by which "steps" multiplies the learning rate after every `decay_epochs`.
         momentum: of SGD.
         rotation, jitter, shift, scale: of the augmentation, see `s6lib.data.Augmentation`.
-        schedule: "steps", "one-cycle" (Smith and Topin, arXiv:1708.07120: from a 25th of the learning rate up to it in
-            a fifth of all steps, and down to almost nothing, both along a cosine), "cosine" (Loshchilov and Hutter,
+        schedule: "steps", "one-cycle" (Smith and Topin, arXiv:1708.07120: up from a 25th of the learning rate in a
+            fifth of all steps, then down to almost zero, both along a cosine), "cosine" (Loshchilov and Hutter,
             arXiv:1608.03983, without restarts), "constant", or a function from the share of training done (0 to 1) to
-            the factor of the learning rate. All but "steps" change it at each step.
-        nesterov: whether the momentum is Nesterov's.
-        ema: what an exponential moving average of the weights keeps of itself at each step, such as 0.999; the average
-            is then what is judged and saved. 0: no average.
-        held_out: whether accuracy is measured on the last sixth of the training images, for choices, and not on the
-            test images; those are then not trained on.
+            the factor of the learning rate. "steps" changes the rate between epochs, the others at each step.
+        nesterov: whether SGD uses Nesterov's momentum.
+        ema: decay of an exponential moving average of the weights, such as 0.999; the average is then evaluated and
+            saved. 0 for no average.
+        held_out: whether to measure accuracy on the last sixth of the training images instead of the test images, for
+            choices. Those images are then not trained on.
         data: "mnist", "fashion-mnist", "kmnist", or a function that returns an `s6lib.Dataset`.
-        transform: called with the images (B, 1, H, H), augmented and normalised, and the labels (B,) of each training
-            batch; returns the images and targets to train on. The transforms of torchvision.transforms.v2 fit.
-        loss: from logits (B, C) and targets, a scalar.
-        optimizer: called with the parameters and `lr`: a class of torch.optim or a partial of one; by default SGD with
-            `momentum` and `nesterov`, which other optimizers do not use.
-        passes: how often an epoch goes through the training images.
-        draw_images: whether the `train_images` are drawn anew for each seed; if not, they are the first.
+        transform: from the images (B, 1, H, H), augmented and normalised, and labels (B,) of a training batch to the
+            images and targets to train on. The transforms of torchvision.transforms.v2 fit.
+        loss: from logits (B, C) and targets to a scalar.
+        optimizer: called with the parameters and `lr`: a class of torch.optim or a partial of one. The default is SGD
+            with `momentum` and `nesterov`, which other optimizers do not use.
+        passes: passes over the training images per epoch.
+        draw_images: whether each seed draws its own `train_images`; otherwise they are the first.
 
-    Raises SettingError, a ValueError, for a value that makes no sense, such as a dropout that the network does not
-    take.
+    Raises SettingError, a ValueError, for an invalid value, such as a dropout that the network does not take.
     """
 
     name: str
@@ -241,17 +240,17 @@ class Recipe:
             _require_whole("train_images", self.train_images, 1)
 
     def takes(self, setting: str) -> bool:
-        """Whether the network is made with a keyword of this name."""
-        if getattr(self.network, "__init__", None) is nn.Module.__init__:  # which takes any keyword, to refuse it later
+        """Whether the network takes a keyword of this name."""
+        if getattr(self.network, "__init__", None) is nn.Module.__init__:  # it takes any keyword, but refuses it later
             return False
         try:
             parameters = inspect.signature(self.network).parameters.values()
-        except (TypeError, ValueError):  # a callable that tells no signature
+        except (TypeError, ValueError):  # a callable without a signature
             return False
         return any(parameter.name == setting or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
     def changed_by(self, condition: Condition) -> "Recipe":
-        """The recipe by which a condition trains. Raises SettingError if the two do not fit."""
+        """Apply a condition's changes. Raises SettingError if the two do not fit."""
         try:
             return replace(self, **condition.changes)
         except SettingError as error:
@@ -262,18 +261,18 @@ class Recipe:
         return Augmentation(self.rotation, self.jitter, self.shift, self.scale)
 
     def learning_rates(self, epoch: int) -> list[float]:
-        """The learning rate of each step of an epoch, which is counted from 1; `train_images` must be a number."""
+        """The learning rate of each step of an epoch, counted from 1; `train_images` must be a number."""
         assert self.train_images is not None, "the number of steps depends on train_images"
         steps = self.passes * math.ceil(self.train_images / self.batch_size)
         if self.schedule == "steps":
             return [self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)] * steps
-        taken, total = range((epoch - 1) * steps, epoch * steps), self.epochs * steps
+        numbers, total = range((epoch - 1) * steps, epoch * steps), self.epochs * steps
         if self.schedule == "one-cycle":
-            return [self._one_cycle(step, total) for step in taken]
-        return [self.learning_rate * self.factor(step / total) for step in taken]
+            return [self._one_cycle(number, total) for number in numbers]
+        return [self.learning_rate * self.factor(number / total) for number in numbers]
 
     def factor(self, done: float) -> float:
-        """The factor of the learning rate at a share of training done. Raises SettingError if it is no such number."""
+        """The factor of the learning rate at a share of training done. Raises SettingError for an invalid factor."""
         if self.schedule == "cosine":
             return (1 + math.cos(math.pi * done)) / 2
         if isinstance(self.schedule, str):
@@ -284,7 +283,7 @@ class Recipe:
         return float(factor)
 
     def _one_cycle(self, step: int, steps: int) -> float:
-        """As torch's OneCycleLR with a fifth of the steps upwards."""
+        """The learning rate of torch's OneCycleLR with pct_start=0.2."""
         first, last = self.learning_rate / 25, self.learning_rate / 25 / 1e4
         top = max(0.2 * steps - 1, 0)
         if step <= top:
@@ -313,7 +312,7 @@ RECIPES = {recipe.name: recipe for recipe in (PLAIN, BOTTLENECK)}
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained: a condition, by a recipe, with a seed."""
+    """One training run: a recipe, a condition and a seed."""
 
     recipe: Recipe
     condition: Condition
@@ -333,16 +332,16 @@ class Run:
 
 
 def name_of(thing: Any) -> str:
-    """A short name for tables: of a function or class its own, of an object its class's."""
+    """Return a short name for tables: that of a function or class, or of an object's class."""
     if isinstance(thing, partial):
         return name_of(thing.func)
     return getattr(thing, "__name__", type(thing).__name__)
 
 
 def build_model(recipe: Recipe, condition: Condition) -> nn.Module:
-    """The network with the condition's normalisation, its weights drawn from torch's global generator.
+    """Build the network with the condition's normalisation; torch's global generator draws its weights.
 
-    Raises SettingError if the condition asks for a normalisation or a setting that the network does not take.
+    Raises SettingError if the condition needs a normalisation or a setting that the network does not take.
     """
     recipe = recipe.changed_by(condition)
     norm = condition.norm

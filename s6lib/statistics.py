@@ -1,8 +1,8 @@
-"""Intervals, tests and power for runs of anything: plain arrays and tables in and out.
+"""Intervals, tests and power for runs of any kind: plain arrays and tables in and out.
 
-A table of outcomes has a row a seed (its index) and a column a condition, in any unit; results are in the same unit.
-Conditions are compared seed by seed, and so a table must be complete. Whatever is asked of too few numbers, of a number
-that is missing or of one out of range raises ValueError.
+A table of outcomes has one row per seed (its index) and one column per condition, in any unit; results are in the same
+unit. Conditions are compared seed by seed, so a table must be complete. Too few numbers, a missing number or a number
+out of range raises ValueError.
 """
 
 import itertools
@@ -23,7 +23,7 @@ SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "cannot be tol
 
 
 def wilson_interval(accuracy: float, images: int = 10_000) -> tuple[float, float]:
-    """The 95% interval of one model's accuracy (0 to 1) measured on so many images (Wilson 1927)."""
+    """The 95% interval of one model's accuracy (0 to 1), measured on this number of images (Wilson 1927)."""
     if not 0 <= accuracy <= 1:
         raise ValueError(f"an accuracy is from 0 to 1, not {accuracy!r}: divide percents by 100")
     low, high = proportion_confint(round(accuracy * images), images, method="wilson")
@@ -31,9 +31,9 @@ def wilson_interval(accuracy: float, images: int = 10_000) -> tuple[float, float
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The t interval of a mean, in the unit of the values (Student 1908). Raises ValueError for under two values.
+    """The t interval of a mean, in the unit of the values (Student 1908). Raises ValueError for fewer than two values.
 
-    It covers as it says if the values are normal, however few; a bootstrap of ten of them covers 90% where it says 95%.
+    For normal values it has its nominal coverage, however few they are; a 95% bootstrap of ten values covers 90%.
     """
     sample = _sample(values)
     if not 0 < level < 1:
@@ -43,10 +43,10 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def equivalent(values: Sequence[float], margin: float) -> bool:
-    """Whether paired differences are shown to have a mean within ± margin: their 90% t interval lies inside.
+    """Whether the 90% t interval of paired differences lies within ± margin, which shows equivalence.
 
-    The same as two one-sided t tests at 5% (Schuirmann 1987). The margin, in the unit of the values, is the largest
-    difference that does not matter, and is named before they are seen. False is no sign of a difference.
+    This equals two one-sided t tests at 5% (Schuirmann 1987). The margin, in the unit of the values, is the largest
+    difference that does not matter; choose it before seeing the values. False does not indicate a difference.
     """
     if not margin > 0:
         raise ValueError(
@@ -67,7 +67,7 @@ def _sample(values: Sequence[float]) -> np.ndarray:
 
 
 def condition_statistics(outcomes: pd.DataFrame) -> pd.DataFrame:
-    """A row a condition: its n, and the mean, SD and 95% interval of its outcomes (columns mean, sd, low, high)."""
+    """One row per condition: n, and the mean, SD and 95% interval of its outcomes (mean, sd, low, high)."""
     rows = []
     for condition, values in _complete(outcomes).items():
         low, high = mean_interval(values)
@@ -77,16 +77,16 @@ def condition_statistics(outcomes: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_sd(outcomes: pd.DataFrame) -> float:
-    """The SD between runs of one and the same condition, pooled over the conditions."""
+    """The SD between runs of the same condition, pooled over the conditions."""
     return float(_complete(outcomes).var().mean() ** 0.5)
 
 
 def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
-    """A row a pair of conditions: the mean over seeds of first minus second, with its 95% interval, SD and p-values.
+    """One row per pair of conditions: the mean of first minus second over seeds, its 95% interval, SD and p-values.
 
-    `p` is the exact sign-flip test's, `p_holm` the same after Holm's correction over all pairs (Holm 1979);
-    `seeds_0.02` and so on are the seeds that it takes to show a true difference of 0.02 units (of a table in percent:
-    points) among as many pairs, given the SD found here. Raises ValueError for under two conditions.
+    `p` is from the exact sign-flip test; `p_holm` has Holm's correction over all pairs (Holm 1979). `seeds_0.02` and so
+    on are the seeds needed to show a true difference of 0.02 units (points, for a table in percent) among as many
+    pairs, given the SD of this pair. Raises ValueError for fewer than two conditions.
     """
     table = _complete(outcomes)
     if table.shape[1] < 2:
@@ -108,7 +108,7 @@ def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
 def friedman_p(outcomes: pd.DataFrame) -> float:
     """The p-value of Friedman's test (1937) that all conditions are equal, from their ranks within each seed.
 
-    Its chi-squared approximation is rough below ten seeds or so. Raises ValueError for under three conditions.
+    Its chi-squared approximation is rough below about ten seeds. Raises ValueError for fewer than three conditions.
     """
     table = _complete(outcomes)
     if table.shape[1] < 3:
@@ -117,17 +117,17 @@ def friedman_p(outcomes: pd.DataFrame) -> float:
             "paired_comparisons"
         )
     steps = _steps(table)
-    if (steps.nunique(axis=1) == 1).all():  # nothing is ranked, and scipy would divide by 0
+    if (steps.nunique(axis=1) == 1).all():  # without ranks, scipy would divide by 0
         return 1.0
     return float(scipy.stats.friedmanchisquare(*steps.to_numpy().T).pvalue)
 
 
 def _complete(outcomes: pd.DataFrame) -> pd.DataFrame:
-    """The table as floats. Raises ValueError unless each condition has one finite number for each of two seeds."""
+    """Return a table as floats. Raises ValueError unless each condition has one finite number for each of two seeds."""
     for kind, names in (("condition", outcomes.columns), ("seed", outcomes.index)):
         if not names.is_unique:
             raise ValueError(
-                f"a row a seed and a column a condition, but these occur twice: {kind} "
+                f"one row per seed and one column per condition, but these occur twice: {kind} "
                 f"{_join(names[names.duplicated()].unique())}; drop or rename them"
             )
     table = outcomes.astype(float)
@@ -143,7 +143,7 @@ def _complete(outcomes: pd.DataFrame) -> pd.DataFrame:
 
 
 def _steps(table: pd.DataFrame) -> pd.DataFrame:
-    """The table in whole steps, tiny beside its values, so that decimals which are equal are equal in floats too."""
+    """Round a table to whole multiples of a tiny step, so that equal decimals are equal floats."""
     return (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()
 
 
@@ -155,24 +155,24 @@ def _join(names: Iterable[object]) -> str:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """The exact two-sided p-value of paired differences: how many of all 2^n sign flips have as large a mean.
+    """The exact two-sided p-value of paired differences: the share of all 2^n sign flips with a mean as large.
 
-    Raises ValueError for under two differences. Fisher 1935, section 21; equal sums are counted together, as in Pagano
-    and Tritchler 1983, so that a hundred seeds are no more trouble than ten.
+    Raises ValueError for fewer than two differences. Fisher 1935, section 21. Equal sums are counted together, as in
+    Pagano and Tritchler 1983, so that a hundred seeds take no longer than ten.
     """
     sample = _sample(differences)
     if not sample.any():
         return 1.0
     steps = _whole_steps(sample)
     sums, chances = _flipped_sums(steps)
-    as_large = np.abs(sums) >= abs(steps.sum()) - len(steps)  # each step is rounded by up to a half
+    as_large = np.abs(sums) >= abs(steps.sum()) - len(steps)  # rounding moves each step by up to a half
     return float(chances[as_large].sum())
 
 
 def sign_flip_means(differences: Sequence[float]) -> pd.Series:
-    """The chance of each mean that coin flips for the signs can give, by the mean: what `sign_flip_p` counts.
+    """The probability of each mean under random signs, indexed by the mean: the distribution behind `sign_flip_p`.
 
-    The means are in the unit of the differences, to a millionth of their sum. Raises ValueError for under two.
+    The means are in the unit of the differences, to a millionth of their sum. Raises ValueError for fewer than two.
     """
     sample = _sample(differences)
     total = np.abs(sample).sum()
@@ -181,12 +181,12 @@ def sign_flip_means(differences: Sequence[float]) -> pd.Series:
 
 
 def _whole_steps(sample: np.ndarray) -> np.ndarray:
-    """Whole numbers, so that sums that tie are seen to: 99.34 - 99.30 and 99.32 - 99.28 are not equal in floats."""
+    """Round to whole numbers, so that equal sums compare equal: 99.34 - 99.30 and 99.32 - 99.28 differ as floats."""
     return np.rint(1e6 * sample / np.abs(sample).sum())
 
 
 def _flipped_sums(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All sums of the steps with any signs, in order, and the chance of each."""
+    """All sums of the steps with random signs, in order, and the probability of each."""
     sums: np.ndarray = np.zeros(1)
     chances: np.ndarray = np.ones(1)
     for step in steps:
@@ -196,10 +196,10 @@ def _flipped_sums(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """The exact McNemar test of two saved models: images that only the first gets right, only the second, and p.
+    """The exact McNemar test of two models: images that only the first gets right, only the second, and p.
 
-    It compares these two fitted models on other images, not the two methods that made them: another seed would be
-    another model (Dietterich 1998, section 3).
+    It compares these two trained models on new images, not the two methods: another seed would be another model
+    (Dietterich 1998, section 3).
 
     Args:
         first, second: bool (images,), whether each model is right on each image. ValueError if they differ in shape.
@@ -213,17 +213,17 @@ def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
 
 
 def verdict(difference: float, p: float) -> str:
-    """What a test says of the claim that a difference is above 0, at the 5% level."""
+    """Judge the claim that a difference is above 0 by a test's p-value, at the 5% level."""
     if not p <= 0.05:
         return UNDECIDED
     return SUPPORTED if difference > 0 else CONTRADICTED
 
 
 def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str]) -> str:
-    """What paired comparisons say of the claim that a condition is better than each of others, by Holm's p-values.
+    """Judge the claim that a condition is better than each of the others by Holm's p-values of paired comparisons.
 
-    "supported" if every comparison supports it, "contradicted" if one speaks against it. Raises ValueError if one is
-    missing, or if there are no others.
+    The verdict is "supported" if every comparison supports it, "contradicted" if one contradicts it. Raises ValueError
+    if a comparison is missing, or if there are no others.
     """
     swapped = {"first": "second", "second": "first"}
     both = pd.concat([comparisons, comparisons.rename(columns=swapped).assign(difference=-comparisons["difference"])])
@@ -232,7 +232,7 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
         raise ValueError(f"no comparison of {best} with {', '.join(sorted(missing))}: compare tables that hold both")
     verdicts = {verdict(row.difference, row.p_holm) for row in rows.itertuples()}
     if not verdicts:
-        raise ValueError(f"{best} is the best of none: name the others")
+        raise ValueError(f"{best} is compared with none: name the others")
     return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
 
 
@@ -240,12 +240,12 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
 
 
 def power(sd: float, difference: float, n: int, comparisons: int = 1) -> float:
-    """The chance that a true difference of this size passes a paired two-sided t test (Cohen 1988, chapter 2).
+    """The probability that a paired two-sided t test detects a true difference of this size (Cohen 1988, chapter 2).
 
     Args:
         sd: of the paired differences, in the unit of `difference`.
         n: paired seeds, at least 2.
-        comparisons: among how many; the level is 5% divided by it, which Holm's correction asks of the first.
+        comparisons: number of comparisons; it divides the level of 5%, as Holm's correction does for the smallest p.
     """
     _require_power(sd, difference, comparisons)
     if n < 2:
@@ -256,19 +256,19 @@ def power(sd: float, difference: float, n: int, comparisons: int = 1) -> float:
     right, wrong = (
         TTestPower().power(difference / sd, n, level / 2, alternative=side) for side in ("larger", "smaller")
     )
-    # Far out the noncentral t distribution is nan; there the right side is found for certain, the wrong one never.
+    # Far out the noncentral t distribution is nan; there the power of the right side is 1, of the wrong side 0.
     return float(np.nan_to_num(right, nan=1.0) + np.nan_to_num(wrong, nan=0.0))
 
 
 def seeds_needed(sd: float, difference: float, comparisons: int = 1) -> int:
-    """How many paired seeds show a true difference with `power` 0.8.
+    """The number of paired seeds that detect a true difference with `power` 0.8.
 
-    Never fewer than the sign-flip test can use: with n seeds no p-value of its is below 2 / 2^n.
+    It is large enough for the sign-flip test, whose p-value is at least 2 / 2^n with n seeds.
     """
     _require_power(sd, difference, comparisons)
     level = 0.05 / comparisons
     known_sd = ((scipy.stats.norm.isf(level / 2) + scipy.stats.norm.isf(0.2)) * sd / difference) ** 2
-    n = max(math.ceil(1 - math.log2(level)), math.floor(known_sd))  # a few less than the t test takes
+    n = max(math.ceil(1 - math.log2(level)), math.floor(known_sd))  # a few fewer than the t test needs
     while power(sd, difference, n, comparisons) < 0.8:
         n += 1
     return n
@@ -286,16 +286,15 @@ def _require_power(sd: float, difference: float, comparisons: int) -> None:
 
 
 def variance_sources(right: np.ndarray | pd.DataFrame) -> dict[str, float]:
-    """The standard error of a mean accuracy, in points, from each source: other seeds, other test images, and both.
+    """The standard error of a mean accuracy, in points, from each source: seeds, test images, and both.
 
-    Every run is scored on every image, so what is neither the run's nor the image's own, the residual of a two-way
-    analysis of variance, is in the variance of the run means and in that of the image means, and is counted once in
-    "both". A bootstrap over runs and over images would count it three times there (Owen, "The pigeonhole bootstrap",
-    Annals of Applied Statistics 1, 2007).
+    Every run is scored on every image. The residual of the two-way analysis of variance is therefore part of the
+    variance of the run means and of the image means; "both" counts it once. A bootstrap over runs and over images
+    would count it three times (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007).
 
     Args:
         right: (seeds, images), whether each run is right on each image; or the difference of two such arrays or
-            tables. Raises ValueError if these tables had not the same seeds.
+            tables. Raises ValueError if the two tables lack the same seeds.
     """
     points = 100 * np.asarray(right, dtype=float)
     if len(points) < 2:
@@ -317,17 +316,17 @@ def false_alarm_rate(runs: Sequence[float], seeds: int, comparisons: int = 1_000
     """How often the sign-flip test at the 5% level finds a difference where there is none (an A/A test).
 
     Args:
-        runs: outcomes of one condition, real or simulated, from which both sides are drawn, with replacement.
-        seeds: pairs in a comparison.
+        runs: outcomes of one condition, real or simulated; both sides are drawn from them, with replacement.
+        seeds: pairs per comparison.
     """
     draws = np.random.default_rng(1).choice(_sample(runs), size=(2, comparisons, seeds))
     return float(np.mean([sign_flip_p(differences) <= 0.05 for differences in draws[0] - draws[1]]))
 
 
 def equal_conditions(sd: float, conditions: int = 5, studies: int = 10_000) -> tuple[np.ndarray, float]:
-    """If all conditions were equal and each had one run: the share of studies that each would win, and their spread.
+    """Simulate studies of equal conditions with one run each: the share that each condition wins, and their spread.
 
-    SD and spread, the mean of best minus worst, are in points; a win is shared among those that tie to 0.01 points.
+    The SD and the spread, the mean of best minus worst, are in points. Conditions that tie to 0.01 points share a win.
     """
     accuracies = np.random.default_rng(1).normal(99.5, sd, size=(studies, conditions)).round(2)
     best = accuracies == accuracies.max(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""A reader for the folder that a study fills."""
+"""Study, which reads the runs in a study's folder."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -33,17 +33,17 @@ DIFFERENT_TRAINING = (
     "{folder} was trained with different settings: {differences}. Ask for those, or give what you changed a new name, "
     "or use another folder"
 )
-CHECKED = 1_000  # of the saved predictions, which a model of the user's must give again
+CHECKED = 1_000  # saved predictions that a model with the user's code must reproduce
 
 
 def recipes_in(folder: str | Path) -> list[str]:
-    """The names of the recipes of which a folder holds a complete run, the built-in ones first."""
+    """List the names of the recipes with a complete run in a folder, the built-in ones first."""
     names = {path.parents[2].name for path in Path(folder).glob("*/*/seed-*/run.json")}
     return [name for name in RECIPES if name in names] + sorted(names - RECIPES.keys())
 
 
 class _RecordedRun(NamedTuple):
-    """A complete run, as its run.json describes it."""
+    """A complete run, as described by its run.json."""
 
     folder: Path
     about: dict[str, Any]
@@ -56,14 +56,14 @@ class Study:
     """The complete runs of one recipe in a folder, opened for reading.
 
     Args:
-        folder: what `run_study` was given as `out`.
-        recipe: the recipe or its name. `model` needs the recipe itself where anything in it is yours.
-        conditions: look at these alone, in this order, conditions or their slugs; by default at all. `model` needs the
-            condition itself where anything in it is yours.
-        seeds: look at these alone, or at this one; by default at all.
+        folder: the `out` of `run_study`.
+        recipe: the recipe or its name. `model` needs the recipe itself if it contains your own code.
+        conditions: the conditions to read, or their slugs, in this order; by default all. `model` needs the condition
+            itself if it contains your own code.
+        seeds: the seeds, or the one seed, to read; by default all.
 
-    Raises StudyError if there is no such run, or runs of one name were trained differently from each other or from
-    what is given here; DamagedFile if the content of a file does not match its checksum.
+    Raises StudyError if there is no such run, or if runs of one name were trained differently from each other or from
+    the recipe and conditions given here; DamagedFile if the content of a file does not match its checksum.
 
     Attributes:
         recipe, conditions (by slug), runs (pairs of slug and seed), seeds.
@@ -87,13 +87,13 @@ class Study:
         if not runs:
             there = ", ".join(sorted({f"{run.condition.slug} {run.seed}" for run in records})) or "none"
             raise StudyError(
-                f"no complete {name} run of those asked for in {folder} (there are: {there}); train some, by run_study "
-                "or python -m s6lib run"
+                f"no complete {name} run of those asked for in {folder} (there are: {there}); train some with "
+                "run_study or python -m s6lib run"
             )
         given = {condition.slug: condition for condition in conditions or () if isinstance(condition, Condition)}
         _require_one_training(runs, recipe, given)
-        asked = [_slug(condition) for condition in conditions or ()]
-        order = list(dict.fromkeys([*asked, *ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
+        slugs = [_slug(condition) for condition in conditions or ()]
+        order = list(dict.fromkeys([*slugs, *ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
         runs.sort(key=lambda run: (order.index(run.condition.slug), run.seed))
         self.recipe = recipe if isinstance(recipe, Recipe) else runs[0].recipe
         self.conditions = {run.condition.slug: run.condition for run in runs}
@@ -108,7 +108,7 @@ class Study:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of which there is a run, in order."""
+        """The seeds of the runs, in order."""
         return sorted({seed for _, seed in self._records})
 
     @property
@@ -117,7 +117,7 @@ class Study:
         return {slug: condition.label for slug, condition in self.conditions.items()}
 
     def history(self) -> pd.DataFrame:
-        """A row an epoch of every run: condition, label, seed, and the columns of history.csv (accuracies 0 to 1)."""
+        """One row per epoch of every run: condition, label, seed, and the columns of history.csv."""
         return self._history.copy()
 
     @cached_property
@@ -128,9 +128,9 @@ class Study:
         return table
 
     def summary(self) -> pd.DataFrame:
-        """A row a run: last-epoch accuracy, the best epoch beside it, training accuracy and seconds.
+        """One row per run: last-epoch accuracy, best-epoch accuracy, training accuracy and seconds.
 
-        The last epoch is the result. The best one was chosen on the test images, and so flatters.
+        The last epoch is the result. The best epoch is chosen on the test images, so its accuracy is too high.
         """
         runs = self._history.groupby(["condition", "seed"], sort=False)
         last = runs.last()
@@ -149,7 +149,7 @@ class Study:
         return table.reset_index()
 
     def outcomes(self) -> pd.DataFrame:
-        """Test accuracy at the last epoch in percent, which is what is compared: a row a seed, a column a condition.
+        """Test accuracy at the last epoch in percent: one row per seed, one column per condition.
 
         Raises SettingError, a ValueError, if a condition lacks a seed that another has: comparisons are paired by seed.
         """
@@ -160,17 +160,17 @@ class Study:
         return (100 * table).round(8)  # 99.55, not 99.55000000000001
 
     def about(self) -> pd.DataFrame:
-        """What run.json says of each run, a row a run: device, processor, versions, seconds and what else it holds."""
-        left_out = {"recipe", "condition", "seed", "first_steps", "sha256"}
+        """One row per run with the entries of run.json: device, processor, versions, seconds and so on."""
+        omitted = {"recipe", "condition", "seed", "first_steps", "sha256"}
         rows = [
-            {"condition": slug, "seed": seed, **{k: v for k, v in record.about.items() if k not in left_out}}
+            {"condition": slug, "seed": seed, **{k: v for k, v in record.about.items() if k not in omitted}}
             for (slug, seed), record in self._records.items()
         ]
         return pd.DataFrame(rows)
 
     @cached_property
     def data(self) -> Data:
-        """The training and the test images of the study; if it was judged on held-out images, those for the test.
+        """The training and the test images of the study, or the training and the held-out images with `held_out`.
 
         Raises StudyError if the data set is the user's and the recipe itself was not given.
         """
@@ -181,9 +181,9 @@ class Study:
             raise StudyError(str(error)) from None
 
     def model(self, condition: str | Condition, seed: int | None = None) -> nn.Module:
-        """The saved model of a run, by default of the condition's first seed, on the CPU, in evaluation mode.
+        """Load the model of a run, by default of the condition's first seed, on the CPU, in evaluation mode.
 
-        Raises StudyError if something in it is the user's and was not given, or no longer predicts what was saved.
+        Raises StudyError if it needs the user's code and that was not given, or no longer gives the saved predictions.
         """
         record = self._run(condition, seed)
         content = read_result(record.folder, "weights.pt")
@@ -194,7 +194,7 @@ class Study:
             raise StudyError(str(error)) from None
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
-        except Exception:  # a dozen kinds, by what the file is instead
+        except Exception:  # a dozen kinds, depending on what the file is
             network = name_of(self.recipe.network)
             path = record.folder / "weights.pt"
             raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from None
@@ -203,7 +203,7 @@ class Study:
         return model.eval()
 
     def _build(self, run: Run) -> nn.Module:
-        """The network of a run as it began: what it draws when it is made comes from the run's seed."""
+        """Build the network of a run as it was before training, with random numbers from the run's seed."""
         train = self.data[0] if has_user_code(run) else None
         with reproducible(CPU):
             seed_everything(run.seed, 0, CPU)
@@ -212,14 +212,14 @@ class Study:
     def _require_saved_predictions(self, model: nn.Module, record: _RecordedRun) -> None:
         some, saved = self.data[1].part(slice(CHECKED)), self.predictions(record.condition, record.seed)[:CHECKED]
         different = int((predict_logits(model, some).argmax(1).numpy() != saved).sum())
-        if different > 3:  # two logits that nearly tie may change places on another processor
+        if different > 3:  # on another processor, two nearly equal logits may change places
             raise StudyError(
-                f"the model of {record.folder} gives other predictions than were saved with it for {different} of "
-                f"{len(saved)} images: the code has changed since; give what was trained then"
+                f"the model of {record.folder} does not give the predictions saved with it for {different} of "
+                f"{len(saved)} images: its code has changed since; give the code that was trained"
             )
 
     def _require_recorded_steps(self) -> None:
-        """Raise StudyError if code of the user's does not take the first steps that were recorded with its runs."""
+        """Raise StudyError if the user's code does not take the first steps recorded with its runs."""
         for slug, condition in self.conditions.items():
             record = self._run(slug, None)
             run = Run(self.recipe, condition, record.seed)
@@ -231,7 +231,7 @@ class Study:
                     )
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
-        """The saved class of each test image, uint8 (10000,), by default of the condition's first seed."""
+        """Load the predicted class of each test image, uint8 (10000,), by default of the condition's first seed."""
         folder = self._run(condition, seed).folder
         try:
             return np.load(read_result(folder, "predictions.npy"), allow_pickle=False)
@@ -239,7 +239,7 @@ class Study:
             raise DamagedFile(f"{folder / 'predictions.npy'} is not an array of numbers, and is not trusted") from None
 
     def check(self) -> None:
-        """Read every file of every run. Raises DamagedFile if one is missing or not what was written."""
+        """Read every file of every run. Raises DamagedFile if one is missing or does not match its checksum."""
         for record in self._records.values():
             for name in RESULTS:
                 read_result(record.folder, name)
@@ -249,7 +249,7 @@ class Study:
         try:
             table = pd.read_csv(read_result(folder, "history.csv"))
         except pd.errors.ParserError:
-            raise DamagedFile(f"{folder / 'history.csv'} is no table") from None
+            raise DamagedFile(f"{folder / 'history.csv'} is not a table") from None
         except pd.errors.EmptyDataError:
             table = pd.DataFrame()
         if tuple(table.columns) != COLUMNS or table.empty:
@@ -258,16 +258,16 @@ class Study:
 
     def _run(self, condition: str | Condition, seed: int | None) -> _RecordedRun:
         slug = _slug(condition)
-        seeds = [k for known, k in self._records if known == slug and seed in (None, k)]
+        seeds = [k for name, k in self._records if name == slug and seed in (None, k)]
         if not seeds:
-            known = ", ".join(f"{slug} {k}" for slug, k in self._records)
-            asked = "" if seed is None else f", seed {seed}"
-            raise StudyError(f"no complete run of condition {slug!r}{asked}; there are: {known}")
+            runs = ", ".join(f"{slug} {k}" for slug, k in self._records)
+            request = repr(slug) if seed is None else f"{slug!r}, seed {seed}"
+            raise StudyError(f"no complete run of condition {request}; there are: {runs}")
         return self._records[slug, seeds[0]]
 
 
 def first_runs(folder: str | Path) -> list[Study]:
-    """What one student sees: of each recipe in a folder one run of each of the five conditions, or of those there."""
+    """Open the first seed of each recipe in a folder, with those of the five conditions that it holds, or with all."""
     studies = []
     for name in recipes_in(folder):
         whole = Study(folder, name)
@@ -277,7 +277,7 @@ def first_runs(folder: str | Path) -> list[Study]:
 
 
 def _read_run(folder: Path) -> _RecordedRun:
-    """What run.json says, if it is the run that the folder's name says; another's would be a damaged study."""
+    """Read the run.json of a folder. Raises DamagedFile if it describes another run than the folder's name."""
     about = read_about(folder)
     try:
         recipe, condition = read_recipe(about["recipe"]), read_condition(about["condition"])
@@ -307,7 +307,7 @@ def _select(
 
 
 def _require_one_training(runs: list[_RecordedRun], recipe: str | Recipe, given: dict[str, Condition]) -> None:
-    """Raise StudyError if recipe or a condition differ between runs, or from what the caller has given."""
+    """Raise StudyError if runs differ in the recipe or in a condition, from each other or from the caller's."""
     wanted = recipe_entry(recipe) if isinstance(recipe, Recipe) else runs[0].about["recipe"]
     conditions = {slug: condition_entry(condition) for slug, condition in given.items()}
     for run in runs:

@@ -19,7 +19,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Learner(NamedTuple):
-    """What a training step takes: a model, its optimizer, and what the optimizer makes small.
+    """The model, its optimizer, and the loss and penalty that a training step minimises.
 
     loss: from logits and targets, a scalar.
     penalty: from the model, a scalar that is added to the loss.
@@ -32,7 +32,7 @@ class Learner(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a training step computed before it changed the weights: logits (B, C), and two scalars."""
+    """The values that a training step computed before it changed the weights: logits (B, C), and two scalars."""
 
     logits: Tensor
     loss: Tensor
@@ -40,10 +40,10 @@ class Step(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the steps of an epoch add up, on the device and in place.
+    """The sums over the steps of an epoch, on the device and updated in place.
 
     metrics: float32 (3,), cross-entropy, hits and penalty, each summed over the images.
-    finite_steps: int64 (), the steps until the metrics became infinite or NaN.
+    finite_steps: int64 (), the number of steps before the metrics became infinite or NaN.
     """
 
     metrics: Tensor
@@ -67,9 +67,9 @@ class Evaluation(NamedTuple):
 
 
 def l1_l2_penalty(model: nn.Module, l1: float, l2: float) -> Tensor | float:
-    """`l1` times the sum of |w| plus `l2` times that of w^2, over all trainable parameters: a differentiable scalar.
+    """Compute `l1` * sum |w| + `l2` * sum w^2 over all trainable parameters: a differentiable scalar.
 
-    The parameters are strung together once, so that the backward pass adds up the two gradients of all of them at once.
+    The parameters are concatenated once, so that the backward pass adds both gradients in one operation.
     """
     penalty: Tensor | float = 0.0
     if l1 or l2:
@@ -85,7 +85,7 @@ def train_step(learner: Learner, images: Tensor, targets: Tensor) -> Step:
     """Take one step of training on a batch: images (B, 1, H, H), and targets as the loss takes them."""
     logits = learner.model(images)
     loss = learner.loss(logits, targets)
-    # After the logits: autograd adds gradients up from the last to the first, and the last bits are settled.
+    # Keep the penalty after the logits: autograd sums gradients from last to first, and the last bits are settled.
     penalty = torch.zeros_like(loss) + learner.penalty(learner.model)
     learner.optimizer.zero_grad()
     (loss + penalty).backward()
@@ -112,15 +112,15 @@ def train_epoch(
 ) -> Training:
     """Train once over `batches`, pairs of images (B, 1, H, H) and targets: labels (B,) or probabilities (B, C).
 
-    The metrics are those of the training pass itself, dropout and augmentation on: cross-entropy, whatever the loss,
-    and how often the most probable class is that of the target. They are summed on the device and read once, since
-    reading them at each step would make a GPU wait; so NonFiniteLoss too comes when the epoch ends.
+    The metrics are those of the training pass itself, with dropout and augmentation: cross-entropy, whatever the loss,
+    and how often the most probable class is the target's. They are summed on the device and read once, since reading
+    them at each step would make a GPU wait. For the same reason, NonFiniteLoss is raised at the end of the epoch.
 
-    `step` takes each step: `add_step`, or what does the same faster.
+    `step` takes each step: `add_step`, or a faster equivalent.
     """
     learner.model.train()
     device = next(learner.model.parameters()).device
-    # Added to in place: a small tensor kept from each step would scatter over the memory that steps reuse.
+    # Sum in place: keeping a small tensor from each step would fragment the memory that steps reuse.
     sums = Sums(torch.zeros(3, device=device), torch.zeros((), dtype=torch.int64, device=device))
     count = steps = 0
     for images, targets in batches:
@@ -133,10 +133,10 @@ def train_epoch(
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
-    """The memory format of training: on a CPU what the model's attribute `memory_format` says, elsewhere the plain one.
+    """Return the memory format for training: the model's `memory_format` on a CPU, contiguous elsewhere.
 
-    In float32, channels_last makes no GPU before Ampere faster, and the penalties' `flatten` copy; on MPS, BatchNorm in
-    it has had wrong gradients (pytorch issue 175189).
+    In float32, channels_last speeds up no GPU before Ampere, and makes the penalties' `flatten` copy. On MPS, it has
+    given BatchNorm wrong gradients (pytorch issue 175189).
     """
     weights = next(model.parameters(), None)
     if weights is not None and weights.device.type != "cpu":
@@ -146,17 +146,17 @@ def memory_format(model: nn.Module) -> torch.memory_format:
 
 @torch.inference_mode()
 def predict_logits(model: nn.Module, digits: Digits, batch_size: int = 250) -> Tensor:
-    """The logits, float32 (N, C), of the images of `digits`, without augmentation, in evaluation mode."""
+    """Compute the logits, float32 (N, C), of the images of `digits` in evaluation mode, without augmentation."""
     model.eval()
     parts = (normalise(part, digits.mean, digits.std) for part in digits.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
-        # Of one channel, the strides alone tell the memory format, and `to` would leave them as they are.
+        # With one channel, only the strides tell the memory format, and `to` would not change them.
         parts = (part.squeeze(1).unsqueeze(3).movedim(3, 1) for part in parts)
     return torch.cat([model(part) for part in parts])
 
 
 def evaluate(model: nn.Module, digits: Digits) -> Evaluation:
-    """Loss and accuracy of the model on all of `digits`, and its predictions."""
+    """Compute the loss, accuracy and predictions of a model on all of `digits`."""
     logits = predict_logits(model, digits)
     predictions = logits.argmax(1)
     accuracy = int((predictions == digits.labels).sum()) / len(digits.labels)

@@ -31,7 +31,7 @@ def test_a_finished_run_is_not_repeated(tiny_study, capsys):
     again = run_study(TINY, (L1_BN, GBN, GBN), (1, 2, 1), out, show_progress=True)
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
     assert_same_study(again, tiny_study)
-    assert capsys.readouterr().err == "all 4 runs are there\n"
+    assert capsys.readouterr().err == "all 4 runs are already complete\n"
 
 
 def test_what_a_killed_study_left_is_removed(tmp_path):
@@ -50,7 +50,7 @@ def test_a_folder_may_be_in_the_users_home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("jobs", [-1, 0, 1.5, "2", True])
 def test_a_number_of_jobs_that_is_none_is_refused(tmp_path, jobs):
-    with pytest.raises(StudyError, match=f"jobs must be a whole number from 1, or None for one a core, not {jobs!r}"):
+    with pytest.raises(StudyError, match=f"jobs must be a whole number from 1, or None for one per core, not {jobs!r}"):
         run_study(TINY, GBN, 1, tmp_path / "out", jobs=jobs)
     assert not (tmp_path / "out").exists()
 
@@ -103,7 +103,7 @@ def test_a_folder_trained_otherwise_is_refused(tiny_study, recipe, conditions, d
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(StudyError, match="another study is at work in"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(StudyError, match="another study is using"):
         run_study(TINY, (GBN,), (1,), tmp_path)
 
 
@@ -256,7 +256,7 @@ def edited(name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("network", r"other parameters \(layers.3.bias, layers.3.weight, layers.4.bias, ... in one"),
+        ("network", r"other parameters \(only one of the two has layers.3.bias, layers.3.weight, layers.4.bias, ...\)"),
         ("norm", "step 1 loss = .*, not "),
     ],
 )

@@ -456,7 +456,7 @@ def test_what_was_not_compared_has_no_verdict():
     for best, other in (("a", "c"), ("c", "b")):
         with pytest.raises(ValueError, match=f"no comparison of {best} with {other}"):
             verdict_on_best(comparisons, best, [other])
-    with pytest.raises(ValueError, match="a is the best of none"):
+    with pytest.raises(ValueError, match="a is compared with none"):
         verdict_on_best(comparisons, "a", [])
 
 

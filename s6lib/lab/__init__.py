@@ -1,1 +1,1 @@
-"""The machinery that makes runs survive, travel and be known; a reader of the notebooks need not open it."""
+"""Machinery that resumes runs, sends them to workers and identifies them; a reader of the notebooks can skip it."""

@@ -1,4 +1,4 @@
-"""The machine: its settings while a run trains, where randomness comes from, and what it is."""
+"""The machine: settings for deterministic training, random seeds, and a description for run.json."""
 
 import ctypes
 import os
@@ -20,28 +20,29 @@ CPU = torch.device("cpu")
 def seed_everything(seed: int, epoch: int, device: torch.device) -> torch.Generator:
     """Seed torch, numpy and `random` from seed and epoch alone, and return a generator for the batches.
 
-    Each gets words of one SeedSequence, so that the streams, and those of other pairs, have nothing in common.
+    Each gets its own words of one SeedSequence, so that all streams are independent.
     """
     words = np.random.SeedSequence((seed, epoch)).generate_state(4).tolist()
     for_torch, for_batches, for_numpy, for_random = words
     torch.default_generator.manual_seed(for_torch)
-    if device.type != "cpu":  # torch.manual_seed would also reseed, later, a GPU that is not used here
+    if device.type != "cpu":  # torch.manual_seed would also reseed GPUs that are not used here
         torch.manual_seed(for_torch)
-    np.random.seed(for_numpy)  # noqa: NPY002 - the global generator is the one that a user's code may draw from
+    np.random.seed(for_numpy)  # noqa: NPY002 - the user's code may draw from the global generator
     random.seed(for_random)
     return torch.Generator().manual_seed(for_batches)
 
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Train alike in every process: one thread, deterministic full-precision kernels, no denormals, torch's defaults.
+    """Make training the same in every process: one thread, deterministic float32 kernels, no denormals.
 
-    A network this small gains nothing from a second thread, while the sums of several threads depend on their number.
-    The caller's settings and generators come back at the end.
+    torch's modes and defaults, such as autocast, are reset too. A network this small gains nothing from a second
+    thread, and sums over several threads depend on their number. The caller's settings and random states are restored
+    at the end.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # an idle GPU is not woken
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # do not initialise an idle GPU
     with ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.enable_grad())
@@ -64,8 +65,8 @@ def reproducible(device: torch.device) -> Iterator[None]:
             torch.set_default_dtype(dtype)
             torch.set_flush_denormal(flushing)
             torch.set_num_threads(threads)
-            random.setstate(drawn[0])
-            np.random.set_state(drawn[1])  # noqa: NPY002
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _denormals_are_flushed() -> bool:
@@ -74,16 +75,16 @@ def _denormals_are_flushed() -> bool:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which this process trains: nothing can be recorded on the default one.
+    """Return the stream on which this process trains, since the default stream cannot be recorded.
 
-    It is the same for all runs, as torch keeps freed memory for the stream that had it.
+    All runs share it, because torch keeps freed memory for the stream that used it.
     """
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """cuDNN's deterministic kernels in full float32, by whichever of torch's two interfaces to TF32 there is."""
+    """Use cuDNN's deterministic kernels in full float32, through whichever interface to TF32 this torch has."""
     cudnn = torch.backends.cudnn
     wanted: list[tuple[Any, str, bool | str]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     if hasattr(cudnn, "conv"):  # torch refuses a program that uses both interfaces
@@ -101,37 +102,34 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of tensors that are freed, for those of the next step.
+    """Make glibc keep freed memory for the tensors of the next step.
 
-    By itself it learns to. But Dask starts its workers with MALLOC_TRIM_THRESHOLD_, which ends the learning: every step
-    then asks the system for its memory anew, and training takes twice as long.
+    It learns this by default. But Dask starts its workers with MALLOC_TRIM_THRESHOLD_, which disables the learning:
+    every step then gets its memory from the system again, and training takes twice as long.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    with suppress(AttributeError, OSError, TypeError):  # another system, or another C library
+    with suppress(AttributeError, OSError, TypeError):  # another system or C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, 2**28)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What run.json says of this machine: device, processor, library versions, host and process."""
+    """Describe this machine for run.json: device, processor, library versions, host and process."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": version("torchvision"),
-    }
-    place = {"host": platform.node(), "process": os.getpid()}
     return {
         "device": str(device),
         "processor": processor,
         "core": _core(),
-        **versions,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": version("torchvision"),
         "numpy": np.__version__,
-        **place,
+        "host": platform.node(),
+        "process": os.getpid(),
     }
 
 
@@ -140,7 +138,7 @@ def _processor() -> str:
 
 
 def _core() -> str:
-    """Family, model, stepping and caches: processors that share a name have trained to other last digits."""
+    """Family, model, stepping and caches: processors of the same name have given different last digits."""
     names = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
     cpuinfo = _cpuinfo()
     words = [f"{word}{cpuinfo[name]}" for name, word in names.items() if name in cpuinfo]
@@ -155,7 +153,7 @@ def _core() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """/proc/cpuinfo of the first core, by name, on Linux; empty elsewhere."""
+    """The entries of the first core in /proc/cpuinfo on Linux; empty on other systems."""
     path = Path("/proc/cpuinfo")
     first = path.read_text().partition("\n\n")[0] if path.exists() else ""
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}

@@ -1,4 +1,4 @@
-"""The files of a run's folder: written whole or not at all, and checked when they are read."""
+"""The files in a run's folder: written atomically, and verified when they are read."""
 
 import hashlib
 import io
@@ -17,8 +17,8 @@ import torch
 from s6lib.errors import DamagedFile
 
 RESULTS = ("predictions.npy", "weights.pt", "history.csv")
-CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the last epoch's, and the one to fall back on
-IDENTITY = {"recipe", "condition", "seed"}  # the entries by which a checkpoint is known to be one
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # of the last epoch, and of the one before
+IDENTITY = {"recipe", "condition", "seed"}  # entries that every checkpoint has
 
 
 def serialise(write: Callable[[BinaryIO], Any]) -> bytes:
@@ -29,7 +29,7 @@ def serialise(write: Callable[[BinaryIO], Any]) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place, then to the disk, then renamed into it."""
+    """Write a file whole or not at all: write a part file, sync it to the disk, then rename it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -39,15 +39,15 @@ def write_whole(path: Path, content: bytes) -> None:
         _replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is safe once the folder is on the disk
+    if os.name == "posix":  # the rename survives a crash once the folder is synced
         folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some disks (CIFS, some FUSE) cannot sync a folder
+        with suppress(OSError):  # some file systems (CIFS, some FUSE) cannot sync a folder
             os.fsync(folder)
         os.close(folder)
 
 
 def _replace(part: Path, path: Path) -> None:
-    """Rename `part` to `path`, which Windows refuses for as long as someone, the progress bar say, reads `path`."""
+    """Rename `part` to `path`; retry, since Windows refuses while a process, such as the progress bar, reads `path`."""
     for seconds in (0.01, 0.1, 1):
         try:
             return os.replace(part, path)
@@ -57,7 +57,7 @@ def _replace(part: Path, path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what a process left that was killed while it wrote."""
+    """Remove the part files of processes that were killed while writing."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -65,7 +65,7 @@ def remove_parts(folder: Path) -> None:
 def write_results(folder: Path, about: dict[str, Any], results: dict[str, bytes]) -> None:
     """Write the files of a finished run, then run.json, which makes it complete; remove its checkpoints.
 
-    run.json holds `about`, and the SHA-256 of every file, of its own other entries too.
+    run.json holds `about`, the SHA-256 of every file, and the SHA-256 of `about` itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
@@ -83,7 +83,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The entries of run.json. Raises DamagedFile if it is missing or they are not those that were written."""
+    """Read the entries of run.json. Raises DamagedFile if it is missing or does not match its checksum."""
     path = folder / "run.json"
     try:
         about = json.loads(path.read_bytes())
@@ -96,7 +96,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_result(folder: Path, name: str) -> io.BytesIO:
-    """The content of one of RESULTS. Raises DamagedFile if it is missing or not what was written."""
+    """Read one of RESULTS. Raises DamagedFile if it is missing or does not match its checksum."""
     path = folder / name
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != read_about(folder)["sha256"].get(name):
@@ -105,7 +105,7 @@ def read_result(folder: Path, name: str) -> io.BytesIO:
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Save the state at an epoch's end, and keep the one before it."""
+    """Save the state at the end of an epoch, and keep the previous checkpoint."""
     last, before = (folder / name for name in CHECKPOINTS)
     if last.exists():
         os.replace(last, before)
@@ -113,10 +113,10 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
-    """The newest checkpoint that is undamaged, or None; with `resume`, it takes the place of a damaged one.
+    """Read the newest undamaged checkpoint, or return None.
 
-    Otherwise the next `write_checkpoint` would keep the damaged one in its stead. What is passed over is then named on
-    stderr.
+    With `resume`, report a damaged checkpoint on stderr and replace it by the older one. Without the replacement, the
+    next `write_checkpoint` would keep the damaged one instead.
     """
     last, before = (folder / name for name in CHECKPOINTS)
     for path in (last, before):
@@ -124,7 +124,7 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
             continue
         try:
             state = _load_checkpoint(path)
-        except Exception as error:  # torch.load answers damage with a dozen kinds of exception
+        except Exception as error:  # torch.load raises a dozen kinds of exception for damaged files
             if resume:
                 print(f"{path} is damaged ({type(error).__name__}); going on without it", file=sys.stderr, flush=True)
             continue
@@ -135,7 +135,7 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
-    # A .pt file is a zip archive with a CRC-32 for each tensor, which torch.load does not look at.
+    # A .pt file is a zip archive with a CRC-32 for each tensor, which torch.load does not check.
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile("wrong checksum")
@@ -151,6 +151,6 @@ def _digest(about: dict[str, Any]) -> str:
 
 def _damage_error(path: Path) -> DamagedFile:
     return DamagedFile(
-        f"{path} is damaged or missing, or its digest in run.json is: restore the folder (git checkout -- "
+        f"{path} is damaged or missing, or its checksum in run.json is: restore the folder (git checkout -- "
         f"{path.parent}), or delete it and train the run again"
     )

@@ -1,4 +1,4 @@
-"""The first steps of a run: what a run with code of the user's is known by, and the trial before it is trained."""
+"""The first steps of a run: a trial before training, and the identity of a run with the user's code."""
 
 import io
 import json
@@ -29,18 +29,19 @@ STEPS = 3  # and one more, on a batch of the last one's size
 # pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
 PACKAGE = Path(__file__).parents[1]
-SHARES = [share / 20 for share in range(20)]  # of the training done, at which a schedule of the user's is looked at
-EVALUATED = 250  # test images
+SHARES = [share / 20 for share in range(20)]  # shares of training done at which the user's schedule is recorded
+EVALUATED = 250  # number of test images
 
 
 def first_steps(run: Run, data: Data) -> dict[str, Any]:
-    """Take the first steps of a run on the CPU, and return what they did, as JSON.
+    """Take the first steps of a run on the CPU, and return their record as JSON.
 
-    Names and shapes of the parameters; loss, penalty and size of the gradient of each step; the cross-entropy on some
-    test images after them; and, where they are the user's, what data, schedule and optimizer are.
+    The record holds names and shapes of the parameters; loss, penalty and size of the gradient of each step; the
+    cross-entropy on some test images afterwards; and a description of data, schedule and optimizer if they are the
+    user's.
 
     Raises SettingError, naming the condition, if the run cannot be trained: its network cannot be built, two builds
-    with its seed differ or share what is trained, a step fails, or the saved model gives other predictions.
+    with its seed differ or share parameters, a step fails, or the saved model gives other predictions.
     """
     name = f"{run.condition.label} ({run.condition.slug})"
     with reproducible(CPU):
@@ -62,15 +63,15 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
 
 
 def try_out(run: Run, data: Data) -> dict[str, Any]:
-    """The first steps of a run, taken twice if anything in it is the user's.
+    """Take the first steps of a run, twice if it contains the user's code.
 
-    Raises SettingError as `first_steps`, and if they differ.
+    Raises SettingError as `first_steps` does, and if the two differ.
     """
     steps = first_steps(run, data)
     if has_user_code(run) and (different := step_differences(steps, first_steps(run, data), tolerance=1e-6)):
         raise SettingError(
-            f"{run.condition.label} ({run.condition.slug}) trains differently each time ({different[0]}): something of "
-            "yours keeps a state from run to run, or draws random numbers that torch, numpy and random do not seed"
+            f"{run.condition.label} ({run.condition.slug}) trains differently each time ({different[0]}): your code "
+            "keeps a state from run to run, or draws random numbers that torch, numpy and random do not seed"
         )
     return steps
 
@@ -89,21 +90,22 @@ def identity_differences(recorded: dict[str, Any], requested: dict[str, Any]) ->
 def step_differences(recorded: Any, requested: Any, name: str = "", tolerance: float = TOLERANCE) -> list[str]:
     """Describe how recorded first steps differ from the requested ones, a phrase each.
 
-    What one of the two lacks is passed over in dicts: another version of torch may name more settings of an optimizer.
+    Keys that only one dict has are ignored: another version of torch may name more settings of an optimizer.
     """
     if isinstance(recorded, dict) and isinstance(requested, dict):
         if name == "parameters" and recorded.keys() != requested.keys():
             names = sorted(recorded.keys() ^ requested.keys())
-            return [f"other parameters ({', '.join(names[:3])}{', ...' * (len(names) > 3)} in one of the two alone)"]
+            some = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+            return [f"other parameters (only one of the two has {some})"]
         pairs = [(f"{name} {key}".strip(), recorded[key], requested[key]) for key in requested if key in recorded]
     elif isinstance(recorded, list) and isinstance(requested, list) and len(recorded) == len(requested):
-        counted = zip(recorded, requested, strict=True)
-        pairs = [(f"{name.removesuffix('s')} {number}", *pair) for number, pair in enumerate(counted, 1)]
+        one = name.removesuffix("s")
+        pairs = [(f"{one} {number}", *pair) for number, pair in enumerate(zip(recorded, requested, strict=True), 1)]
+    elif _is_close(recorded, requested, GRADIENT_TOLERANCE if name.endswith(" gradient") else tolerance):
+        return []
     else:
-        jumps = name.endswith(" gradient") and tolerance == TOLERANCE
-        close = _is_close(recorded, requested, GRADIENT_TOLERANCE if jumps else tolerance)
-        return [] if close else [f"{name} = {_format(recorded)}, not {_format(requested)}"]
-    return [phrase for pair in pairs for phrase in step_differences(pair[1], pair[2], pair[0], tolerance)]
+        return [f"{name} = {_format(recorded)}, not {_format(requested)}"]
+    return [phrase for part, old, new in pairs for phrase in step_differences(old, new, part, tolerance)]
 
 
 def _is_close(a: Any, b: Any, tolerance: float) -> bool:
@@ -118,7 +120,7 @@ def _format(value: Any) -> str:
 
 @contextmanager
 def _error_prefix(what: str) -> Iterator[None]:
-    """Raise what the user's code raises as one sentence that says where it came from."""
+    """Re-raise errors of the user's code as one sentence that says where they came from."""
     try:
         yield
     except SettingError as error:
@@ -130,7 +132,7 @@ def _error_prefix(what: str) -> Iterator[None]:
 
 
 def _place(error: Exception) -> str:
-    """Where in the user's code an error came from, if that is not a library's."""
+    """Where in the user's code an error came from; empty if it came from a library."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and str(PACKAGE) not in frame.filename]
     return f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
@@ -145,7 +147,7 @@ def _require_equal_builds(first: nn.Module, second: nn.Module) -> None:
 
 
 def _same_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two state_dicts hold equal tensors under equal names; extra state, of any kind, is not compared."""
+    """Whether two state_dicts hold equal tensors under equal names; extra state is not compared."""
     return first.keys() == second.keys() and all(
         torch.allclose(value, second[name], rtol=0, atol=0, equal_nan=True)
         for name, value in first.items()
@@ -154,7 +156,7 @@ def _same_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def _first_batches(run: Run, setup: Setup) -> Iterator[tuple[Any, str]]:
-    """Batches of the first epoch, and one of the last batch's size, each with what to say if it fails."""
+    """Yield batches of the first epoch, and one of the last batch's size, each with a message for its failure."""
     generator = seed_everything(run.seed, 1, CPU)
     for number, batch in enumerate(islice(setup.batches(1, generator), STEPS), 1):
         yield batch, f"step {number} fails"
@@ -174,7 +176,7 @@ def _measure_step(run: Run, setup: Setup, batch: Any, failure: str) -> dict[str,
     learner.model.train()
     with _error_prefix(failure):
         logits, loss, penalty = train_step(learner, images, targets)
-        F.cross_entropy(logits, targets)  # which the history records, whatever the loss
+        F.cross_entropy(logits, targets)  # the history records it, whatever the loss
     gradients = [weights.grad for weights in learner.model.parameters() if weights.grad is not None]
     sizes = [(one.coalesce().values() if one.is_sparse else one).abs().double().norm() for one in gradients]
     gradient = float(torch.stack(sizes).norm()) if sizes else 0.0
@@ -210,8 +212,8 @@ def _require_scalar(what: str, value: Any) -> None:
         raise SettingError(f"{what} must return a scalar tensor, not {shape}")
     if not value.requires_grad:
         raise SettingError(
-            f"{what} has no gradient, so training would not heed it: compute it from the network's parameters, without "
-            "item(), detach() or no_grad()"
+            f"{what} has no gradient, so it would not affect training: compute it from the network's parameters, "
+            "without item(), detach() or no_grad()"
         )
 
 
@@ -230,7 +232,7 @@ def _require_logits(logits: Any, count: int, classes: int) -> None:
 
 @torch.no_grad()
 def _read_back(setup: Setup, second: nn.Module) -> Tensor:
-    """The logits of some test images. Raises SettingError if the saved model, read into `second`, gives others."""
+    """Compute the logits of some test images. Raises SettingError if the model saved and read back gives others."""
     some = setup.test.part(slice(EVALUATED))
     logits = predict_logits(setup.judged, some)
     _require_logits(logits, len(some.labels), len(some.class_names))
@@ -238,14 +240,14 @@ def _read_back(setup: Setup, second: nn.Module) -> Tensor:
     second.load_state_dict(state)
     if not torch.allclose(predict_logits(second, some), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise SettingError(
-            "it gives other predictions: what the network needs must be in its state_dict (parameters, buffers, or "
-            "get_extra_state), or follow from the seed"
+            "it gives other predictions: everything the network needs must be in its state_dict (parameters, buffers, "
+            "or get_extra_state), or follow from the seed"
         )
     return logits.float()
 
 
 def _describe_user_parts(setup: Setup) -> dict[str, Any]:
-    """What data, schedule and optimizer of the user's are; the first steps alone would not show all of it."""
+    """Describe the user's data, schedule and optimizer, which the first steps alone would not fully show."""
     settings = setup.settings
     parts: dict[str, Any] = {}
     if callable(settings.data):

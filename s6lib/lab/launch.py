@@ -1,4 +1,4 @@
-"""The one loop over conditions and seeds."""
+"""run_study, the one loop over conditions and seeds."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,24 +38,24 @@ def run_study(
     executor: Executor | None = None,
     show_progress: bool = True,
 ) -> Study:
-    """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open what was asked for.
+    """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open these runs.
 
-    Runs that are complete are not repeated, and those that were stopped go on from their last whole epoch. On a CPU
-    `jobs` processes (by default and at most one a core) train side by side, each with one thread; on a GPU, or with one
-    job, the runs take turns in this process.
+    Complete runs are not repeated; stopped runs resume from their last complete epoch. On a CPU, `jobs` processes (by
+    default, and at most, one per core) train in parallel, each with one thread. On a GPU, or with one job, the runs
+    take turns in this process.
 
-    An `executor`, any of concurrent.futures, takes the runs instead, `jobs` of them at a time (by default all). Its
-    workers need s6lib and the data set; your own code travels to them. They need no disk shared with this
-    process, which writes the folder; where they do share it, runs there go on from their last whole epoch too.
+    An `executor`, any of concurrent.futures, trains the runs instead, `jobs` at a time (by default all). Its workers
+    need s6lib and the data set; your own code is sent to them. This process writes the folder, so they need no shared
+    disk. If they share it, their runs resume from their last complete epoch too.
 
-    A condition may be given by the slug of a built-in one, and a single seed as a number.
+    A condition may be the slug of a built-in one, and `seeds` may be a single number.
 
-    Before anything is trained, the first steps of each condition are tried on the CPU, and compared with those of the
-    runs that are there. Raises, then, StudyError or SettingError if a seed is not a whole number, two conditions share
-    a name, something cannot be trained, the device is missing, `out` cannot be written, another study is at work in it,
-    it holds runs of this name that were trained differently, or a link in it leads elsewhere; DataError if the data set
-    is missing; DamagedFile if a finished run is damaged. Raises RunsFailed after all runs that could finish have, and
-    Stopped, a KeyboardInterrupt, when it is interrupted.
+    Before training, the first steps of each condition are tried on the CPU and compared with those of the runs in the
+    folder. This raises StudyError or SettingError if a seed is not a whole number, two conditions share a name, a
+    condition cannot be trained, the device is missing, `out` cannot be written, another study is using it, it holds
+    runs of this name that were trained differently, or a link in it leads elsewhere; DataError if the data set is
+    missing; DamagedFile if a finished run is damaged. Raises RunsFailed if some runs fail, once all others are
+    complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
     """
     conditions, seeds = _conditions(conditions), _seeds(seeds)
     runs = [Run(recipe, condition, seed) for seed in seeds for condition in conditions]
@@ -71,7 +71,10 @@ def run_study(
         waiting = [run for run in runs if not is_complete(run.folder(out))]
         settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
-            print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
+            print(
+                f"all {len(runs)} runs are already complete" if len(runs) > 1 else "the run is already complete",
+                file=sys.stderr,
+            )
         with _bars(out, waiting) if waiting and show_progress else nullcontext():
             try:
                 outcomes = (
@@ -86,14 +89,14 @@ def run_study(
 
 
 def _jobs(jobs: int | None) -> int | None:
-    """Raises StudyError for what is no number of processes."""
+    """Return jobs as an int. Raises StudyError if it is not a number of processes."""
     if jobs is not None and (not isinstance(jobs, Integral) or isinstance(jobs, bool) or jobs < 1):
-        raise StudyError(f"jobs must be a whole number from 1, or None for one a core, not {jobs!r}")
+        raise StudyError(f"jobs must be a whole number from 1, or None for one per core, not {jobs!r}")
     return None if jobs is None else int(jobs)
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
-    """Each seed once. Raises StudyError for what is none, or for none at all."""
+    """Return each seed once. Raises StudyError for an invalid seed, or for none."""
     given = [seeds] if isinstance(seeds, Integral) or not isinstance(seeds, Iterable) else list(seeds)
     for seed in given:
         if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
@@ -104,7 +107,7 @@ def _seeds(seeds: int | Iterable[int]) -> list[int]:
 
 
 def _conditions(conditions: Sequence[Condition | str]) -> list[Condition]:
-    """Each condition once. Raises StudyError for what is none, and for two that would share a folder."""
+    """Return each condition once. Raises StudyError for an invalid one, for none, or for two with one folder."""
     distinct: list[Condition] = []
     for condition in [conditions] if isinstance(conditions, Condition | str) else conditions:
         if isinstance(condition, str) and condition not in ALL_CONDITIONS:
@@ -144,16 +147,16 @@ def _bars(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _only_study_in(out: Path) -> Iterator[str]:
-    """Hold the lock of a folder, and give the name of a file that says so to whoever shares the disk."""
+    """Lock a folder, and yield the name of a file in it, by which workers recognise a shared disk."""
     token = out / f".study-{uuid4().hex}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire(timeout=0)
-        for left in out.glob(".study-*"):  # by a study that was killed
-            left.unlink(missing_ok=True)
+        for leftover in out.glob(".study-*"):  # of a study that was killed
+            leftover.unlink(missing_ok=True)
         token.touch()
     except Timeout:
-        raise StudyError(f"another study is at work in {out}; wait until it ends or choose another folder") from None
+        raise StudyError(f"another study is using {out}; wait until it ends or choose another folder") from None
     except OSError as error:
         raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from None
     with lock:
@@ -164,14 +167,14 @@ def _only_study_in(out: Path) -> Iterator[str]:
 
 
 def _refuse_links(out: Path, folders: list[Path]) -> None:
-    """Raise StudyError if a symbolic link under `out`, perhaps a stranger's, would have a run written elsewhere."""
+    """Raise StudyError if a symbolic link under `out`, perhaps a stranger's, would redirect a run's files."""
     for folder in folders:
         if not folder.resolve().is_relative_to(out.resolve()):
             raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
 
 
 def _first_steps_of_each(runs: list[Run], data: Data) -> Steps:
-    """Try each condition out with its first seed. Raises SettingError if one cannot be trained."""
+    """Try each condition with its first seed. Raises SettingError if one cannot be trained."""
     steps: Steps = {}
     for run in runs:
         if run.condition.slug not in {slug for slug, _ in steps}:
@@ -180,9 +183,9 @@ def _first_steps_of_each(runs: list[Run], data: Data) -> Steps:
 
 
 def _refuse_other_training(folder: Path, runs: list[Run], data: Data, steps: Steps) -> None:
-    """Raise StudyError if a run in the folder of a recipe was trained differently from what is requested now.
+    """Raise StudyError if a run in a recipe's folder was trained with different settings than requested.
 
-    A run of the library's own parts is known by its settings; one with code of the user's by its first steps too.
+    Settings identify a run; with the user's code, the first steps do too.
     """
     conditions = {run.condition.slug: run.condition for run in runs}
     for other in sorted(folder.glob("*/seed-*")):

@@ -1,4 +1,4 @@
-"""How far a study is, read from its run folders: live bars in a terminal or a notebook, plain lines in a pipe."""
+"""Progress of a study, read from its run folders: live bars in a terminal or a notebook, plain lines in a pipe."""
 
 import csv
 import os
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-FIRST_LINE = 30.0  # seconds without the end of an epoch after which a line says how long it takes at least
+FIRST_LINE = 30.0  # seconds without a finished epoch before a line gives a lower bound of the time left
 
 
 class Snapshot(NamedTuple):
-    """A history.csv as last read: when it was written, and number and accuracy of its last epoch."""
+    """A history.csv when it was last read: its time of writing, and number and accuracy of its last epoch."""
 
     written: int
     epoch: int
@@ -27,7 +27,7 @@ NOT_BEGUN = Snapshot(0, -1, 0.0)
 
 
 class Change(NamedTuple):
-    """A run has come from one epoch to another, or has begun, or gone on, where the two are the same."""
+    """A run's step from one epoch to another; if the two are equal, it has just started or resumed."""
 
     label: str
     before: int
@@ -37,11 +37,11 @@ class Change(NamedTuple):
 
 @contextmanager
 def progress(histories: dict[str, Path], epochs: dict[str, int]) -> Iterator[None]:
-    """While the block lasts, show how runs get on: for each label, the history.csv that grows, and its epochs in all.
+    """Show the progress of runs during a block, given each label's history.csv and total number of epochs.
 
-    Nothing is asked of the workers: it shows what is in the files that they write when a run begins and an epoch ends.
-    It shows nothing where there is no stderr, as in a program without a console, or TQDM_DISABLE is set, which tqdm
-    itself does not follow in a notebook.
+    It reads the files that workers write when a run starts and an epoch ends; the workers do nothing else for it. It
+    shows nothing without a stderr, as in a program without a console, or if TQDM_DISABLE is set, which tqdm itself
+    ignores in a notebook.
     """
     if sys.stderr is None or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         yield
@@ -68,7 +68,7 @@ def _in_notebook() -> bool:
 
 
 def _read(history: Path) -> Snapshot:
-    """Read the last epoch of a history.csv; NOT_BEGUN if there is none to read."""
+    """Read the last epoch of a history.csv; return NOT_BEGUN if it cannot be read."""
     try:
         written, rows = history.stat().st_mtime_ns, list(csv.DictReader(history.read_text().splitlines()))
         last = (int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"])) if rows else (0, 0.0)
@@ -80,7 +80,7 @@ def _read(history: Path) -> Snapshot:
 def _changes(
     histories: dict[str, Path], seen: dict[str, Snapshot], epochs: dict[str, int], finished: threading.Event
 ) -> Iterator[list[Change]]:
-    """Twice a second, and once more when all is finished, what has changed since."""
+    """Yield the changes twice a second, and once more at the end."""
     while True:
         last = finished.wait(0.5)
         changes = []
@@ -95,9 +95,9 @@ def _changes(
 
 
 class _FirstEpochs:
-    """A lower bound of the time left, for as long as no epoch has ended.
+    """A lower bound of the time left until the first epoch ends.
 
-    So far the runs at work have waited for one epoch each. An epoch takes longer than that, and so do all that follow.
+    Each running run has trained for part of one epoch so far, so every epoch takes at least that long.
     """
 
     def __init__(self) -> None:
@@ -114,11 +114,11 @@ class _FirstEpochs:
 
     @property
     def waited(self) -> float:
-        """Seconds since the first run began; 0 if none has begun, or an epoch has ended."""
+        """Seconds since the first run started; 0 before that, and once an epoch has ended."""
         return time.monotonic() - self._start if self._running and not self.ended else 0.0
 
     def time_left(self, epochs: int) -> str:
-        """The least time that this many epochs take, in words; nothing if it is not known or less than a second."""
+        """Describe the least time that this many epochs take; empty if it is unknown or below a second."""
         seconds = self.waited * (epochs / max(1, len(self._running)) - 1)
         return f"more than {tqdm.format_interval(seconds)} left" if seconds >= 1 else ""
 
@@ -126,7 +126,7 @@ class _FirstEpochs:
 def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int]) -> None:
     bars: dict[str, tqdm] = {}
     first = _FirstEpochs()
-    # Without smoothing: runs that go side by side end their epochs in bursts.
+    # No smoothing, since parallel runs finish their epochs in bursts.
     with tqdm(total=sum(epochs.values()), initial=done, desc="all runs", unit="epoch", smoothing=0) as overall:
         for changes in updates:
             first.see(changes)
@@ -139,13 +139,13 @@ def _show_bars(updates: Iterator[list[Change]], done: int, epochs: dict[str, int
                 if epoch == epochs[label]:
                     bars[label].close()
             overall.set_postfix_str(first.time_left(overall.total - overall.n), refresh=False)
-            overall.refresh()  # the time left goes on between epochs
+            overall.refresh()  # the time left changes between epochs too
         for bar in bars.values():
             bar.close()
 
 
 def _show_lines(updates: Iterator[list[Change]], done: int, epochs: dict[str, int]) -> None:
-    begun, done_before, total = time.monotonic(), done, sum(epochs.values())
+    start, done_before, total = time.monotonic(), done, sum(epochs.values())
     first, next_line = _FirstEpochs(), FIRST_LINE
     for changes in updates:
         first.see(changes)
@@ -156,7 +156,7 @@ def _show_lines(updates: Iterator[list[Change]], done: int, epochs: dict[str, in
             done += epoch - before
             if epoch == before or not epoch:
                 continue
-            seconds = (time.monotonic() - begun) / max(1, done - done_before) * (total - done)
+            seconds = (time.monotonic() - start) / max(1, done - done_before) * (total - done)
             line = f"{label}: epoch {epoch}/{epochs[label]}, accuracy {accuracy:.2%}"
             _print_line(f"{line}; {done}/{total} epochs, {tqdm.format_interval(seconds)} left")
 

@@ -1,4 +1,4 @@
-"""What run.json says of a run: recipe and condition as JSON, read back, and differences in words."""
+"""Recipes and conditions as JSON in run.json, read back, and described differences between them."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from s6lib.errors import SettingError
 from s6lib.recipes import Condition, Recipe, Run, name_of
 
 _PLAIN_TYPES = (int, float, str, bool, type(None))
-# Settings that came after the first published runs: left out of run.json where a recipe does not use them.
+# Settings added after the first published runs: run.json omits them at their defaults.
 _LATER_SETTINGS = {
     "shift", "scale", "schedule", "nesterov", "ema", "held_out", "data", "transform", "loss", "optimizer", "passes",
     "draw_images",
@@ -42,7 +42,7 @@ def recipe_entry(recipe: Recipe) -> dict[str, Any]:
 
 
 def condition_entry(condition: Condition) -> dict[str, Any]:
-    """A condition as JSON: its penalties and splits always, and the rest where it is used."""
+    """A condition as JSON: always its penalties and splits, and the other settings if they are used."""
     entry = {name: getattr(condition, name) for name in ("slug", "label", "l1", "l2", "num_splits")}
     more = {"norm": condition.norm, "penalty": condition.penalty, "changes": condition.changes}
     return entry | {name: _entry(value) for name, value in more.items() if value}
@@ -51,8 +51,8 @@ def condition_entry(condition: Condition) -> dict[str, Any]:
 def _entry(value: Any) -> Any:
     """A setting as JSON.
 
-    A class or function of a library is its name, a partial or an object of one its name and arguments; what is the
-    user's is a name and its source, which people can read: a run is known by what it does (see first_steps.py).
+    A library's class or function becomes its name, a partial or an object of one its name and arguments. The user's
+    code becomes its name and source, for people to read: the first steps identify it (see first_steps.py).
     """
     if isinstance(value, Placeholder):
         return value.entry
@@ -67,7 +67,7 @@ def _entry(value: Any) -> Any:
         arguments |= {name: _entry(one) for name, one in value.keywords.items()}
         return {"name": name_of(value.func), "partial": _entry(value.func), "arguments": arguments}
     if _is_in_library(value):
-        in_models = value.__module__ == "s6lib.models"  # the names by which run.json knows our own networks
+        in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
         settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and _is_setting(one)}
@@ -76,14 +76,14 @@ def _entry(value: Any) -> Any:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether an attribute of a library's object is one of its settings: a number, a text, another such object."""
+    """Whether an attribute of a library's object is a setting: a number, a text, another such object."""
     if isinstance(value, list | tuple):
         return all(map(_is_setting, value))
     return isinstance(value, _PLAIN_TYPES) or (callable(value) and _is_in_library(type(value)))
 
 
 def _is_in_library(thing: Any) -> bool:
-    """Whether s6lib, torch or torchvision holds a class or function under its name, which then says what it does."""
+    """Whether a class or function can be found by its name in s6lib, torch or torchvision."""
     module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
     if module.partition(".")[0] not in ("s6lib", "torch", "torchvision") or "<locals>" in name:
         return False
@@ -94,7 +94,7 @@ def _is_in_library(thing: Any) -> bool:
 
 
 def is_library(setting: Any) -> bool:
-    """Whether a setting is wholly a library's, so that its entry in run.json says what it does."""
+    """Whether a setting contains no code of the user's, so that its entry in run.json defines it."""
     if isinstance(setting, partial):
         return all(map(is_library, (setting.func, *setting.args, *setting.keywords.values())))
     if isinstance(setting, list | tuple):
@@ -103,17 +103,17 @@ def is_library(setting: Any) -> bool:
 
 
 def has_user_code(run: Run) -> bool:
-    """Whether anything of a run is the user's."""
+    """Whether a run contains any code of the user's."""
     settings = [getattr(run.settings, setting.name) for setting in fields(run.settings)]
     return not all(map(is_library, [*settings, run.condition.norm, run.condition.penalty]))
 
 
 def _source(thing: Any) -> str | None:
-    """The source of a function or a class, where Python finds it and it is what runs: a file may have been edited."""
+    """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
     thing = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
     members = vars(thing).values() if isinstance(thing, type) else [inspect.unwrap(thing)]
     codes = {member.__code__ for member in members if inspect.isfunction(member)}
-    with suppress(Exception):  # a document for people, nothing depends on it
+    with suppress(Exception):  # the source is for people to read; nothing depends on it
         lines, _ = inspect.findsource(thing)
         if codes <= set(_codes_in(compile("".join(lines), "", "exec", dont_inherit=True))):
             return inspect.getsource(thing)
@@ -127,12 +127,12 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
             yield from _codes_in(constant)
 
 
-# --- reading it back -------------------------------------------------------------------------------------------------
+# --- reading back ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Stands for a setting of the user's that run.json describes: it has a name, but cannot be called."""
+    """A stand-in for a user's setting that run.json describes: it has a name, but cannot be called."""
 
     entry: Any = field(hash=False)
 
@@ -148,18 +148,18 @@ class Placeholder:
 
 
 def has_placeholder(run: Run) -> bool:
-    """Whether something in a run is known from run.json alone, so that the run cannot be built."""
+    """Whether a setting of a run is known from run.json alone, so that the run cannot be built."""
     parts = (*vars(run.settings).values(), run.condition.norm, run.condition.penalty)
     return any(isinstance(part, Placeholder) for part in parts)
 
 
 def read_recipe(entry: dict[str, Any]) -> Recipe:
-    """The recipe of an entry; what is the user's in it can then be named, but not called."""
+    """Read a recipe from its entry, with placeholders for the user's code."""
     return Recipe(**_settings(entry))
 
 
 def read_condition(entry: dict[str, Any]) -> Condition:
-    """The condition of an entry, with the same limit."""
+    """Read a condition from its entry, with placeholders for the user's code."""
     settings = _settings(entry)
     return Condition(**settings | {"changes": _settings(settings.get("changes", {}))})
 
@@ -176,15 +176,15 @@ def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _library_network(entry: Any) -> Callable[..., nn.Module] | None:
-    """A network of s6lib, by itself or with numbers for arguments. What else a run.json names is not imported."""
+    """Return a network of s6lib, alone or with numbers as arguments; nothing else that run.json names is imported."""
     if isinstance(entry, str):
         return models.NETWORKS.get(entry)
     network, arguments = entry.get("partial"), entry.get("arguments", {})
     if not isinstance(network, str) or not all(isinstance(value, int | float) for value in arguments.values()):
         return None
-    placed = [value for name, value in arguments.items() if name.isdecimal()]
-    named = {name: value for name, value in arguments.items() if not name.isdecimal()}
-    return partial(models.NETWORKS[network], *placed, **named) if network in models.NETWORKS else None
+    positional = [value for name, value in arguments.items() if name.isdecimal()]
+    keywords = {name: value for name, value in arguments.items() if not name.isdecimal()}
+    return partial(models.NETWORKS[network], *positional, **keywords) if network in models.NETWORKS else None
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def _library_network(entry: Any) -> Callable[..., nn.Module] | None:
 def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str]:
     """Describe how the settings of a recorded run differ from the requested ones, a phrase each.
 
-    Labels do not count, nor do name and source of what is the user's: the first steps tell what that does.
+    Labels are ignored, and so are the name and source of the user's code, which the first steps compare.
     """
     phrases = []
     for name, new in requested.items():
@@ -208,9 +208,10 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
 
 
 def _comparable(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """What to compare of two entries: all, but of an object or of a partial of the user's the arguments of both.
+    """Reduce two entries to the parts to compare: everything, except for objects and for partials of the user's code.
 
-    What one of the two lacks there is a default, which the first steps show, or new in another version of a library.
+    Of those, compare only the arguments that both entries have. An argument that one lacks is a default, which the
+    first steps compare, or is new in another version of a library.
     """
     kind = next((kind for kind in ("partial", "instance") if kind in old and kind in new), None)
     if kind is None:

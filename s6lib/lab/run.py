@@ -1,4 +1,4 @@
-"""One run: a condition trained with a seed, its checkpoints, and the folder that it leaves."""
+"""One run, from its seed to its folder: training, checkpoints, and the saved result."""
 
 import threading
 import time
@@ -29,19 +29,19 @@ from s6lib.recipes import Run
 from s6lib.train import NonFiniteLoss, add_step, evaluate, train_epoch
 
 History = list[dict[str, float]]
-# A process trains one run at a time: torch's generator and number of threads are the process's own.
+# A process trains one run at a time, since torch has one generator and one number of threads per process.
 _ONE_RUN = threading.Lock()
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
 
 
 class RunResult(NamedTuple):
-    """What training leaves.
+    """The result of training.
 
-    first_steps: as JSON, of a run with code of the user's (see first_steps.py).
-    history: a row an epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
-    weights: the state_dict, on the CPU, as torch.save writes it: in one piece it travels far faster than in tensors.
+    first_steps: the record of the first steps as JSON, for a run with the user's code (see first_steps.py).
+    history: one row per epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
+    weights: the state_dict, on the CPU, as torch.save writes it; bytes travel much faster than tensors.
     predictions: uint8 (N,), the class of each test image.
-    machines: where it was trained, one after the other: device, processor, library versions, host and process.
+    machines: the machines that trained it, in order: device, processor, library versions, host and process.
     """
 
     first_steps: dict[str, Any] | None
@@ -52,10 +52,10 @@ class RunResult(NamedTuple):
 
 
 def train_run(run: Run, folder: Path | None = None, device: str | torch.device = "cpu") -> RunResult:
-    """Train a run; with a `folder`, go on from its checkpoint and renew it at each epoch's end, unless it is complete.
+    """Train a run; with a `folder`, resume from its checkpoint, and write one after each epoch until it is complete.
 
-    All that is random comes from (seed, epoch) alone, so a run that was stopped ends bit for bit like one that was
-    not. Raises RunError when the loss is not finite, or the checkpoint is another run's.
+    All random numbers come from (seed, epoch) alone, so that a resumed run gives the same bits as one without a stop.
+    Raises RunError if the loss is not finite, or the checkpoint belongs to another run.
     """
     keep_freed_memory()
     device = torch.device(device)
@@ -82,32 +82,32 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
             if _may_write_in(folder):
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
-        if predictions is None:  # it was stopped after its last epoch
+        if predictions is None:  # the run was stopped after its last epoch
             predictions = evaluate(setup.judged, setup.test).predictions
         return RunResult(steps, history, serialise_weights(setup.judged), predictions.numpy(), machines)
 
 
 def _identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
-    """What a run is known by, as JSON: its settings and, with code of the user's, its first steps."""
+    """The run's identity, as JSON: its settings and, with the user's code, its first steps."""
     return settings_of(run) | ({} if steps is None else {"first_steps": steps})
 
 
 def _may_write_in(folder: Path | None) -> TypeGuard[Path]:
-    """Whether a run in training may write in its folder: not once that is complete.
+    """Whether a run in training may write in its folder: only until the folder is complete.
 
-    For a run that seemed lost, and was sent out again, may come back after all.
+    A run that seemed lost and was sent out again may still be training when the second attempt has finished.
     """
     return folder is not None and not is_complete(folder)
 
 
 def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor]:
-    """Train an epoch: its row of the history, and the classes of the test images after it."""
+    """Train an epoch; return its row of the history, and the predicted classes of the test images."""
     device, rates = setup.train.labels.device, setup.settings.learning_rates(epoch)
     generator = seed_everything(run.seed, epoch, device)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     step = Replay(setup.learner, setup.average, rates, has_user_code(run)) if records_steps(device) else add_step
     training = train_epoch(setup.learner, setup.batches(epoch, generator), step)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     test = evaluate(setup.judged, setup.test)
     if not np.isfinite(test.loss):  # the last step's update was too large
         raise NonFiniteLoss(step=len(rates))
@@ -129,13 +129,13 @@ def save_run(folder: Path, run: Run, result: RunResult) -> None:
 
 
 def _resume(folder: Path, state: dict[str, Any], setup: Setup) -> None:
-    """Bring the state and the setup to where the checkpoint in `folder` is, if there is one."""
+    """Restore state and setup from the checkpoint in `folder`, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder)
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is not None:
         if identity_differences(checkpoint, state):
-            raise RunError(f"the checkpoint in {folder} is of another run; delete it, and the run starts again")
+            raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
         for name, part in setup.parts.items():
             part.load_state_dict(checkpoint[name])
         state.update({name: checkpoint.get(name, []) for name in ("history", "machines")})

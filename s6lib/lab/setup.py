@@ -1,4 +1,4 @@
-"""What a run starts from: its data, its model, its optimizer, and the batches of an epoch."""
+"""The setup of a run: its data, model and optimizer, and the batches of an epoch."""
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -24,11 +24,11 @@ Data = tuple[Digits, Digits]
 
 
 class Setup(NamedTuple):
-    """A run as training sees it.
+    """Everything that training a run needs.
 
-    settings: the recipe with the condition's changes, its `train_images` a number.
-    average: of the weights, if the recipe has one.
-    train, test: the images that are trained on and judged on.
+    settings: the recipe with the condition's changes; its `train_images` is a number.
+    average: the moving average of the weights, if the recipe has one.
+    train, test: the images for training and for evaluation.
     """
 
     settings: Recipe
@@ -44,12 +44,12 @@ class Setup(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds the state of, by name."""
+        """The parts whose state a checkpoint holds, by name."""
         parts = {"model": self.learner.model, "optimizer": self.learner.optimizer, "average": self.average}
         return {name: part for name, part in parts.items() if part is not None}
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, each with its learning rate set when it comes."""
+        """Yield the batches of an epoch, and set the learning rate before each."""
         rates, transform = iter(self.settings.learning_rates(epoch)), self.settings.transform
         for _ in range(self.settings.passes):
             for images, targets in batches(self.train, self.settings.batch_size, self.settings.augmentation, generator):
@@ -57,26 +57,26 @@ class Setup(NamedTuple):
                 yield (images, targets) if transform is None else transform(images, targets)
 
     def _set_learning_rate(self, rate: float) -> None:
-        """Set a learning rate; groups of parameters that began with one of their own keep their ratio."""
+        """Set a learning rate; parameter groups with a different initial rate keep their ratio."""
         first = self.settings.learning_rate
         for group in self.learner.optimizer.param_groups:
             scaled = rate * (group.get("initial_lr", first) / first) if first else rate
-            if isinstance(group["lr"], Tensor):  # where a recorded step reads it
+            if isinstance(group["lr"], Tensor):  # a recorded step reads it
                 group["lr"].fill_(scaled)
             else:
                 group["lr"] = scaled
 
 
 def read_data(recipe: Recipe) -> Data:
-    """The training and the test images of a recipe, on the CPU; with `held_out`, the held-out images for the test."""
-    if callable(recipe.data):  # what it draws is the same for every run
+    """Load the training and the test images of a recipe on the CPU; `held_out` replaces the test images."""
+    if callable(recipe.data):  # its random numbers are the same for every run
         seed_everything(0, 0, CPU)
     train, test = load_data(recipe.data)
     return hold_out(train) if recipe.held_out else (train, test)
 
 
 def set_up(run: Run, data: Data, device: torch.device) -> Setup:
-    """Build what a run trains, from its seed. Raises SettingError if the run's settings do not fit its data."""
+    """Build the setup of a run from its seed. Raises SettingError if its settings do not fit its data."""
     (train, test), settings = data, run.settings
     count = settings.train_images or len(train.labels)
     if count > len(train.labels):
@@ -98,7 +98,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
 
 
 def build_network(run: Run, digits: Digits | None) -> nn.Module:
-    """The network of a run; lazy layers take their sizes from two images, which a library's networks do not need."""
+    """Build the network of a run; two images give lazy layers their sizes, and are not needed without such layers."""
     model = build_model(run.recipe, run.condition)
     if not isinstance(model, nn.Module) or not any(weights.requires_grad for weights in model.parameters()):
         raise SettingError(f"`network` must make a torch.nn.Module with parameters to train, not {model!r}")
@@ -109,7 +109,7 @@ def build_network(run: Run, digits: Digits | None) -> nn.Module:
 
 
 def _on_device(thing: Any, device: torch.device) -> Any:
-    """A copy of a loss with its tensors, class weights say, on a device."""
+    """Copy a loss, with its tensors, such as class weights, on a device."""
     if isinstance(thing, nn.Module | Tensor):
         return deepcopy(thing).to(device)
     if isinstance(thing, partial):
@@ -121,7 +121,7 @@ def _on_device(thing: Any, device: torch.device) -> Any:
 def _build_optimizer(run: Run, settings: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     if settings.optimizer is None:
-        # Fused, it is faster, but trains neither sparse nor complex weights, nor a layer that sits out the first step.
+        # Fused SGD is faster, but trains neither sparse nor complex weights, nor layers without a gradient in step 1.
         fused = is_library(settings.network) and is_library(run.condition.norm)
         rate, momentum = settings.learning_rate, settings.momentum
         optimizer: Any = torch.optim.SGD(parameters, rate, momentum, nesterov=settings.nesterov, fused=fused)
@@ -135,10 +135,10 @@ def _build_optimizer(run: Run, settings: Recipe, model: nn.Module) -> torch.opti
 
 
 def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> AveragedModel:
-    """An exponential moving average of the weights, renewed after each step of the optimizer."""
-    # On the model's device, where a recorded step counts too.
+    """Build an exponential moving average of the weights, updated after each step of the optimizer."""
+    # Keep its counter on the model's device, where a recorded step can update it.
     average, update = AveragedModel(model, next(model.parameters()).device), get_ema_multi_avg_fn(keep)
-    begun: list[bool] = []  # whether the average holds a step; on a GPU, to look would make the CPU wait
+    begun: list[bool] = []  # whether the average holds a step; reading n_averaged would make the CPU wait for a GPU
 
     @torch.no_grad()
     def follow(*_: Any) -> None:
@@ -148,7 +148,7 @@ def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: flo
         if numbers:
             update(*map(list, zip(*numbers, strict=True)), None)
         for old, new in pairs:
-            if not begun[0] or not (old.is_floating_point() or old.is_complex()):  # a mean would be cut off
+            if not begun[0] or not (old.is_floating_point() or old.is_complex()):  # integers have no average
                 old.copy_(new)
         average.n_averaged.add_(1)
         begun[:] = [True]
@@ -162,7 +162,7 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
 
 
 def serialise_weights(model: nn.Module) -> bytes:
-    """The state_dict of a model, on the CPU, as torch.save writes it."""
+    """Return the state_dict of a model, on the CPU, as torch.save writes it."""
     state = {
         name: value.cpu().contiguous() if isinstance(value, Tensor) else value
         for name, value in model.state_dict().items()

@@ -117,7 +117,7 @@ def _train_in(executor: Executor, runs: list[Run], settings: JobSettings) -> Ite
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(future), future
     finally:
-        for future in pending:  # after Ctrl-C, say
+        for future in pending:  # for example, after Ctrl-C
             future.cancel()
 
 

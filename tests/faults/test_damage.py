@@ -87,7 +87,7 @@ def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
     folder.mkdir(parents=True)
     write_checkpoint(folder, settings_of(Run(TINY, GBN, 2)))
     content = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(RunsFailed, match="is of another run; delete it, and the run starts again"):
+    with pytest.raises(RunsFailed, match="is of another run; delete it to start the run again"):
         run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
     assert (folder / "checkpoint.pt").read_bytes() == content
 

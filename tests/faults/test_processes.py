@@ -79,7 +79,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(undisturbed, tmp_path, times
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.3)
             os.killpg(process.pid, signal.SIGINT)
-        assert "the same command goes on from there" in end(process, 130)
+        assert "give the same command again to go on" in end(process, 130)
     assert_same_study(complete(tmp_path), undisturbed)
 
 
