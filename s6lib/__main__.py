@@ -8,8 +8,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from s6lib.errors import RunsFailed, S6Error, StudyError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
-    from concurrent.futures import Executor
-
     from s6lib.recipes import Condition, Recipe
     from s6lib.study import Study
 
@@ -151,23 +149,12 @@ def _read_request(arguments: argparse.Namespace) -> tuple["Recipe", list["Condit
     return recipe, conditions
 
 
-@contextmanager
-def _cluster_executor(scheduler: str | None) -> Iterator["Executor | None"]:
-    """Open the executor of a Dask scheduler, if one is named."""
-    if scheduler is None:
-        yield None
-        return
-    from s6lib.lab.workers import dask_executor
-
-    with dask_executor(scheduler) as executor:
-        yield executor
-
-
 def _run(arguments: argparse.Namespace) -> None:
     from s6lib.lab.launch import run_study
+    from s6lib.lab.workers import dask_executor
 
     recipe, conditions = _read_request(arguments)
-    with _cluster_executor(arguments.cluster) as executor:
+    with nullcontext() if arguments.cluster is None else dask_executor(arguments.cluster) as executor:
         study = run_study(
             recipe,
             conditions,

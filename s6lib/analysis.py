@@ -112,12 +112,6 @@ def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
 
 
-def accuracies_on(digits: Digits, study: Study) -> pd.DataFrame:
-    """Evaluate each saved model on other digits, such as load_qmnist's: condition, seed, accuracy (0 to 1)."""
-    rows = [(slug, seed, evaluate(study.model(slug, seed), digits).accuracy) for slug, seed in study.runs]
-    return pd.DataFrame(rows, columns=["condition", "seed", "accuracy"])
-
-
 def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:
     """Whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
 

@@ -176,23 +176,6 @@ def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> t
     return train.to(device), test.to(device)
 
 
-def load_qmnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> Digits:
-    """Load the 50,000 further test digits of QMNIST (Yadav and Bottou, arXiv:1905.10498) on `device`.
-
-    The first call downloads them to `root`/QMNIST. Raises DataError if that fails or a file is damaged.
-    """
-    from torchvision.datasets import QMNIST
-
-    try:
-        qmnist = QMNIST(Path(root).expanduser(), what="test50k", download=True)
-    except Exception as error:  # torchvision raises a dozen kinds, for faults of network, disk or file
-        raise DataError(
-            f"the test digits of QMNIST could not be downloaded to, or read from, {Path(root) / 'QMNIST'}. Try again "
-            f"with a network; if a file there is damaged, delete the folder first. What failed: {error!r}"
-        ) from None
-    return Digits(qmnist.data.to(device), qmnist.targets[:, 0].to(device))
-
-
 def hold_out(train: Digits) -> tuple[Digits, Digits]:
     """Split the training images into the first five sixths and the last (of MNIST, 50,000 and 10,000)."""
     rest = len(train.labels) - len(train.labels) // HELD_OUT

@@ -41,7 +41,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 def colors_of(slugs: Sequence[str]) -> dict[str, str]:
     """Choose a colour for each condition: the one in COLORS, or one that no other has."""
-    more = (color for color in sns.color_palette("husl", max(1, len(slugs))).as_hex())
+    more = iter(sns.color_palette("husl", max(1, len(slugs))).as_hex())
     return {slug: COLORS.get(slug) or next(more) for slug in slugs}
 
 

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from s6lib.analysis import (
-    accuracies_on,
     condition_table,
     confused_pairs,
     confusion_matrix,
@@ -35,12 +34,6 @@ def test_misclassified_are_the_saved_predictions_errors(tiny_study, mnist):
     assert wrong["image"].tolist() == expected.tolist()
     assert wrong["actual"].tolist() == [CLASS_NAMES[digit] for digit in mnist[1].labels[expected]]
     assert wrong["predicted"].tolist() == [CLASS_NAMES[digit] for digit in saved[expected]]
-
-
-def test_accuracies_on_the_test_digits_are_those_of_the_study(tiny_study, mnist):
-    table, summary = accuracies_on(mnist[1], tiny_study), tiny_study.summary()
-    assert table[["condition", "seed"]].equals(summary[["condition", "seed"]])
-    assert table["accuracy"].tolist() == pytest.approx(summary["accuracy"].tolist())
 
 
 def test_confidence_is_the_softmax_of_the_prediction(tiny_study, mnist):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torchvision.transforms.v2.functional as torchvision_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
-from torchvision.datasets import KMNIST, MNIST, QMNIST, FashionMNIST
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 from s6lib.data import (
     CLASS_NAMES,
@@ -31,7 +30,6 @@ from s6lib.data import (
     hold_out,
     load_data,
     load_mnist,
-    load_qmnist,
     normalise,
     rotate,
 )
@@ -264,39 +262,6 @@ def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
         # An image's mean may round otherwise when taken in a batch: a grey level then falls on the other side.
         assert difference.abs().max() <= 1
         assert difference.count_nonzero() <= 4
-
-
-@pytest.fixture
-def qmnist(tmp_path, monkeypatch):
-    """A data folder with two digits more than the 10,000 that MNIST has too, and no network."""
-    resources = [(f"file:///nowhere/{Path(url).name}", md5) for url, md5 in QMNIST.resources["test"]]
-    monkeypatch.setattr(QMNIST, "resources", {"test": resources})
-    raw = tmp_path / "QMNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = struct.pack(">4i", 0x803, 10_002, 28, 28) + bytes(10_001 * 784) + bytes([9] * 784)
-    (raw / "qmnist-test-images-idx3-ubyte").write_bytes(images)
-    labels = struct.pack(">3i", 0xC02, 10_002, 8) + bytes(10_001 * 32) + struct.pack(">8i", 7, *range(7))
-    (raw / "qmnist-test-labels-idx2-int").write_bytes(labels)
-    return tmp_path
-
-
-def test_qmnist_gives_digits_beyond_the_first_10_000(qmnist):
-    images, labels = load_qmnist(qmnist)[:2]
-    assert images.shape == (2, 28, 28)
-    assert images.dtype == torch.uint8
-    assert images.sum((1, 2)).tolist() == [0, 9 * 784]
-    assert labels.tolist() == [0, 7]
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_qmnist_that_cannot_be_had_is_an_error_with_the_remedy(qmnist, damage):
-    labels = qmnist / "QMNIST" / "raw" / "qmnist-test-labels-idx2-int"
-    content = labels.read_bytes()
-    labels.unlink()
-    if damage == "cut":
-        labels.write_bytes(content[:1000])
-    with pytest.raises(DataError, match=rf"{qmnist / 'QMNIST'}\. Try again with a network.*What failed: .+"):
-        load_qmnist(qmnist)
 
 
 def test_the_last_10_000_training_digits_are_held_out(mnist):

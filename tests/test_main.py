@@ -41,7 +41,7 @@ def test_a_study_on_held_out_digits_is_reported_as_one(tmp_path, capsys):
     )
     command = ["run", "--study", str(study), "--seeds", "1", "2", "--jobs", "1", "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "runs")]) == 0
-    assert "accuracy on the held-out digits at the last epoch, %" in capsys.readouterr().out
+    assert "accuracy on the held-out images at the last epoch, %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import s6lib.__main__
 import s6lib.lab.launch
+import s6lib.lab.workers
 from s6lib.errors import StudyError
 from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN, RECIPES, Condition
 
@@ -55,7 +56,7 @@ def test_every_command_line_ends_with_an_exit_code_and_a_line(command, options):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(s6lib.lab.launch, "run_study", study_not_run)
-        patch.setattr(s6lib.__main__, "_cluster", lambda scheduler: contextlib.nullcontext())
+        patch.setattr(s6lib.lab.workers, "dask_executor", lambda scheduler: contextlib.nullcontext())
         try:
             code = s6lib.__main__.main(argv)
         except SystemExit as stop:

@@ -119,7 +119,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+        processor = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+        processor = f"{processor} ({torch.backends.cpu.get_cpu_capability()})"
     return {
         "device": str(device),
         "processor": processor,
@@ -131,10 +132,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "host": platform.node(),
         "process": os.getpid(),
     }
-
-
-def _processor() -> str:
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _core() -> str:

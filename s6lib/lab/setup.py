@@ -138,20 +138,21 @@ def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: flo
     """Build an exponential moving average of the weights, updated after each step of the optimizer."""
     # Keep its counter on the model's device, where a recorded step can update it.
     average, update = AveragedModel(model, next(model.parameters()).device), get_ema_multi_avg_fn(keep)
-    begun: list[bool] = []  # whether the average holds a step; reading n_averaged would make the CPU wait for a GPU
+    started = False  # whether the average holds a step; reading n_averaged each time would make the CPU wait for a GPU
 
     @torch.no_grad()
     def follow(*_: Any) -> None:
-        begun[:] = begun or [bool(average.n_averaged > 0)]
+        nonlocal started
+        started = started or bool(average.n_averaged > 0)
         pairs = list(zip(_tensors(average.module), _tensors(model), strict=True))
-        numbers = [pair for pair in pairs if begun[0] and (pair[0].is_floating_point() or pair[0].is_complex())]
+        numbers = [pair for pair in pairs if started and (pair[0].is_floating_point() or pair[0].is_complex())]
         if numbers:
             update(*map(list, zip(*numbers, strict=True)), None)
         for old, new in pairs:
-            if not begun[0] or not (old.is_floating_point() or old.is_complex()):  # integers have no average
+            if not started or not (old.is_floating_point() or old.is_complex()):  # integers have no average
                 old.copy_(new)
         average.n_averaged.add_(1)
-        begun[:] = [True]
+        started = True
 
     optimizer.register_step_post_hook(follow)
     return average
