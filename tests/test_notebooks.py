@@ -31,7 +31,7 @@ from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 from execute import execute
-from set_address import set_address
+from set_address import FILES, set_address
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 
@@ -106,7 +106,7 @@ def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
 
 
 def test_one_command_rewrites_the_address_everywhere(tmp_path):
-    for name in ("pyproject.toml", "README.md"):
+    for name in FILES:
         shutil.copy(PROJECT / name, tmp_path)
     shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
     before = {
@@ -115,7 +115,7 @@ def test_one_command_rewrites_the_address_everywhere(tmp_path):
         if path.suffix != ".py" and path.is_file()
     }
     changed = set_address("someone/my.fork-2", tmp_path)
-    assert len(changed) == 2 + len(NOTEBOOKS)
+    assert len(changed) == len(FILES) + len(NOTEBOOKS)
     for path in changed:
         assert path.read_text().count("someone/my.fork-2") == before[path] > 0
         assert "OWNER/s6lib" not in path.read_text()
@@ -378,7 +378,9 @@ def test_the_folded_solutions_print_what_stands_below_them(path, capsys):
     names, threads = names_of(path), torch.get_num_threads()
     text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
     solutions = re.findall(
-        r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL
+        r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n\nIt prints:\n\n```text\n(.*?)```",
+        text,
+        re.DOTALL,
     )
     assert len(solutions) == text.count("<details>") >= 3
     for code, printed in solutions:
