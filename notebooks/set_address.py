@@ -1,6 +1,6 @@
 """Point badges and first cells to another repository: `python notebooks/set_address.py OWNER/NAME`.
 
-The address is kept in pyproject.toml, under [project.urls]; this rewrites it there, in the README and in the notebooks.
+The address is kept in pyproject.toml, under [project.urls]. This rewrites it there, in FILES and in the notebooks.
 """
 
 import re
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+FILES = ("pyproject.toml", "README.md", "CITATION.cff")
 
 
 def set_address(address: str, project: Path = PROJECT) -> list[Path]:
@@ -16,7 +17,7 @@ def set_address(address: str, project: Path = PROJECT) -> list[Path]:
         raise ValueError(f"expected OWNER/NAME, as in github.com/OWNER/NAME, not {address!r}")
     present = re.search(r'repository = "https://github.com/([^"]+)"', (project / "pyproject.toml").read_text())[1]
     changed = []
-    for path in (project / "pyproject.toml", project / "README.md", *sorted(project.glob("notebooks/*.ipynb"))):
+    for path in (*(project / name for name in FILES), *sorted(project.glob("notebooks/*.ipynb"))):
         text = path.read_text(encoding="utf-8")
         # The whole name between slash and slash, quote or blank: OWNER/s6lib is not OWNER/s6lib-two.
         replaced = re.sub(rf"(?<=/){re.escape(present)}(?![\w.-])", address, text)
