@@ -41,6 +41,35 @@ def plot_penalties(l1: float, l2: float) -> Figure:
     return figure
 
 
+def plot_limits(best: tuple[float, float], limit: float = 1.0) -> Figure:
+    """Rings of equal loss of two weights, and the best point within |w1| + |w2| = limit and within the circle.
+
+    Args:
+        best: the two weights where the loss, which grows with the square of the distance, is smallest.
+    """
+    angles = np.linspace(0, 2 * np.pi, 3601)
+    circle = np.stack([np.cos(angles), np.sin(angles)])
+    edges = {
+        "l1-bn": ("L1: a diamond", limit * circle / np.abs(circle).sum(0)),
+        "l2-bn": ("L2: a circle", limit * circle),
+    }
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    with rc_context(STYLE):
+        for axes, (slug, (name, edge)) in zip(figure.subplots(1, 2), edges.items(), strict=True):
+            distances = np.hypot(edge[0] - best[0], edge[1] - best[1])
+            touched = edge[:, distances.argmin()]
+            for radius in distances.min() * np.array([0.35, 0.7, 1.0]):
+                axes.plot(best[0] + radius * circle[0], best[1] + radius * circle[1], color="#999999", linewidth=1)
+            axes.fill(*edge, color=COLORS[slug], alpha=0.25)
+            axes.plot(*edge, color=COLORS[slug], linewidth=2)
+            axes.plot(*best, "x", color="#333333", markersize=9, markeredgewidth=2)
+            axes.plot(*touched, "o", color=COLORS[slug], markeredgecolor="#333333", markersize=9)
+            place = " and ".join(f"{abs(weight):.2f}" for weight in touched)
+            axes.set(title=f"{name}\nbest weights within it: {place}", xlabel="weight 1", ylabel="weight 2")
+            axes.set(xlim=(-1.3, 2.3), ylim=(-1.2, 1.6), aspect="equal")
+    return figure
+
+
 def plot_class_balance(train: Digits, test: Digits) -> Figure:
     """How many images of each class the two parts of a data set hold."""
     figure = Figure(figsize=(8, 3), layout="constrained")
