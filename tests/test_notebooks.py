@@ -409,33 +409,34 @@ def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys
         loss = 0.02 + 0.001 * ("gbn" in slug) + 0.0001 * (seed % 5)
         made_up_run(tmp_path, ALL_CONDITIONS[slug], seed, accuracy, loss)
     cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "05_replication.ipynb")]
-    count, shown, beside, weights = (
+    count, shown, drawn, beside, weights = (
         next(cell for cell in cells if mark in cell)
-        for mark in ("asked = {", "answer(read(", "contrasts(read(", "weights that are below")
+        for mark in ("asked = {", "answer(read(", "plot_answers(", "contrasts(read(", "weights that are below")
     )
     names = {"FOLDER": tmp_path, "PUBLISHED": False, "Study": Study, "np": np, "display": lambda _: None}
-    exec(count, names)
-    exec(shown, names)
+    for cell in (count, shown, drawn):
+        exec(cell, names)
     printed = capsys.readouterr().out
     assert printed.startswith("168 of 168 runs are in\nG: GBN: costs 0.1")
     assert "E: L1, L2 and L1 + L2: all within 0.05 points" in printed
+    (g,) = names["found"].query("question == 'G'")["mean"]
+    assert re.search(rf"^ +G 32 {-g:.3f} ", printed, re.MULTILINE)  # in the table as in the picture
     bars = names["answers_figure"].axes[0].get_lines()
     assert bars[3].get_xdata()[0] < -0.1  # drawn as a loss
 
     names["PUBLISHED"] = True  # which asks for seeds 1 to 10 too
     exec(beside, names)
     printed = capsys.readouterr().out
-    (g,) = names["found"].query("question == 'G'")["mean"]
-    assert printed.startswith(f"last epoch       G            {g:+.3f}, 95% interval ")
-    assert f"epochs 19 to 25  G            {g:+.3f}" in printed  # here all epochs are alike
-    assert "test loss        G            -1.000, 95% interval -1.000 to -1.000" in printed
+    assert printed.startswith(f"last epoch       G            {-g:+.3f}, 95% interval ")
+    assert f"epochs 19 to 25  G            {-g:+.3f}" in printed  # here all epochs are alike
+    assert "test loss        G            +1.000, 95% interval +1.000 to +1.000" in printed
     assert len(printed.splitlines()) == 10
     exec(weights, names)
     shares = [float(share) for share in re.findall(r"([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)]
     assert [share > 24 for share in shares] == ["l1" in slug for slug in FACTORIAL]
 
     (tmp_path / "plain" / "gbn" / "seed-30" / "run.json").unlink()
-    for cell in (count, shown, beside, weights):
+    for cell in (count, shown, drawn, beside, weights):
         exec(cell, names)
     assert capsys.readouterr().out == "167 of 168 runs are in: no answer before all are\n"
     assert not names["COMPLETE"]
