@@ -457,7 +457,9 @@ def test_the_ablation_finds_what_earns(tmp_path, capsys):
     for cell in (whole, judged, again, drawn):
         exec(cell, names)
     assert re.search(
-        r"\nthese stand: shift and scale\n.*n = 5, p = .*: it does not stand\n$", capsys.readouterr().out, re.DOTALL
+        r"\nsignificant after the correction: shift and scale\n.*n = 5, p = .*: not confirmed\n$",
+        capsys.readouterr().out,
+        re.DOTALL,
     )
     assert names["table"]["label"].tolist() == [f"+ {condition.label}" for condition in steps[1:]]
     assert names["table"]["mean"].round(2).tolist() == [0, 0.1, 0, 0, 0, 0]
