@@ -1,4 +1,4 @@
-"""Execute notebooks in place, as they are committed: `python notebooks/execute.py [NOTEBOOK ...]`, by default all."""
+"""Execute notebooks in place: `python notebooks/execute.py [NOTEBOOK ...]`, by default all of them."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(path: Path) -> None:
-    """Run a notebook from top to bottom in its folder, and save it with what readers see who have not run it.
+    """Run a notebook from top to bottom in its folder, and save it as readers see it who have not run it.
 
-    Live bars are off. A widget is nothing without its kernel, so its text alone is kept.
+    Progress bars are off. A widget does not work without its kernel, so only its text is kept.
     """
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}

@@ -1,4 +1,4 @@
-"""Figures that one notebook alone draws; those that any study can use are in s6lib.plots."""
+"""Figures that only one notebook draws. Figures for any study are in s6lib.plots."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from s6lib.statistics import condition_statistics, mean_interval
 
 
 def plot_penalties(l1: float, l2: float) -> Figure:
-    """The two penalties of one weight, and how hard each pulls it towards zero, which is the size of its gradient."""
+    """Draw both penalties of one weight, and the size of their gradients, which pull it towards zero."""
     sizes = np.linspace(-2, 2, 401)
     curves = {
         "l1-bn": ("L1", l1 * np.abs(sizes), np.full(401, l1)),
@@ -42,10 +42,11 @@ def plot_penalties(l1: float, l2: float) -> Figure:
 
 
 def plot_limits(best: tuple[float, float], limit: float = 1.0) -> Figure:
-    """Rings of equal loss of two weights, and the best point within |w1| + |w2| = limit and within the circle.
+    """Draw rings of equal loss of two weights, and the best point within the limit of L1 and within that of L2.
 
     Args:
-        best: the two weights where the loss, which grows with the square of the distance, is smallest.
+        best: the two weights with the smallest loss; it grows with the square of the distance from them.
+        limit: the largest |w1| + |w2|, and the radius of the circle.
     """
     angles = np.linspace(0, 2 * np.pi, 3601)
     circle = np.stack([np.cos(angles), np.sin(angles)])
@@ -71,7 +72,7 @@ def plot_limits(best: tuple[float, float], limit: float = 1.0) -> Figure:
 
 
 def plot_class_balance(train: Digits, test: Digits) -> Figure:
-    """How many images of each class the two parts of a data set hold."""
+    """Draw the number of images of each class, for training and for test."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     with rc_context(STYLE):
         for axes, digits, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
@@ -84,7 +85,7 @@ def plot_class_balance(train: Digits, test: Digits) -> Figure:
 
 
 def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
-    """How far the means of ghost batches scatter, by the depth of their layer: a line for each number of splits.
+    """Draw how far the means of ghost batches scatter, by the depth of the layer: a line for each number of splits.
 
     Args:
         scatter: as `ghost_scatter` gives it: a row a layer, a column a number of splits.
@@ -104,7 +105,7 @@ def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None =
 
 
 def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
-    """How frequent each level of ink is, in images (N, H, W) of each name; the background is left out."""
+    """Draw the frequency of each level of ink, for named images (N, H, W), without the background."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     with rc_context(STYLE):
         axes = figure.subplots()
@@ -117,7 +118,7 @@ def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None) -> Figure:
-    """What each seed alone would have reported: the accuracies of one run of each condition, the best one ringed.
+    """Draw, for each seed, the accuracies of one run of each condition, with the best one ringed.
 
     Args: as in `plot_replication`.
     """
@@ -149,12 +150,12 @@ def plot_answers(
     title: str = "",
     ax: Axes | None = None,
 ) -> Figure:
-    """Preregistered answers: each mean difference with its 90% (thick) and 95% t interval, and the margin in grey.
+    """Draw the preregistered answers: mean differences with 90% (thick) and 95% t intervals, and the margin in grey.
 
     Args:
         answers: a row a question: question, n, mean, low_90, high_90, low_95, high_95, said.
         margin: in points, the largest difference that does not matter.
-        questions: in words; by default as they are named in the table.
+        questions: their wording; by default their names in the table.
     """
     with rc_context(STYLE):
         axes = panel((10, 1.6 + 0.5 * len(answers)), ax)
@@ -178,7 +179,7 @@ def plot_answers(
 def plot_split_sweep(
     outcomes: pd.DataFrame, splits: Mapping[str, int], batch_size: int, title: str = "", ax: Axes | None = None
 ) -> Figure:
-    """Accuracy by the number of ghost batches, 1 being BatchNorm: every run, and the means with their 95% intervals.
+    """Draw accuracy by the number of ghost batches (1 is BatchNorm): every run, and means with their 95% intervals.
 
     Args:
         outcomes: accuracies in percent, a row a seed, a column a condition.
@@ -211,7 +212,7 @@ def plot_split_sweep(
 def plot_frontier(
     runs: pd.DataFrame, reported: pd.DataFrame, goal: float, title: str = "", ax: Axes | None = None
 ) -> Figure:
-    """Accuracy by the number of parameters: every run, the means with their 95% intervals, and what others reported.
+    """Draw accuracy by number of parameters: every run, means with 95% intervals, and what others reported.
 
     Args:
         runs: a row a run: network (of six at most), parameters, accuracy (percent).
@@ -245,7 +246,7 @@ def plot_frontier(
 
 
 def _draw_sizes(axes: Axes, runs: pd.DataFrame, label: str, color: str, side: float) -> None:
-    """One network's runs as dots, beside the mean of each of its sizes with its 95% interval."""
+    """Draw one network's runs as dots beside the mean of each size and its 95% interval."""
     axes.plot(side * runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.45, markersize=5)
     sizes = runs.groupby("parameters")["accuracy"]
     means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
@@ -255,7 +256,7 @@ def _draw_sizes(axes: Axes, runs: pd.DataFrame, label: str, color: str, side: fl
 
 
 def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
-    """What each change earns: mean differences, with their 95% intervals, a row each, from the top.
+    """Draw the gain of each change: a row per mean difference with its 95% interval, from the top.
 
     Args:
         gains: a row a change: label, group (of six at most), n (pairs), mean, low, high (points).
