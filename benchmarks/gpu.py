@@ -94,8 +94,8 @@ def steps() -> None:
         for condition in (ALL_CONDITIONS["bn"], ALL_CONDITIONS["l1-l2-gbn"]):
             measure_steps(condition, name, memory_format)
     setup = new_setup(ALL_CONDITIONS["bn"])
-    evaluate(setup.judged, setup.test)
-    say(f"an evaluation takes {milliseconds(lambda _: evaluate(setup.judged, setup.test), 2) / 1e3:.3f} s")
+    evaluate(setup.final_model, setup.test)
+    say(f"an evaluation takes {milliseconds(lambda _: evaluate(setup.final_model, setup.test), 2) / 1e3:.3f} s")
 
 
 def measure_steps(condition: Condition, name: str, memory_format: torch.memory_format) -> None:

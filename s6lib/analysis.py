@@ -113,7 +113,7 @@ def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
 
 
 def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:
-    """Whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
+    """Return whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
 
     The index holds the seeds, so that two conditions pair by seed. Raises ValueError if the study has no run of the
     condition.
@@ -228,7 +228,7 @@ def stability(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def passing(history: pd.DataFrame, level: float, last: int) -> pd.Series:
-    """Whether each of a run's `last` epochs reaches this accuracy (0 to 1), by condition and seed.
+    """Return whether each of a run's `last` epochs reaches this accuracy (0 to 1), by condition and seed.
 
     Args:
         history: one row per epoch, from `Study.history`.

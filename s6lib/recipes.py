@@ -132,7 +132,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a study trains: the settings that its conditions share, unless a condition changes one.
+    """The settings of training that the conditions of a study share, unless a condition changes one.
 
     Args:
         name: name of its folder, and on the command line.
@@ -240,7 +240,7 @@ class Recipe:
             _require_whole("train_images", self.train_images, 1)
 
     def takes(self, setting: str) -> bool:
-        """Whether the network takes a keyword of this name."""
+        """Return whether the network takes a keyword of this name."""
         if getattr(self.network, "__init__", None) is nn.Module.__init__:  # it takes any keyword, but refuses it later
             return False
         try:

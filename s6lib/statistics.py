@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def equivalent(values: Sequence[float], margin: float) -> bool:
-    """Whether the 90% t interval of paired differences lies within ± margin, which shows equivalence.
+    """Return whether the 90% t interval of paired differences lies within ± margin, which shows equivalence.
 
     This equals two one-sided t tests at 5% (Schuirmann 1987). The margin, in the unit of the values, is the largest
     difference that does not matter; choose it before seeing the values. False does not indicate a difference.
@@ -313,7 +313,7 @@ def variance_sources(right: np.ndarray | pd.DataFrame) -> dict[str, float]:
 
 
 def false_alarm_rate(runs: Sequence[float], seeds: int, comparisons: int = 1_000) -> float:
-    """How often the sign-flip test at the 5% level finds a difference where there is none (an A/A test).
+    """Estimate how often the sign-flip test at the 5% level finds a difference where there is none (an A/A test).
 
     Args:
         runs: outcomes of one condition, real or simulated; both sides are drawn from them, with replacement.

@@ -94,7 +94,7 @@ def test_an_average_keeps_whole_numbers_whole():
     for images, labels in list(setup.batches(1, torch.Generator().manual_seed(1)))[:3]:
         nn.functional.cross_entropy(setup.learner.model(images), labels).backward()
         setup.learner.optimizer.step()
-    counts = [value for name, value in setup.judged.state_dict().items() if name.endswith("num_batches_tracked")]
+    counts = [value for name, value in setup.final_model.state_dict().items() if name.endswith("num_batches_tracked")]
     assert set(map(int, counts)) == {3}
     assert int(setup.average.n_averaged) == 3
 

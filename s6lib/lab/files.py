@@ -78,7 +78,7 @@ def write_results(folder: Path, about: dict[str, Any], results: dict[str, bytes]
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a finished run."""
+    """Return whether `folder` holds a finished run."""
     return (folder / "run.json").exists()
 
 

@@ -132,7 +132,7 @@ def _error_prefix(what: str) -> Iterator[None]:
 
 
 def _place(error: Exception) -> str:
-    """Where in the user's code an error came from; empty if it came from a library."""
+    """Locate an error in the user's code; empty if it came from a library."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and str(PACKAGE) not in frame.filename]
     return f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
@@ -147,7 +147,7 @@ def _require_equal_builds(first: nn.Module, second: nn.Module) -> None:
 
 
 def _same_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two state_dicts hold equal tensors under equal names; extra state is not compared."""
+    """Return whether two state_dicts hold equal tensors under equal names; extra state is not compared."""
     return first.keys() == second.keys() and all(
         torch.allclose(value, second[name], rtol=0, atol=0, equal_nan=True)
         for name, value in first.items()
@@ -234,9 +234,9 @@ def _require_logits(logits: Any, count: int, classes: int) -> None:
 def _read_back(setup: Setup, second: nn.Module) -> Tensor:
     """Compute the logits of some test images. Raises SettingError if the model saved and read back gives others."""
     some = setup.test.part(slice(EVALUATED))
-    logits = predict_logits(setup.judged, some)
+    logits = predict_logits(setup.final_model, some)
     _require_logits(logits, len(some.labels), len(some.class_names))
-    state = torch.load(io.BytesIO(serialise_weights(setup.judged)), map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(serialise_weights(setup.final_model)), map_location="cpu", weights_only=True)
     second.load_state_dict(state)
     if not torch.allclose(predict_logits(second, some), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise SettingError(

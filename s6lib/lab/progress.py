@@ -47,11 +47,11 @@ def progress(histories: dict[str, Path], epochs: dict[str, int]) -> Iterator[Non
         yield
         return
     finished = threading.Event()
-    seen = {label: _read(path) for label, path in histories.items()}
-    done = sum(max(0, history.epoch) for history in seen.values())
+    snapshots = {label: _read(path) for label, path in histories.items()}
+    done = sum(max(0, history.epoch) for history in snapshots.values())
     watcher = threading.Thread(
         target=_show_bars if sys.stderr.isatty() or _in_notebook() else _show_lines,
-        args=(_changes(histories, seen, epochs, finished), done, epochs),
+        args=(_changes(histories, snapshots, epochs, finished), done, epochs),
         daemon=True,
     )
     watcher.start()
@@ -78,16 +78,16 @@ def _read(history: Path) -> Snapshot:
 
 
 def _changes(
-    histories: dict[str, Path], seen: dict[str, Snapshot], epochs: dict[str, int], finished: threading.Event
+    histories: dict[str, Path], snapshots: dict[str, Snapshot], epochs: dict[str, int], finished: threading.Event
 ) -> Iterator[list[Change]]:
     """Yield the changes twice a second, and once more at the end."""
     while True:
         last = finished.wait(0.5)
         changes = []
         for label, path in histories.items():
-            before = seen[label].epoch
-            if before < epochs[label] and (now := _read(path)) not in (seen[label], NOT_BEGUN):
-                seen[label] = now
+            before = snapshots[label].epoch
+            if before < epochs[label] and (now := _read(path)) not in (snapshots[label], NOT_BEGUN):
+                snapshots[label] = now
                 changes.append(Change(label, max(0, before), now.epoch, now.accuracy))
         yield changes
         if last:

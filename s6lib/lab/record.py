@@ -76,14 +76,14 @@ def _entry(value: Any) -> Any:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether an attribute of a library's object is a setting: a number, a text, another such object."""
+    """Return whether an attribute of a library's object is a setting: a number, a text, another such object."""
     if isinstance(value, list | tuple):
         return all(map(_is_setting, value))
     return isinstance(value, _PLAIN_TYPES) or (callable(value) and _is_in_library(type(value)))
 
 
 def _is_in_library(thing: Any) -> bool:
-    """Whether a class or function can be found by its name in s6lib, torch or torchvision."""
+    """Return whether a class or function can be found by its name in s6lib, torch or torchvision."""
     module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
     if module.partition(".")[0] not in ("s6lib", "torch", "torchvision") or "<locals>" in name:
         return False
@@ -94,7 +94,7 @@ def _is_in_library(thing: Any) -> bool:
 
 
 def is_library(setting: Any) -> bool:
-    """Whether a setting contains no code of the user's, so that its entry in run.json defines it."""
+    """Return whether a setting contains no code of the user's, so that its entry in run.json defines it."""
     if isinstance(setting, partial):
         return all(map(is_library, (setting.func, *setting.args, *setting.keywords.values())))
     if isinstance(setting, list | tuple):
@@ -103,7 +103,7 @@ def is_library(setting: Any) -> bool:
 
 
 def has_user_code(run: Run) -> bool:
-    """Whether a run contains any code of the user's."""
+    """Return whether a run contains any code of the user's."""
     settings = [getattr(run.settings, setting.name) for setting in fields(run.settings)]
     return not all(map(is_library, [*settings, run.condition.norm, run.condition.penalty]))
 
@@ -148,7 +148,7 @@ class Placeholder:
 
 
 def has_placeholder(run: Run) -> bool:
-    """Whether a setting of a run is known from run.json alone, so that the run cannot be built."""
+    """Return whether a setting of a run is known from run.json alone, so that the run cannot be built."""
     parts = (*vars(run.settings).values(), run.condition.norm, run.condition.penalty)
     return any(isinstance(part, Placeholder) for part in parts)
 

@@ -83,8 +83,8 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         if predictions is None:  # the run was stopped after its last epoch
-            predictions = evaluate(setup.judged, setup.test).predictions
-        return RunResult(steps, history, serialise_weights(setup.judged), predictions.numpy(), machines)
+            predictions = evaluate(setup.final_model, setup.test).predictions
+        return RunResult(steps, history, serialise_weights(setup.final_model), predictions.numpy(), machines)
 
 
 def _identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _may_write_in(folder: Path | None) -> TypeGuard[Path]:
-    """Whether a run in training may write in its folder: only until the folder is complete.
+    """Return whether a run in training may write in its folder: only until the folder is complete.
 
     A run that seemed lost and was sent out again may still be training when the second attempt has finished.
     """
@@ -108,7 +108,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor
     step = Replay(setup.learner, setup.average, rates, has_user_code(run)) if records_steps(device) else add_step
     training = train_epoch(setup.learner, setup.batches(epoch, generator), step)
     seconds = time.perf_counter() - start
-    test = evaluate(setup.judged, setup.test)
+    test = evaluate(setup.final_model, setup.test)
     if not np.isfinite(test.loss):  # the last step's update was too large
         raise NonFiniteLoss(step=len(rates))
     row = (epoch, rates[0], *training, test.loss, test.accuracy, seconds)

@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     test: Digits
 
     @property
-    def judged(self) -> nn.Module:
+    def final_model(self) -> nn.Module:
         """The model that is evaluated and saved."""
         return self.learner.model if self.average is None else self.average.module
 

@@ -1,4 +1,4 @@
-"""Where runs go: this process, processes of this machine, or any concurrent.futures.Executor."""
+"""Workers that train runs: this process, processes on this machine, or any concurrent.futures.Executor."""
 
 import ctypes
 import logging
@@ -38,7 +38,7 @@ LACKS_S6LIB = "a worker cannot import s6lib ({error}): install it there, `pip in
 
 
 class JobSettings(NamedTuple):
-    """What all runs of a study share.
+    """The settings that all runs of a study share.
 
     out: the study's folder.
     token: the name of a file in it. A worker that sees the file shares the disk, and writes checkpoints there.
@@ -134,7 +134,7 @@ def _submit(executor: Executor, run: Run, settings: JobSettings) -> Future:
 
 
 def _lost_worker(future: Future) -> bool:
-    """Whether a worker process died, and its pool with it, before the run ended."""
+    """Return whether a worker process died, and its pool with it, before the run ended."""
     return not future.cancelled() and isinstance(future.exception(), BrokenExecutor)
 
 
@@ -172,7 +172,7 @@ def _module_of(thing: Any) -> str:
 
 
 def _is_installed(module: ModuleType) -> bool:
-    """Whether a worker can be expected to import a module: one of Python's, __main__, or an installed package's."""
+    """Return whether a worker can import a module: one of Python's, __main__, or an installed package's."""
     file = getattr(module, "__file__", None) or ""
     package = module.__name__.partition(".")[0]
     return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
