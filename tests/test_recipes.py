@@ -115,7 +115,7 @@ def test_numbers_of_numpy_are_numbers():
 
 def test_a_recipe_cannot_be_subclassed():
     """It would be recorded as if it were the plain one."""
-    with pytest.raises(ValueError, match="Recipe cannot be subclassed, since a run records the settings alone"):
+    with pytest.raises(ValueError, match="Recipe cannot be subclassed, since a run records only the settings"):
 
         class _Slower(Recipe):
             def learning_rates(self, epoch):
