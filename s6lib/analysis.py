@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from s6lib.data import CLASS_NAMES, Digits
 from s6lib.errors import SettingError
@@ -112,6 +112,12 @@ def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
 
 
+def accuracies_on(digits: Digits, study: Study) -> pd.DataFrame:
+    """Accuracy (0 to 1) of each saved model on other images of the same kind: condition, seed, accuracy."""
+    rows = [(slug, seed, evaluate(study.model(slug, seed), digits).accuracy) for slug, seed in study.runs]
+    return pd.DataFrame(rows, columns=["condition", "seed", "accuracy"])
+
+
 def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:
     """Return whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
 
@@ -134,7 +140,7 @@ def convolution_weights(model: nn.Module) -> np.ndarray:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, share: float) -> nn.Module:
+def pruned(model: nn.Module, share: float) -> nn.Module:
     """Copy a model and set a share (0 to 1) of its convolution weights to zero, the smallest across all layers.
 
     The copy is not trained further. Its parametrized weights, such as those of weight_norm, become plain weights. Han
@@ -150,10 +156,20 @@ def prune(model: nn.Module, share: float) -> nn.Module:
     copy = deepcopy(model)
     layers = [layer for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
     for layer, kept in zip(layers, keep.split([layer.weight.numel() for layer in layers]), strict=True):
-        if is_parametrized(layer, "weight"):  # each forward pass would recompute it
-            remove_parametrizations(layer, "weight")
+        if is_parametrized(layer):  # each forward pass would recompute the weight
+            _make_plain(layer)
         layer.weight.mul_(kept.view(layer.weight.shape).to(layer.weight.device))
     return copy
+
+
+def _make_plain(layer: nn.Module) -> None:
+    """Make parametrized tensors plain parameters; torch's remove_parametrizations changes the class of the original."""
+    names = [name for name, _ in layer.get_submodule("parametrizations").named_children()]
+    values = {name: getattr(layer, name).detach().clone() for name in names}
+    layer.__class__ = type(layer).__bases__[0]
+    del layer.parametrizations
+    for name, value in values.items():
+        layer.register_parameter(name, nn.Parameter(value))
 
 
 def _refuse_hooked_weights(model: nn.Module) -> None:
@@ -166,12 +182,12 @@ def _refuse_hooked_weights(model: nn.Module) -> None:
 
 
 def pruning_curve(study: Study, digits: Digits, shares: Sequence[float]) -> pd.DataFrame:
-    """Evaluate every run on `digits` after `prune`: condition, seed, share, accuracy (0 to 1), one row per share."""
+    """Evaluate every run on `digits` after `pruned`: condition, seed, share, accuracy (0 to 1), one row per share."""
     rows = []
     for condition, seed in study.runs:
         model = study.model(condition, seed)
         for share in shares:
-            accuracy = evaluate(prune(model, share), digits).accuracy
+            accuracy = evaluate(pruned(model, share), digits).accuracy
             rows.append({"condition": condition, "seed": seed, "share": share, "accuracy": accuracy})
     return pd.DataFrame(rows)
 

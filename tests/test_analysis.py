@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from s6lib.analysis import (
+    accuracies_on,
     condition_table,
     confused_pairs,
     confusion_matrix,
@@ -16,7 +17,7 @@ from s6lib.analysis import (
     ghost_scatter,
     misclassified,
     passing,
-    prune,
+    pruned,
     pruning_curve,
     result_table,
     right_predictions,
@@ -112,16 +113,16 @@ def test_errors_by_digit_count_the_runs_that_are_wrong(tiny_study, mnist):
 def test_pruning_zeroes_the_smallest_convolution_weights_of_a_copy(tiny_study):
     model = tiny_study.model("gbn")
     before = convolution_weights(model)
-    after = convolution_weights(prune(model, 0.6))
+    after = convolution_weights(pruned(model, 0.6))
     assert len(before) == 9_466
     gone = after == 0
     assert gone.sum() == round(0.6 * 9_466)
     assert np.abs(before[gone]).max() <= np.abs(before[~gone]).min()
     assert (after[~gone] == before[~gone]).all()
     assert (convolution_weights(model) == before).all()
-    assert (convolution_weights(prune(model, 1)) == 0).all()
+    assert (convolution_weights(pruned(model, 1)) == 0).all()
     with pytest.raises(ValueError, match="a share is from 0 to 1, not 60"):
-        prune(model, 60)
+        pruned(model, 60)
 
 
 def test_a_pruning_curve_starts_at_the_accuracy_of_the_run(tiny_study, mnist):
@@ -214,22 +215,23 @@ def test_ghosts_scatter_as_their_means_do(mnist):
 )
 def test_a_computed_weight_is_pruned_for_good(wrap):
     model = nn.Sequential(wrap(nn.Conv2d(1, 8, 5, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)).eval()
-    copy = prune(model, 0.7)
+    copy = pruned(model, 0.7)
     copy(torch.zeros(1, 1, 28, 28))
     assert (convolution_weights(copy) == 0).mean() == pytest.approx(0.7)
     assert (convolution_weights(model) == 0).mean() == 0
+    model(torch.zeros(1, 1, 28, 28))  # the original is as it was
 
 
 def test_a_weight_that_a_hook_computes_is_not_pruned_in_silence():
     with pytest.warns(FutureWarning, match="weight_norm"):
         layer = nn.utils.weight_norm(nn.Conv2d(1, 8, 5))
     with pytest.raises(ValueError, match="0 computes its weight in a hook, so it cannot be pruned"):
-        prune(nn.Sequential(layer), 0.5)
+        pruned(nn.Sequential(layer), 0.5)
 
 
 def test_a_network_without_convolutions_has_none_to_prune():
     with pytest.raises(ValueError, match="Linear has no 2d convolution"):
-        prune(nn.Linear(3, 4), 0.5)
+        pruned(nn.Linear(3, 4), 0.5)
 
 
 def test_the_names_of_classes_are_the_data_sets(mnist):
@@ -240,3 +242,8 @@ def test_the_names_of_classes_are_the_data_sets(mnist):
     assert pairs["pair"].tolist() == ["x / y", "y / z", "x / z"]
     with pytest.raises(ValueError, match="class_names must be the 3 names"):
         confused_pairs(np.zeros((3, 3), dtype=int))
+
+
+def test_accuracies_on_other_digits_are_a_row_a_run(tiny_study, mnist):
+    table = accuracies_on(mnist[1], tiny_study)
+    assert table["accuracy"].tolist() == pytest.approx(tiny_study.summary()["accuracy"].tolist())
