@@ -31,7 +31,7 @@ def test_a_finished_run_is_not_repeated(tiny_study, capsys):
     again = run_study(TINY, (L1_BN, GBN, GBN), (1, 2, 1), out, show_progress=True)
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
     assert_same_study(again, tiny_study)
-    assert capsys.readouterr().err == "all 4 runs are already complete\n"
+    assert capsys.readouterr().err == "all 4 runs are there\n"
 
 
 def test_what_a_killed_study_left_is_removed(tmp_path):

@@ -71,10 +71,7 @@ def run_study(
         waiting = [run for run in runs if not is_complete(run.folder(out))]
         settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
-            print(
-                f"all {len(runs)} runs are already complete" if len(runs) > 1 else "the run is already complete",
-                file=sys.stderr,
-            )
+            print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
         with _bars(out, waiting) if waiting and show_progress else nullcontext():
             try:
                 outcomes = (
