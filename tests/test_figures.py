@@ -20,6 +20,7 @@ from figures import (
     plot_gains,
     plot_ghost_scatter,
     plot_grey_levels,
+    plot_limits,
     plot_penalties,
     plot_split_sweep,
     plot_winners,
@@ -161,3 +162,10 @@ def test_a_panel_may_be_given(tiny_study, plot):
     assert plot(tiny_study.outcomes(), ax=panel) is figure
     assert panel.has_data()
     assert not other.has_data()
+
+
+def test_l1_is_touched_at_a_corner_and_l2_beside_the_axis():
+    figure = plot_limits(best=(1.6, 0.4))
+    touched = [line.get_xydata()[0] for axes in figure.axes for line in axes.get_lines() if line.get_marker() == "o"]
+    assert touched[0] == pytest.approx([1, 0], abs=1e-3)
+    assert touched[1] == pytest.approx(np.array([1.6, 0.4]) / np.hypot(1.6, 0.4), abs=1e-3)
