@@ -2,15 +2,15 @@
 
     python -m s6lib run --study studies/when_search.py --seeds 1 2 3 --out runs-when
 
-Each trial has one regulariser over nothing: PlainNet without dropout or rotation, on digits that are drawn anew for each
-seed, from the first 50,000 training digits. No trial has seen a test digit.
+Each trial has one regulariser over nothing: PlainNet without dropout or rotation, on digits that are drawn anew for
+each seed, from the first 50,000 training digits. No trial has seen a test digit.
 """
 
 from s6lib import Condition, PlainNet, Recipe
 
-# How often each of the two epochs goes through the digits: 250 to 785 steps of 64 at a learning rate of 0.01, and as many
-# at 0.001. In a pilot, 300 digits with four times the steps changed the accuracy of nothing and of rotation by 0.1 and
-# 0.8 points; lower learning rates after these two changed it by 0.1 at most.
+# How often each of the two epochs goes through the digits: 250 to 785 steps of 64 at a learning rate of 0.01, and as
+# many at 0.001. In a pilot, 300 digits with four times the steps changed the accuracy of nothing and of rotation by 0.1
+# and 0.8 points; lower learning rates after these two changed it by 0.1 at most.
 PASSES = {100: 125, 300: 50, 1_000: 19, 3_000: 9, 10_000: 5}
 GRIDS = {
     "l1": (2e-4, 6e-4, 2e-3, 6e-3, 2e-2),
