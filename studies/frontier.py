@@ -1,4 +1,4 @@
-"""The small networks of notebook 07, five sizes of one kind, on all training digits and judged on the test digits.
+"""The small networks of notebook 08, five sizes of one kind, on all training digits and judged on the test digits.
 
     python -m s6lib run --study studies/frontier.py --seeds 1 2 3 4 5 6 7 8 9 10 --out results/epochs-25
     python -m s6lib run --study studies/frontier.py --seeds 1 2 3 4 5 6 7 8 9 10 --out results/epochs-15 \\

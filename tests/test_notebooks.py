@@ -48,8 +48,8 @@ def outputs(cell: dict) -> str:
 
 
 def test_the_series_is_complete():
-    first = ["01_data", "02_models", "03_study", "04_analysis", "05_replication", "06_your_own"]
-    assert [path.stem for path in NOTEBOOKS] == [*first, "07_frontier", "08_methods"]
+    first = ["01_data", "02_models", "03_study", "04_analysis", "05_replication", "07_your_own"]
+    assert [path.stem for path in NOTEBOOKS] == [*first, "08_frontier", "09_methods"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -67,8 +67,8 @@ class TestNotebook:
     def test_cells_are_short_and_few_are_ignored(self, path):
         cells = code_cells(path)
         assert all(len(cell["source"].splitlines()) <= 20 for cell in cells)
-        # The versions; in 06 numbers of runs that are trained anew.
-        allowed = 5 if path.stem == "06_your_own" else 1
+        # The versions; in 07 numbers of runs that are trained anew.
+        allowed = 5 if path.stem == "07_your_own" else 1
         assert sum("NBVAL_IGNORE_OUTPUT" in cell["source"] for cell in cells) == allowed
         assert not any(word in cell["source"] for cell in cells for word in ("NBVAL_SKIP", "NBVAL_RAISES"))
 
@@ -219,7 +219,7 @@ def own_folder(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "08_methods"])
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "09_methods"])
 def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder, name):
     """As text, which is how 03 teaches to name a folder on Drive."""
     notebook = read(name, FOLDER=repr(str(own_folder)))
@@ -244,7 +244,7 @@ def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder
         assert (own_folder / "images" / "plain_replication.png").exists()
 
 
-@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "08_methods"])
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "09_methods"])
 @pytest.mark.parametrize("folder", ["empty", "missing"])
 def test_a_folder_without_runs_is_a_sentence(tmp_path, name, folder):
     if folder == "empty":
@@ -257,7 +257,7 @@ def test_a_folder_without_runs_is_a_sentence(tmp_path, name, folder):
     assert str(raised.value) == "no runs yet: train some in 03, or set FOLDER"
 
 
-@pytest.mark.parametrize("name", ["05_replication", "08_methods"])
+@pytest.mark.parametrize("name", ["05_replication", "09_methods"])
 def test_one_seed_is_too_few_to_compare_and_a_sentence_says_so(own_folder, tmp_path, name):
     for run in ("plain/gbn/seed-1", "plain/l1-bn/seed-1"):
         shutil.copytree(own_folder / run, tmp_path / run)
@@ -449,7 +449,7 @@ def test_the_ablation_finds_what_earns(tmp_path, capsys):
         for seed in range(1, 11) if condition in (*steps[:2], *CONDITIONS) else range(1, 6):
             earned = 0.001 * (number in range(2, len(steps)))
             made_up_run(tmp_path, condition, seed, 0.9950 + earned + 0.0001 * ((seed + number) % 3))
-    cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "07_frontier.ipynb")]
+    cells = [cell["source"] for cell in code_cells(PROJECT / "notebooks" / "08_frontier.ipynb")]
     whole, judged, again, drawn = (
         next(cell for cell in cells if mark in cell) for mark in ("def gain(", "STEPS = (", "fresh = ", "plot_gains(")
     )
