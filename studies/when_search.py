@@ -15,8 +15,8 @@ PASSES = {100: 125, 300: 50, 1_000: 19, 3_000: 9, 10_000: 5}
 GRIDS = {
     "l1": (2e-4, 6e-4, 2e-3, 6e-3, 2e-2),
     "l2": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "dropout": (0.02, 0.05, 0.1, 0.2, 0.3),
-    "rotation": (5.0, 10.0, 15.0, 25.0, 40.0),
+    "dropout": (0.02, 0.05, 0.1, 0.2, 0.3, 0.01),  # the sixth was added where the end of the grid had done best
+    "rotation": (5.0, 10.0, 15.0, 25.0, 40.0, 60.0),
     "ghosts": (2, 4, 8, 16, 32),
 }
 RECIPE = Recipe("when", PlainNet, dropout=0.0, epochs=2, decay_epochs=1, held_out=True, draw_images=True)
@@ -35,8 +35,21 @@ def condition(size: int, name: str = "nothing", strength: float = 0) -> Conditio
     return Condition(slug, label, changes=changes, **own)
 
 
-CONDITIONS = tuple(
-    trial
-    for size in PASSES
-    for trial in (condition(size), *(condition(size, name, one) for name, grid in GRIDS.items() for one in grid))
+def batches(slug: str, label: str, num_splits: int | None = None, **changes: float) -> Condition:
+    """Twenty epochs of 10,240 digits, in four quarters."""
+    shared = {"train_images": 10_240, "passes": 5, "epochs": 4}
+    return Condition(slug, label, num_splits=num_splits, changes={**shared, **changes})
+
+
+LARGE = {"batch_size": 1_024, "learning_rate": 0.16}
+CONDITIONS = (
+    *(
+        trial
+        for size in PASSES
+        for trial in (condition(size), *(condition(size, name, one) for name, grid in GRIDS.items() for one in grid))
+    ),
+    batches("batch-64", "batches of 64"),
+    batches("batch-1024", "batches of 1,024", **LARGE),
+    batches("batch-1024-ghosts-64", "batches of 1,024, ghosts of 64", num_splits=16, **LARGE),
+    batches("batch-1024-ghosts-16", "batches of 1,024, ghosts of 16", num_splits=64, **LARGE),
 )
