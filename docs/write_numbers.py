@@ -1,14 +1,9 @@
-"""Write the numbers of README.md and docs/results.md from results/: `python docs/numbers.py`.
+"""Write the numbers of README.md and docs/results.md from results/: `python docs/write_numbers.py`.
 
 A page holds blocks, from <!-- begin NAME --> to <!-- end NAME -->, each written by one function. To add a block, write
 a function that returns Markdown, give it a name in BLOCKS, put both markers on a page, and run this file. If a claim in
 its words depends on the numbers, choose the words in the function, or test the claim in tests/test_readme.py.
 """
-
-import sys
-
-if __name__ == "__main__":  # Python looks for modules in this folder, whose numbers.py would replace its own
-    sys.path.pop(0)
 
 import math
 import re
@@ -470,7 +465,7 @@ def fill(text: str) -> str:
 
 def content(name: str) -> str:
     if name not in BLOCKS:
-        raise ValueError(f"<!-- begin {name} --> names no block of docs/numbers.py: {', '.join(BLOCKS)}")
+        raise ValueError(f"<!-- begin {name} --> names no block of docs/write_numbers.py: {', '.join(BLOCKS)}")
     return BLOCKS[name]()
 
 
