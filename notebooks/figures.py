@@ -274,3 +274,135 @@ def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
         axes.set_xlabel("gain in test accuracy, in points: mean of paired differences, 95% interval")
         axes.set_title(title)
     return axes.figure
+
+
+# Of docs/preregistration_when.md: name in the figures, and color.
+REGULARISERS = {
+    "rotation": ("rotation", "#56B4E9"),
+    "l2": ("L2", COLORS["l2-bn"]),
+    "dropout": ("dropout", COLORS["l1-l2-bn"]),
+    "ghosts": ("ghost batches", COLORS["gbn"]),
+    "l1": ("L1", COLORS["l1-bn"]),
+}
+
+
+def plot_fit(summary: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+    """Draw training and test accuracy of runs at the last epoch, a row a run: the line between them is the gap.
+
+    Args:
+        summary: from `Study.summary`: label, train_accuracy, accuracy.
+    """
+    with rc_context(STYLE):
+        axes = panel((9, 1.4 + 0.45 * len(summary)), ax)
+        for row in summary.reset_index(drop=True).itertuples():
+            ends = [100 * row.accuracy, 100 * row.train_accuracy]
+            axes.plot(ends, [row.Index] * 2, color="#BBBBBB", linewidth=2, zorder=1)
+        rows = np.arange(len(summary))
+        axes.plot(100 * summary["accuracy"], rows, "o", color=COLORS["l1-bn"], markersize=9, label="test digits")
+        hollow = {"color": COLORS["bn"], "markerfacecolor": "white", "markersize": 9, "label": "training digits"}
+        axes.plot(100 * summary["train_accuracy"], rows, "o", **hollow)
+        label_rows(axes, list(summary["label"]), [f"{100 * accuracy:.1f}%" for accuracy in summary["accuracy"]])
+        axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+        axes.set(xlabel="accuracy at the last epoch (beside the rows: test)", title=title)
+        axes.legend(frameon=False, loc="lower left")
+    return axes.figure
+
+
+def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "") -> Figure:
+    """Draw what each regulariser gains by the number of training digits: all of it, and enlarged around zero.
+
+    Args:
+        gains: a row a regulariser and size: name (of REGULARISERS), size, mean, low, high (points).
+        others: the same for runs with another recipe, drawn as hollow markers.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    with rc_context(STYLE):
+        for axes, reach, name in zip(figure.subplots(1, 2), (None, 0.8), ("points", "enlarged"), strict=True):
+            axes.axhline(0, color="#333333", linewidth=1)
+            for aside, (slug, (label, color)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
+                look = {"color": color, "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
+                _draw_gains(axes, gains[gains["name"] == slug], 1.05**aside, look)
+                hollow = {**look, "label": None, "markerfacecolor": "white", "linestyle": "none"}
+                _draw_gains(axes, others[others["name"] == slug], 1.05**aside, hollow)
+            sizes = sorted({*gains["size"], *others["size"]})
+            axes.set_xscale("log")
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.grid(visible=False, axis="x")
+            axes.set(xlabel="training digits", title=name)
+            if reach:
+                axes.set_ylim(-reach / 2, reach)
+        figure.axes[0].set_ylabel("gain over no regularisation,\npoints of test accuracy")
+        figure.axes[0].legend(frameon=False)
+        if len(others):
+            figure.axes[1].set_xlabel("training digits (hollow: 60,000, another recipe)")
+        figure.suptitle(title)
+    return figure
+
+
+def _draw_gains(axes: Axes, rows: pd.DataFrame, aside: float, look: Mapping[str, object]) -> None:
+    error = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+    axes.errorbar(aside * rows["size"], rows["mean"], error, **look)
+
+
+def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
+    """Draw the gain of each regulariser by its strength: a column each, a row for each number of digits.
+
+    A dot is a trial, a line joins the means, a star is the best mean of those with the most seeds. Each row has its own
+    scale; trials that lose much more than the best gains are below the panel.
+
+    Args:
+        trials: a row a trial: name (of REGULARISERS), size, strength, seed, gain (points).
+    """
+    sizes = sorted(set(trials["size"]))
+    figure = Figure(figsize=(12, 1.9 * len(sizes) + 0.6), layout="constrained")
+    with rc_context(STYLE):
+        panels = figure.subplots(len(sizes), len(REGULARISERS), sharex="col", sharey="row", squeeze=False)
+        for row, size in zip(panels, sizes, strict=True):
+            for axes, slug in zip(row, REGULARISERS, strict=True):
+                _draw_strengths(
+                    axes, trials[(trials["name"] == slug) & (trials["size"] == size)], REGULARISERS[slug][1]
+                )
+            highest = max(0.2, trials.loc[trials["size"] == size, "gain"].max())
+            row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} digits\ngain, points")
+        for axes, (label, _) in zip(panels[0], REGULARISERS.values(), strict=True):
+            axes.set_title(label)
+        figure.suptitle(title)
+    return figure
+
+
+def _draw_strengths(axes: Axes, trials: pd.DataFrame, color: str) -> None:
+    """Draw one regulariser on one number of digits."""
+    gains = trials.groupby("strength")["gain"]
+    means, counts = gains.mean(), gains.count()
+    best = means[counts == counts.max()].idxmax()
+    axes.axhline(0, color="#333333", linewidth=1)
+    axes.plot(trials["strength"], trials["gain"], "o", color=color, alpha=0.35, markersize=4)
+    axes.plot(means.index, means, "-", color=color, linewidth=2)
+    axes.plot(best, means[best], "*", color=color, markeredgecolor="#222222", markersize=14)
+    axes.set_xscale("log")
+    axes.set_xticks(list(means.index), [f"{strength:g}" for strength in means.index], rotation=60, fontsize=9)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+    """Draw training and test accuracy by the number of training digits; the gap is what regularisation can close.
+
+    Args:
+        accuracies: a row a number of digits (the index); "training", "nothing" and "regularised", in percent.
+    """
+    with rc_context(STYLE):
+        axes = panel((8, 4.6), ax)
+        axes.plot(accuracies.index, accuracies["training"], "o--", color=COLORS["bn"], label="training digits")
+        axes.plot(
+            accuracies.index, accuracies["regularised"], "o-", color=COLORS["l1-l2-bn"], label="test, regularised"
+        )
+        axes.plot(accuracies.index, accuracies["nothing"], "o-", color=COLORS["gbn"], label="test, no regularisation")
+        axes.fill_between(accuracies.index, accuracies["training"], accuracies["nothing"], color="#EEEEEE")
+        axes.set_xscale("log")
+        axes.set_xticks(list(accuracies.index), [f"{size:,}" for size in accuracies.index])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+        axes.set(xlabel="training digits", ylabel="accuracy", title=title)
+        axes.legend(frameon=False, loc="lower right")
+    return axes.figure

@@ -35,6 +35,16 @@ def condition(size: int, name: str = "nothing", strength: float = 0) -> Conditio
     return Condition(slug, label, changes=changes, **own)
 
 
+def together(share: float) -> Condition:
+    """All five on 300 digits, at a share of what did best alone."""
+    changes = {"train_images": 300, "passes": PASSES[300], "dropout": 0.05 * share, "rotation": 25.0 * share}
+    label = f"300 digits, all five at {share:g}"
+    splits = round(16 * share)
+    return Condition(
+        f"300-together-{splits}", label, l1=6e-3 * share, l2=3e-2 * share, num_splits=splits, changes=changes
+    )
+
+
 def batches(slug: str, label: str, num_splits: int | None = None, **changes: float) -> Condition:
     """Twenty epochs of 10,240 digits, in four quarters."""
     shared = {"train_images": 10_240, "passes": 5, "epochs": 4}
@@ -48,6 +58,7 @@ CONDITIONS = (
         for size in PASSES
         for trial in (condition(size), *(condition(size, name, one) for name, grid in GRIDS.items() for one in grid))
     ),
+    *map(together, (1.0, 0.5, 0.25, 0.125)),
     batches("batch-64", "batches of 64"),
     batches("batch-1024", "batches of 1,024", **LARGE),
     batches("batch-1024-ghosts-64", "batches of 1,024, ghosts of 64", num_splits=16, **LARGE),

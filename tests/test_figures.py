@@ -14,15 +14,20 @@ from s6lib.statistics import condition_statistics, mean_interval
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 from figures import (
+    REGULARISERS,
     plot_answers,
     plot_class_balance,
+    plot_fit,
     plot_frontier,
     plot_gains,
+    plot_gains_by_size,
+    plot_gap,
     plot_ghost_scatter,
     plot_grey_levels,
     plot_limits,
     plot_penalties,
     plot_split_sweep,
+    plot_strengths,
     plot_winners,
 )
 
@@ -169,3 +174,53 @@ def test_l1_is_touched_at_a_corner_and_l2_beside_the_axis():
     touched = [line.get_xydata()[0] for axes in figure.axes for line in axes.get_lines() if line.get_marker() == "o"]
     assert touched[0] == pytest.approx([1, 0], abs=1e-3)
     assert touched[1] == pytest.approx(np.array([1.6, 0.4]) / np.hypot(1.6, 0.4), abs=1e-3)
+
+
+def gain_rows(sizes):
+    rows = [(name, size, 100 / size, 50 / size, 150 / size) for name in REGULARISERS for size in sizes]
+    return pd.DataFrame(rows, columns=["name", "size", "mean", "low", "high"])
+
+
+def test_gains_by_size_have_a_line_a_regulariser_and_hollow_markers_for_another_recipe():
+    figure = plot_gains_by_size(gain_rows([100, 300]), gain_rows([60_000]), "gains")
+    for axes in figure.axes:
+        lines = [container.lines[0] for container in axes.containers]
+        assert [line.get_ydata().tolist() for line in lines[::2]] == [[1.0, 1 / 3]] * 5
+        assert {line.get_markerfacecolor() for line in lines[1::2]} == {"white"}
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "300", "60,000"]
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == [label for label, _ in REGULARISERS.values()]
+
+
+def test_strengths_star_the_best_of_those_with_most_seeds():
+    strengths = [
+        (1, 1, 0.5),
+        (1, 2, 0.5),
+        (2, 1, 1.0),
+        (2, 2, 0.0),
+        (3, 1, 2.0),
+    ]  # 3 has one seed, though it gains most
+    rows = [(name, size, *trial) for name in REGULARISERS for size in (100, 300) for trial in strengths]
+    trials = pd.DataFrame(rows, columns=["name", "size", "strength", "seed", "gain"])
+    axes = plot_strengths(trials).axes
+    assert len(axes) == 10
+    for panel in axes:
+        (star,) = [line for line in panel.get_lines() if line.get_marker() == "*"]
+        assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [0.5])
+
+
+def test_the_gap_lies_between_training_and_test():
+    lines = {"training": [100.0, 99.0], "nothing": [80.0, 98.0], "regularised": [90.0, 99.0]}
+    (axes,) = plot_gap(pd.DataFrame(lines, index=[100, 10_000])).axes
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [lines[k] for k in lines if k != "nothing"] + [
+        lines["nothing"]
+    ]
+    edges = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == (80.0, 100.0)
+
+
+def test_the_fit_of_a_run_is_a_line_from_test_to_training():
+    summary = pd.DataFrame({"label": ["a", "b"], "train_accuracy": [1.0, 0.9], "accuracy": [0.8, 0.85]})
+    (axes,) = plot_fit(summary).axes
+    assert [list(line.get_xdata()) for line in axes.get_lines()[:2]] == [[80.0, 100.0], [85.0, 90.0]]
+    assert [text.get_text() for text in axes.texts] == ["80.0%", "85.0%"]
