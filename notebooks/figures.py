@@ -304,7 +304,7 @@ def plot_fit(summary: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
         label_rows(axes, list(summary["label"]), [f"{100 * accuracy:.1f}%" for accuracy in summary["accuracy"]])
         axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         axes.set(xlabel="accuracy at the last epoch (beside the rows: test)", title=title)
-        axes.legend(frameon=False, loc="lower left")
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return axes.figure
 
 

@@ -9,25 +9,20 @@ did best on held-out digits, in the trials of studies/when_search.py.
 import sys
 
 from s6lib import Condition, PlainNet, Recipe, run_study
-from s6lib.preregistered_when import BATCH_SEEDS, BATCHES, REGULARISERS, SEEDS, WEAK
+from s6lib.preregistered_when import BATCH_SEEDS, BATCHES, REGULARISERS, SEEDS, WEAK, WEAK_SIZES
 
 RECIPE = Recipe("when", PlainNet, dropout=0.0, epochs=2, decay_epochs=1, draw_images=True)
 PASSES = {100: 125, 300: 50, 1_000: 19, 3_000: 9, 10_000: 5}  # in each epoch, as in the trials
 STRENGTHS = {
     100: {"l1": 6e-3, "l2": 3e-2, "dropout": 0.05, "rotation": 40.0, "ghosts": 16},
-    300: {"l1": 6e-3, "l2": 3e-2, "dropout": 0.05, "rotation": 25.0, "ghosts": 8},
-    1_000: {"l1": 2e-3, "l2": 3e-2, "dropout": 0.02, "rotation": 25.0, "ghosts": 16},
+    300: {"l1": 6e-3, "l2": 3e-2, "dropout": 0.05, "rotation": 25.0, "ghosts": 16},
+    1_000: {"l1": 2e-3, "l2": 3e-2, "dropout": 0.01, "rotation": 15.0, "ghosts": 16},
     3_000: {"l1": 2e-3, "l2": 1e-2, "dropout": 0.01, "rotation": 15.0, "ghosts": 8},
-    10_000: {"l1": 2e-4, "l2": 3e-3, "dropout": 0.02, "rotation": 15.0, "ghosts": 8},
+    10_000: {"l1": 6e-4, "l2": 3e-3, "dropout": 0.02, "rotation": 5.0, "ghosts": 4},
 }
 SHARE = 0.5  # of these strengths, where all five are used together
-EXERCISE = {  # the five conditions: as many of their L1, L2 and GBN
-    "l1-exercise": {"l1": 2e-4},
-    "l2-exercise": {"l2": 1e-4},
-    "l1-l2-exercise": {"l1": 2e-4, "l2": 1e-4},
-    "gbn-exercise": {"ghosts": 4},
-    "l1-l2-gbn-exercise": {"l1": 2e-4, "l2": 1e-4, "ghosts": 4},
-}
+LABELS = {"l1": "L1", "l2": "L2", "ghosts": "ghost batches", "together": "all five together"}
+EXERCISE = {"l1-exercise": {"l1": 2e-4}, "l2-exercise": {"l2": 1e-4}}  # of the five conditions
 
 
 def strengths_of(size: int, name: str) -> dict[str, float]:
@@ -44,7 +39,13 @@ def condition(size: int, name: str) -> Condition:
     changes = {"train_images": size, "passes": PASSES[size]}
     changes |= {key: strengths.pop(key) for key in ("dropout", "rotation") if key in strengths}
     num_splits = None if ghosts is None else round(ghosts)
-    return Condition(f"{size}-{name}", f"{name}, {size:,} digits", num_splits=num_splits, changes=changes, **strengths)
+    return Condition(
+        f"{size}-{name}",
+        f"{LABELS.get(name, name)}, {size:,} digits",
+        num_splits=num_splits,
+        changes=changes,
+        **strengths,
+    )
 
 
 def batches(slug: str) -> Condition:
@@ -54,18 +55,27 @@ def batches(slug: str) -> Condition:
     return Condition(slug, slug.replace("-", " "), num_splits=size // ghosts[0] if ghosts else None, changes=changes)
 
 
-NAMES = {size: ("nothing", *REGULARISERS, "together", *(EXERCISE if size == 300 else WEAK)) for size in SEEDS}
-CONDITIONS = (
-    *(condition(size, name) for size, names in NAMES.items() for name in names),
-    *map(batches, BATCHES),
+# What is trained, in this order: names of conditions, and the numbers of digits.
+BLOCKS = (
+    (("nothing", *REGULARISERS), tuple(SEEDS)),
+    (("together",), (300,)),
+    (BATCHES, (10_240,)),
+    (WEAK, WEAK_SIZES),
 )
+
+
+def block(names: tuple[str, ...], size: int) -> list[Condition]:
+    return [batches(name) if name in BATCHES else condition(size, name) for name in names]
+
+
+CONDITIONS = tuple({one.slug: one for names, sizes in BLOCKS for size in sizes for one in block(names, size)}.values())
 
 
 def run(out: str) -> None:
     """Train it all, with the seeds of each size; what is there already is not trained again."""
-    for size, seeds in SEEDS.items():
-        run_study(RECIPE, [condition(size, name) for name in NAMES[size]], seeds, out)
-    run_study(RECIPE, [batches(slug) for slug in BATCHES], BATCH_SEEDS, out)
+    for names, sizes in BLOCKS:
+        for size in sizes:
+            run_study(RECIPE, block(names, size), SEEDS.get(size, BATCH_SEEDS), out)
 
 
 if __name__ == "__main__":

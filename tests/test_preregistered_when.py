@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
-from s6lib import preregistered_when
 from s6lib.data import PROJECT
 from s6lib.preregistered_when import (
     BATCH_SEEDS,
@@ -32,7 +33,7 @@ GAINS = {"l1": 2.0, "l2": 3.0, "dropout": 2.5, "rotation": 4.0, "ghosts": 0.0, "
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Accuracies with known gains: GAINS on 300 digits, almost none on 10,000 or by the exercise's strengths."""
-    folder, rng = tmp_path_factory.mktemp("when"), np.random.default_rng(2)
+    folder, rng = tmp_path_factory.mktemp("when"), np.random.default_rng(3)
     for size, seeds in SEEDS.items():
         for seed in seeds:
             base = 92 + rng.normal()
@@ -102,7 +103,7 @@ def test_a_gain_is_within_from_the_size_after_which_all_are():
 def test_the_page_names_the_seeds():
     page = (PROJECT / "docs" / "preregistration_when.md").read_text()
     for size, seeds in SEEDS.items():
-        assert f"| {size:,} |" in page
-        assert f"| {seeds[0]} to {seeds[-1]} |" in page
-    assert f"seeds\n{BATCH_SEEDS[0]} to {BATCH_SEEDS[-1]}" in page or f"seeds {BATCH_SEEDS[0]} to" in page
-    assert preregistered_when.__doc__.startswith("The analysis that docs/preregistration_when.md fixed")
+        assert re.search(
+            rf"^\| {size:,} \| [\d,]+ \| {seeds[0]} to {seeds[-1]} \| {len(seeds)} \|$", page, re.MULTILINE
+        )
+    assert f"seeds {BATCH_SEEDS[0]} to {BATCH_SEEDS[-1]}: BatchNorm with batches of 64" in page
