@@ -1,5 +1,6 @@
 """The study files that are published with their results."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def parameters(recipe, condition):
 def test_every_condition_of_a_study_can_be_trained(file: Path, mnist):
     recipe, conditions = read_study_file(str(file))
     assert len({condition.slug for condition in conditions}) == len(conditions)
-    for condition in conditions:
+    for condition in conditions[:: 1 + len(conditions) // 20]:  # of a long study some
         first_steps(Run(recipe, condition, 1), mnist)
 
 
@@ -92,3 +93,28 @@ def test_the_ablation_leads_from_the_published_recipe_to_that_of_the_frontier():
     assert isinstance(build_model(recipe, whole), PlainNet)
     for setting in ("epochs", "batch_size", "learning_rate", "schedule", "nesterov", "ema", "augmentation"):
         assert getattr(changed, setting) == getattr(frontier, setting)
+
+
+def test_the_trials_of_when_have_seen_no_test_digit_and_their_table_is_what_they_predicted(mnist):
+    recipe, conditions = read_study_file(str(PROJECT / "studies" / "when_search.py"))
+    assert all(recipe.changed_by(condition).held_out for condition in conditions)
+    study = Study(PROJECT / "studies" / "when_search", recipe, conditions)
+    table = pd.read_csv(PROJECT / "studies" / "when_search.csv")
+    held_out = hold_out(mnist[0])[1].labels.numpy()
+    predicted = [round(100 * (study.predictions(*run) == held_out).mean(), 2) for run in study.runs]
+    assert table["accuracy"].tolist() == predicted
+    assert (100 * study.summary()["train_accuracy"]).round(2).tolist() == table["train_accuracy"].tolist()
+
+
+def test_the_strengths_of_when_did_best_in_the_trials():
+    read_study_file(str(PROJECT / "studies" / "when.py"))
+    strengths = sys.modules["s6lib_study_when"].STRENGTHS
+    table = pd.read_csv(PROJECT / "studies" / "when_search.csv").query("name != 'together'")
+    trials = table.assign(strength=table["strength"].astype(float))
+    base = trials[trials["name"] == "nothing"].set_index(["size", "seed"])["accuracy"]
+    for (size, name), rows in trials[trials["name"] != "nothing"].groupby(["size", "name"]):
+        rows = rows[rows["seed"] <= (1 if size == 10_000 else 2)]
+        gains = rows["accuracy"] - [base[size, seed] for seed in rows["seed"]]
+        seeds = rows.groupby("strength")["seed"].count()
+        means = gains.groupby(rows["strength"]).mean().round(6)[seeds == seeds.max()]
+        assert strengths[size][name] == means.idxmax()  # the first, so the weaker of two equal ones
