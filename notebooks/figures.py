@@ -231,28 +231,47 @@ def plot_frontier(
         for kind, (marker, label) in markers.items():
             rows = reported[reported["kind"] == kind]
             axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
-        sides = 3 * (1.025, 0.975)  # of two networks of about one size, the runs stand right and left
-        networks = runs.groupby("network", sort=False)
-        for (network, rows), color, side in zip(networks, COLORS.values(), sides, strict=False):
-            _draw_sizes(axes, rows, f"{network}: mean with its 95% interval", color, side)
+        colors = dict(zip(runs["network"].unique(), COLORS.values(), strict=False))
+        for network, rows in runs.groupby("network", sort=False):
+            _draw_sizes(axes, rows, rows["parameters"], colors[network])
+            smallest = rows.groupby("parameters")["accuracy"].mean().head(1)
+            look = {"fontsize": 12, "weight": "bold", "color": colors[network], "ha": "right", "va": "bottom"}
+            axes.annotate(network, (smallest.index[0], smallest.iloc[0]), (-9, 6), textcoords="offset points", **look)
+        _enlarge(axes, runs[runs["parameters"] > 0.95 * runs["parameters"].max()], colors)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
-        axes.set(xlabel="parameters", ylabel="test accuracy", title=title)
+        axes.set(xlabel="parameters", ylabel="test accuracy", title=join_words(title, "\n", DOTS))
         axes.legend(loc="lower left", fontsize=10)
     return axes.figure
 
 
-def _draw_sizes(axes: Axes, runs: pd.DataFrame, label: str, color: str, side: float) -> None:
-    """Draw one network's runs as dots beside the mean of each size and its 95% interval."""
-    axes.plot(side * runs["parameters"], runs["accuracy"], "o", color=color, alpha=0.45, markersize=5)
-    sizes = runs.groupby("parameters")["accuracy"]
+def _draw_sizes(axes: Axes, runs: pd.DataFrame, places: pd.Series, color: str) -> None:
+    """Draw one network's runs as dots, and the mean of each size with its 95% interval over them."""
+    axes.plot(places, runs["accuracy"], "o", color=color, alpha=0.3, markersize=6, markeredgewidth=0)
+    sizes = runs["accuracy"].groupby(places)
     means, ends = sizes.mean(), np.array([mean_interval(accuracies) for _, accuracies in sizes])
     error = np.abs(ends.T - means.to_numpy())
-    look = {"color": color, "marker": "D", "markeredgecolor": "white", "capsize": 4}
-    axes.errorbar(means.index, means, error, label=label, **look)
+    look = {"color": color, "marker": "D", "markeredgecolor": "white", "elinewidth": 2.5, "linewidth": 1.2}
+    axes.errorbar(means.index, means, error, **look)
+
+
+def _enlarge(axes: Axes, runs: pd.DataFrame, colors: Mapping[str, str]) -> None:
+    """Draw networks of almost one size side by side in a corner, if there are several."""
+    networks = list(runs.groupby(["network", "parameters"], sort=False))
+    if len(networks) < 2:
+        return
+    corner = axes.inset_axes((0.74, 0.13, 0.245, 0.36))
+    for place, ((network, _), rows) in enumerate(networks):
+        _draw_sizes(corner, rows, pd.Series(place, rows.index), colors[network])
+    names = [f"{network}\n{parameters:,}" for (network, parameters), _ in networks]
+    corner.set_xticks(range(len(networks)), names, fontsize=9)
+    corner.tick_params("y", labelsize=9)
+    corner.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
+    corner.set(xlim=(-0.6, len(networks) - 0.4))
+    corner.set_title("the largest, side by side", fontsize=10)
 
 
 def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:

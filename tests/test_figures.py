@@ -104,19 +104,29 @@ def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
     reported = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
     (axes,) = plot_frontier(runs, reported, 99.4, "sizes").axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    dots = [line.get_ydata().tolist() for line in axes.get_lines() if line.get_alpha() == 0.45]
-    assert dots == [[99.0, 99.1, 99.3, 99.5, 99.6], [99.7, 99.8]]
+    dots = [line for line in axes.get_lines() if line.get_alpha() == 0.3]
+    assert [line.get_ydata().tolist() for line in dots] == [[99.0, 99.1, 99.3, 99.5, 99.6], [99.7, 99.8]]
+    assert [line.get_xdata().tolist() for line in dots] == [[100, 100, 100, 900, 900], [850, 850]]
     assert lines["reported, one run, last epoch"].get_xdata().tolist() == [50]
     assert lines["claimed, without a log"].get_ydata().tolist() == [98.5]
     net, other = axes.containers
     assert net.lines[0].get_ydata().tolist() == pytest.approx([297.4 / 3, 99.55])
-    assert (net.get_label(), other.get_label()) == (
-        "Net: mean with its 95% interval",
-        "Other: mean with its 95% interval",
-    )
+    assert other.lines[0].get_xydata().tolist() == [[850, pytest.approx(99.75)]]
+    assert [text.get_text() for text in axes.texts] == ["99.4%", "Net", "Other"]
+    assert not axes.child_axes
     low, high = (point[1] for point in net.lines[2][0].get_segments()[0])
     assert (low, high) == pytest.approx(mean_interval([99.0, 99.1, 99.3]))
     assert any(line.get_ydata() == [99.4, 99.4] for line in axes.get_lines())
+
+
+def test_networks_of_almost_one_size_are_enlarged_side_by_side():
+    sizes = {"network": ["Net"] * 4 + ["Other"] * 2, "parameters": [100, 100, 900, 900, 890, 890]}
+    runs = pd.DataFrame({**sizes, "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6, 99.8]})
+    reported = pd.DataFrame({"parameters": [], "accuracy": [], "kind": []})
+    (corner,) = plot_frontier(runs, reported, 99.4).axes[0].child_axes
+    assert [text.get_text() for text in corner.get_xticklabels()] == ["Net\n900", "Other\n890"]
+    dots = [line.get_xydata().tolist() for line in corner.get_lines() if line.get_alpha() == 0.3]
+    assert dots == [[[0, 99.3], [0, 99.5]], [[1, 99.6], [1, 99.8]]]
 
 
 def test_gains_stand_in_rows_with_their_intervals_and_a_line_between_groups():
