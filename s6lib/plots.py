@@ -30,6 +30,7 @@ STYLE = {
     "grid.color": "#E6E6E6",
     "axes.edgecolor": "#999999",
 }
+MOST_BANDS = 2  # the bands of more conditions cover each other
 DOTS = "a dot is a run, a diamond the mean with its 95% interval"
 
 
@@ -48,7 +49,8 @@ def colors_of(slugs: Sequence[str]) -> dict[str, str]:
 def plot_accuracy(history: pd.DataFrame, title: str = "") -> Figure:
     """Plot the test accuracy of every condition by epoch, and the second half of training enlarged.
 
-    Several seeds of a condition appear as their mean and a band from the lowest to the highest.
+    Several seeds of a condition appear as their mean. Up to two conditions have a band from the lowest seed to the
+    highest; with more, one grey bar shows how much the runs of one condition differ.
 
     Args:
         history: one row per epoch, from `Study.history`: condition, label, epoch, lr, val_accuracy.
@@ -78,10 +80,13 @@ def _plot_curves(history: pd.DataFrame, column: str, title: str, formatted: Call
             if accuracy:
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
         _mark_new_rates((whole, close), (1, first), history, height=0.12 if accuracy else 0.88)
+        if history["condition"].nunique() > MOST_BANDS:
+            _draw_spread(close, history[history["epoch"] == epochs], column)
         conditions = history.groupby("condition", sort=False)
         ends = conditions.apply(lambda rows: rows.loc[rows["epoch"] == rows["epoch"].max(), column].mean())
         labels = [f"{rows['label'].iloc[0]}\n{formatted(ends[slug])}" for slug, rows in conditions]
-        name = f"condition, and its value at the last epoch ({_describe_seeds(history)})"
+        seeds = _describe_seeds(history, bands=len(labels) <= MOST_BANDS)
+        name = f"condition, and its value at the last epoch ({seeds})"
         columns = min(6 if len(labels) <= 6 else 5, len(labels))
         lines = whole.get_lines()[: len(labels)]
         figure.legend(lines, labels, title=name, loc="outside lower center", ncols=columns, frameon=False)
@@ -91,11 +96,31 @@ def _plot_curves(history: pd.DataFrame, column: str, title: str, formatted: Call
 
 def _draw_curves(axes: Axes, history: pd.DataFrame, column: str) -> None:
     colors = colors_of(list(history["condition"].unique()))
+    bar = ("pi", 100) if len(colors) <= MOST_BANDS else None
     for slug, rows in history.groupby("condition", sort=False):
         line = {"color": colors[slug], "linestyle": "--" if "GBN" in rows["label"].iloc[0] else "-", "linewidth": 1.8}
         marker = "o" if rows["epoch"].nunique() == 1 else None
         band = {"alpha": 0.12, "linewidth": 0}
-        sns.lineplot(rows, x="epoch", y=column, errorbar=("pi", 100), err_kws=band, marker=marker, ax=axes, **line)
+        sns.lineplot(rows, x="epoch", y=column, errorbar=bar, err_kws=band, marker=marker, ax=axes, **line)
+
+
+def _draw_spread(axes: Axes, ends: pd.DataFrame, column: str) -> None:
+    """Draw a bar right of the curves: one SD of the runs of one condition to both sides, as an interval of the middle.
+
+    Args:
+        ends: the rows of the last epoch.
+    """
+    runs = ends.groupby("condition")[column]
+    middle, sd = runs.mean().mean(), runs.var().mean() ** 0.5
+    if not sd > 0:  # one seed, or equal ones
+        return
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.14 * (high - low))
+    place = high + 0.03 * (high - low)
+    axes.vlines(place, middle - sd, middle + sd, color="#888888", linewidth=4)
+    text = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 10, "color": "#444444"}
+    beside, name = high + 0.09 * (high - low), "runs of one condition: \N{PLUS-MINUS SIGN}1 SD"
+    axes.text(beside, 0.5, name, transform=axes.get_xaxis_transform(), **text)
 
 
 def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.DataFrame, height: float) -> None:
@@ -201,26 +226,48 @@ def plot_pruning(
 ) -> Figure:
     """Plot accuracy by the share of convolution weights set to zero: the seeds' mean, lowest and highest.
 
+    The shares are equally far apart, and the dots of one share stand side by side, so that equal conditions show.
+
     Args:
         curve: one row per run and share, from `pruning_curve`: condition, seed, share, accuracy.
         labels: the conditions' names; by default their slugs.
     """
-    colors = colors_of(list(curve["condition"].unique()))
+    conditions = dict(list(curve.groupby("condition", sort=False)))
+    colors = colors_of(list(conditions))
+    asides = 0.5 * (np.arange(len(conditions)) - (len(conditions) - 1) / 2) / len(conditions)
+    shares, ends = sorted(curve["share"].unique()), {}
     with rc_context(STYLE):
         axes = panel((8.5, 4.6), ax)
-        for slug, rows in curve.groupby("condition", sort=False):
+        for aside, (slug, rows) in zip(asides, conditions.items(), strict=True):
             by_share = rows.groupby("share")["accuracy"].agg(["mean", "min", "max"])
-            dash = "--" if "gbn" in slug else "-"
-            axes.plot(
-                by_share["mean"], dash, color=colors[slug], marker="o", markersize=4, label=label_of(slug, labels)
-            )
-            axes.fill_between(by_share.index, by_share["min"], by_share["max"], color=colors[slug], alpha=0.15, lw=0)
-        for side in (axes.xaxis, axes.yaxis):
-            side.set_major_formatter(PercentFormatter(1, decimals=0))
+            ends[label_of(slug, labels)] = float(by_share["mean"].iloc[-1]), colors[slug]
+            places, dash = np.arange(len(shares)) + aside, "--" if "gbn" in slug else "-"
+            axes.plot(places, by_share["mean"], dash, color=colors[slug], linewidth=1, marker="o", markersize=6)
+            axes.vlines(places, by_share["min"], by_share["max"], color=colors[slug], alpha=0.4, linewidth=4)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+        axes.set_xticks(np.arange(len(shares) - 1) + 0.5, minor=True)  # lines between the shares
+        axes.grid(visible=False, axis="x", which="major")
+        axes.grid(visible=True, axis="x", which="minor")
         axes.set(xlabel="share of the convolution weights set to zero, the smallest first", ylabel="test accuracy")
-        axes.legend(loc="lower left", frameon=False)
+        _label_ends(axes, ends, "{:.0%}".format)
         axes.set_title(join_words(title, "\n", _describe_seeds(curve)))
     return _figure_of(axes)
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]], formatted: Callable[[float], str]) -> None:
+    """Write the last value and the name of each line right of the panel, at its height or below the one above.
+
+    Args:
+        ends: the last value and the colour of each line, by name.
+    """
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    place = high
+    for name, (value, color) in sorted(ends.items(), key=lambda end: end[1][0], reverse=True):
+        place = min(value, place - 0.062 * (high - low))
+        text = f"{formatted(value)}  {name}"
+        axes.text(1.015, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=11, color=color)
 
 
 def plot_confusion(
@@ -282,14 +329,17 @@ def plot_replication(
 
 
 def _draw_scale(axes: Axes) -> None:
-    """Draw a bar as long as 5 of the 10,000 test digits, at the lower left."""
+    """Draw a bar as long as 5 of the 10,000 test digits at the lower left, or 50 or 500 if that were a mere dot."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom + 0.5, top)
     start, middle = low + 0.02 * (high - low), bottom + 0.15
     axes.set_xlim(low, high)
-    axes.plot([start, start + 0.05], [middle] * 2, color="#333333", linewidth=2, marker="|", markersize=8)
-    axes.text(start + 0.05 + 0.01 * (high - low), middle, "5 test digits", va="center", fontsize=10, color="#333333")
+    count = next((count for count in (5, 50) if count / 100 >= 0.02 * (high - low)), 500)
+    end = start + count / 100
+    axes.plot([start, end], [middle] * 2, color="#333333", linewidth=2, marker="|", markersize=8)
+    name = f"{count} test digits"
+    axes.text(end + 0.01 * (high - low), middle, name, va="center", fontsize=10, color="#333333")
 
 
 def plot_differences(
@@ -321,15 +371,24 @@ def plot_differences(
         ]
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
-        beside = [f"{row.difference:+.3f}   {row.p:.3f}   {row.p_holm:.2f}" for row in comparisons.itertuples()]
-        label_rows(axes, names, [text.replace("-", "\N{MINUS SIGN}") for text in beside])
-        header = f"points   p alone   among {len(names)}"
-        place = axes.get_yaxis_transform()
-        axes.text(1.015, -0.95, header, transform=place, va="center", fontsize=10, color="#555555")
+        label_rows(axes, names, ())
+        points = [f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}") for difference in comparisons["difference"]]
+        _write_column(axes, 50, "points", points)
+        _write_column(axes, 105, "p alone", [f"{p:.3f}" for p in comparisons["p"]])
+        _write_column(axes, 170, f"among {len(names)}", [f"{p:.2f}" for p in comparisons["p_holm"]])
         count = (comparisons["p_holm"] <= 0.05).sum()
         result = f"{len(outcomes)} seeds: {count} of {len(names)} differences stand (corrected p at most 0.05)"
-        axes.set_title(join_words(title, ", ", result), pad=18)
+        axes.set_title(join_words(title, ", ", result), pad=30)
     return _figure_of(axes)
+
+
+def _write_column(axes: Axes, right: float, header: str, texts: Sequence[str]) -> None:
+    """Write a header above the panel and a text beside each row, flush right, so many points right of the panel."""
+    look = {"ha": "right", "va": "center", "fontsize": 10, "textcoords": "offset points"}
+    edge = axes.get_yaxis_transform()
+    axes.annotate(header, (1, 1), (right, 10), xycoords="axes fraction", color="#555555", **look)
+    for row, text in enumerate(texts):
+        axes.annotate(text, (1, row), (right, 0), xycoords=edge, **look)
 
 
 def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
@@ -341,9 +400,11 @@ def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame
     return comparisons.sort_values(["group", "difference"], ascending=[True, False], ignore_index=True)
 
 
-def _describe_seeds(table: pd.DataFrame) -> str:
+def _describe_seeds(table: pd.DataFrame, bands: bool = True) -> str:
     seeds = table["seed"].nunique()
-    return f"{seeds} seeds: mean, lowest and highest" if seeds > 1 else "1 seed"
+    if seeds == 1:
+        return "1 seed"
+    return f"{seeds} seeds: mean, lowest and highest" if bands else f"mean of {seeds} seeds"
 
 
 def join_words(title: str, mark: str, text: str) -> str:
@@ -376,7 +437,8 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     """
     flips, mean = sign_flip_means(differences), float(np.mean(differences))
     reach = 1.02 * max(abs(mean), flips.index.max())
-    edges = np.linspace(-reach, reach, 42).tolist()
+    bins = min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars, or they make a comb
+    edges = np.linspace(-reach, reach, bins + 1).tolist()
     far = np.abs(flips.index) >= abs(mean) - 2e-6 * np.abs(differences).sum()  # the means are rounded
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
@@ -391,8 +453,9 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
             textcoords="offset points",
             ha="right" if mean > 0 else "left",
         )
+        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
-        share = f"in colour: as far from 0 as what was found, {flips[far].sum():.1%} of all {2 ** len(differences):,}"
-        axes.set_title(join_words(title, "\n", share))
+        share = f"{flips[far].sum():.1%} of all {2 ** len(differences):,}"
+        axes.set_title(join_words(title, "\n", f"in colour: at least as far from 0 as the mean found, {share}"))
     return _figure_of(axes)

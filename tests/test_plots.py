@@ -69,8 +69,19 @@ def test_pruning_shows_the_mean_of_the_seeds():
     )
     (axes,) = plot_pruning(curve, {"bn": "BN"}, "Net").axes
     (line,) = axes.get_lines()
-    assert line.get_xydata().tolist() == [[0, 0.95], [0.5, 0.4]]
+    assert line.get_xydata().tolist() == [[0, 0.95], [1, 0.4]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0%", "50%"]
+    assert axes.collections[0].get_segments()[1][:, 1].tolist() == [0.3, 0.5]
     assert axes.get_title() == "Net\n2 seeds: mean, lowest and highest"
+
+
+def test_pruning_shows_conditions_that_are_equal():
+    curve = pd.DataFrame({"condition": ["a", "a", "b", "b"], "seed": 1, "share": [0, 0.5] * 2, "accuracy": 0.9})
+    (axes,) = plot_pruning(curve).axes
+    a, b = (line.get_xdata() for line in axes.get_lines())
+    assert (a < b).all()
+    first, second = (text for text in axes.texts if text.get_text().startswith("90%  "))
+    assert first.get_position()[1] - second.get_position()[1] > 0.05 * np.ptp(axes.get_ylim())
 
 
 @pytest.mark.parametrize("differences", [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20)])
@@ -126,8 +137,8 @@ def test_differences_are_those_of_the_comparisons(tiny_study):
     assert mean.get_xdata() == [row.difference]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN  minus  GBN"]
     assert "0 of 1 differences stand" in axes.get_title()
-    beside = axes.texts[0].get_text().replace("\N{MINUS SIGN}", "-")
-    assert beside == f"{row.difference:+.3f}   {row.p:.3f}   {row.p_holm:.2f}"
+    beside = [text.get_text().replace("\N{MINUS SIGN}", "-") for text in axes.texts]
+    assert beside == ["points", f"{row.difference:+.3f}", "p alone", f"{row.p:.3f}", "among 1", f"{row.p_holm:.2f}"]
 
 
 def test_differences_across_groups_come_first_and_each_group_by_size():
@@ -227,7 +238,7 @@ def test_conditions_without_a_label_show_their_name(tiny_study):
 def test_a_difference_that_stands_is_counted():
     outcomes = pd.DataFrame({"a": np.arange(12) / 100 + 1, "b": np.arange(12) / 100})
     (axes,) = plot_differences(outcomes).axes
-    assert axes.texts[0].get_text() == "+1.000   0.000   0.00"
+    assert [text.get_text() for text in axes.texts[1::2]] == ["+1.000", "0.000", "0.00"]
     assert "1 of 1 differences stand" in axes.get_title()
 
 
@@ -254,3 +265,39 @@ def test_weights_of_several_epochs_have_the_colour_of_their_condition():
     assert [matplotlib.colors.to_hex(color).upper() for color in drawn] == [
         COLORS[s] for s in ("bn",) * 2 + ("l1-bn",) * 2
     ]
+
+
+def test_more_than_two_conditions_are_lines_and_one_bar_shows_how_much_runs_differ():
+    history = history_of([0.1] * 4)
+    history["val_accuracy"] += 0.01 * history["seed"]  # 1 and 2: an SD of 0.01 / sqrt(2)
+    figure = plot_accuracy(history)
+    whole, close = figure.axes
+    assert not whole.collections
+    (bar,) = close.collections
+    ((low, high),) = (path[:, 1] for path in bar.get_segments())
+    assert (low, high) == pytest.approx((0.915 - 0.01 / 2**0.5, 0.915 + 0.01 / 2**0.5))
+    assert close.texts[0].get_text() == "runs of one condition: \N{PLUS-MINUS SIGN}1 SD"
+    assert figure.legends[0].get_title().get_text().endswith("(mean of 2 seeds)")
+    two = plot_accuracy(history[history["condition"] != "bn"])
+    assert [len(axes.collections) for axes in two.axes] == [2, 2]
+
+
+def test_the_texts_of_the_differences_do_not_touch(tiny_study):
+    figure = plot_differences(tiny_study.outcomes(), title="A name as long as the figure")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in (axes.title, *axes.texts)]
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    assert [box.x1 for box in boxes[1::2]] == pytest.approx([box.x1 for box in boxes[2::2]], abs=1)
+
+
+@pytest.mark.parametrize(("spread", "digits"), [(0.1, 5), (10, 50), (50, 500)])
+def test_the_bar_of_test_digits_is_long_enough_to_see(spread, digits):
+    (axes,) = plot_replication(pd.DataFrame({"a": [50.0, 50.0 + spread] * 10, "b": 50.0})).axes
+    assert axes.texts[-1].get_text() == f"{digits} test digits"
+    assert np.ptp(axes.get_lines()[-1].get_xdata()) == pytest.approx(digits / 100)
+
+
+def test_few_sign_flips_are_drawn_in_few_bars():
+    bars = [len(plot_sign_flips(np.arange(1, n + 1)).axes[0].containers[0]) for n in (2, 6, 10)]
+    assert bars == [3, 9, 33]
