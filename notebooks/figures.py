@@ -1,6 +1,6 @@
 """Figures that only one notebook draws. Figures for any study are in s6lib.plots."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s6lib.data import Digits
 from s6lib.plots import COLORS, DOTS, STYLE, colors_of, join_words, label_of, label_rows, panel, separate_groups
-from s6lib.statistics import condition_statistics, mean_interval
+from s6lib.statistics import condition_statistics, mean_interval, power, seeds_needed
 
 
 def plot_penalties(l1: float, l2: float) -> Figure:
@@ -206,6 +206,33 @@ def plot_split_sweep(
         axes.set_ylabel("test accuracy at the last epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         axes.set_title(join_words(title, ", ", f"{len(outcomes)} seeds: {DOTS}"))
+    return axes.figure
+
+
+def plot_power(
+    sd: float, difference: float, questions: Sequence[int], title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Draw how often a t test finds a true difference, by the number of seeds: a line for each number of questions.
+
+    Args:
+        sd: SD of the paired differences, in points.
+        difference: the true difference, in points.
+        questions: numbers of comparisons that a correction must cover; 1 for no correction.
+    """
+    with rc_context(STYLE):
+        axes = panel((8, 3.8), ax)
+        needed = [seeds_needed(sd, difference, count) for count in questions]
+        seeds = np.unique(np.linspace(3, 2 * max(needed), 100).astype(int))
+        axes.axhline(0.8, color="#333333", linewidth=1, linestyle="--")
+        for count, enough, color in zip(questions, needed, COLORS.values(), strict=False):
+            name = "the only question" if count == 1 else f"one of {count} questions"
+            shares = [power(sd, difference, n, count) for n in seeds]
+            axes.plot(seeds, shares, color=color, linewidth=2.2, label=f"{name}: {enough} seeds for 80%")
+            axes.plot(enough, power(sd, difference, enough, count), "o", color=color, markersize=8)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set(xlabel="seeds", ylabel="studies that find it", ylim=(0, 1.02))
+        axes.legend(loc="lower right", frameon=False)
+        axes.set_title(join_words(title, ", ", f"a true difference of {difference:g} points"))
     return axes.figure
 
 

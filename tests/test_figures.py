@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from s6lib.data import PROJECT
 from s6lib.preregistered import answer
-from s6lib.statistics import condition_statistics, mean_interval
+from s6lib.statistics import condition_statistics, mean_interval, power, seeds_needed
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 from figures import (
@@ -26,6 +26,7 @@ from figures import (
     plot_grey_levels,
     plot_limits,
     plot_penalties,
+    plot_power,
     plot_split_sweep,
     plot_strengths,
     plot_winners,
@@ -91,6 +92,17 @@ def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
 def test_a_sweep_needs_the_splits_of_every_condition(tiny_study):
     with pytest.raises(ValueError, match="splits lacks the number of ghost batches of gbn"):
         plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1}, 64)
+
+
+def test_power_grows_with_the_seeds_and_falls_with_the_questions():
+    (axes,) = plot_power(0.06, 0.05, (1, 15), "sizes").axes
+    curves = [line for line in axes.get_lines() if line.get_linewidth() == 2.2]
+    for curve, count in zip(curves, (1, 15), strict=True):
+        seeds, shares = curve.get_xdata(), curve.get_ydata()
+        assert shares == pytest.approx([power(0.06, 0.05, n, count) for n in seeds])
+        assert seeds[np.argmax(np.array(shares) >= 0.8)] == seeds_needed(0.06, 0.05, count)
+    assert axes.get_legend().get_texts()[0].get_text() == f"the only question: {seeds_needed(0.06, 0.05)} seeds for 80%"
+    assert axes.get_title() == "sizes, a true difference of 0.05 points"
 
 
 def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
