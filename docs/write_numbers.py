@@ -186,7 +186,7 @@ def readme_summary() -> str:
         Hundreds of students have answered from one run of each variant, and their answers contradict each other. So
         three questions and their analysis were [fixed in writing](docs/preregistration.md), and then
         {len(FACTORIAL_SEEDS)} fresh seeds were run."""
-    answer_heading = "**What came out.** 0.01 points of accuracy are one of the 10,000 test digits."
+    answer_heading = "**What came out.** 0.01 points of accuracy is one of the 10,000 test digits."
     return join(paragraph(question), answer_heading, prescribed_sentences(), pruning())
 
 
@@ -341,9 +341,9 @@ def differences(lowest: str) -> str:
         Holm's correction: {pairs["p_holm"].min():.2f}).** That does not make the conditions equal: the intervals leave
         room for differences of up to {pairs[["low", "high"]].abs().max().max():.2f} points, and a test of all six at
         once says that something differs (Friedman's, chosen afterwards: p = {friedman_p(ten_seeds()):.3f}). The lowest
-        is {lowest}. On {new["n"]} new seeds the difference, L2 + BN over GBN, is {number(new["difference"])} points,
-        95% interval {interval(new["low"], new["high"])}, and does not pass the one test that was fixed before
-        they were run (p = {new["p"]:.2f}). None of the three questions is about this pair.""")
+        is {lowest}, and the largest difference that of L2 + BN over GBN. On {new["n"]} new seeds this difference is
+        {number(new["difference"])} points, 95% interval {interval(new["low"], new["high"])}, and does not pass the one
+        test that was fixed before they were run (p = {new["p"]:.2f}). None of the three questions is about this pair.""")
 
 
 def scatter() -> str:
@@ -378,8 +378,8 @@ def bottleneck_and_splits() -> str:
         Two more figures have {len(study(*SPLIT_SWEEP).seeds)} seeds of each condition, too few for a test. On
         [BottleneckNet](../images/bottleneck_replication.png) the order is different: {highest[0]} is the highest,
         {highest[1]:.2f}%, and {lowest[0]} the lowest, {lowest[1]:.2f}%. With
-        [2 to 32 ghost batches](../images/plain_splits.png) three seeds show no drop up to 8
-        ({splits["gbn-8"]:.2f}%); with 32 it is {splits["gbn-32"]:.2f}%.""")
+        [more ghost batches](../images/plain_splits.png) three seeds get {splits["gbn-8"]:.2f}% with 8,
+        {splits["gbn-16"]:.2f}% with 16 and {splits["gbn-32"]:.2f}% with 32.""")
 
 
 def frontier() -> str:
@@ -403,7 +403,7 @@ def frontier() -> str:
         99.40%, in one run, has {reports["parameters"].min():,} parameters."""
     whole = recipe_gain()
     recipe = f"""
-        PlainNet gains {number(whole["mean"])} points by it, compared with BN and the recipe above (95% interval
+        PlainNet gains {number(whole["mean"])} points by this recipe, compared with BN and the recipe above (95% interval
         {interval(whole["low"], whole["high"])}, n = {whole["n"]}, paired by seed)."""
     return join(table(header, rows), paragraph(goals), paragraph(recipe))
 
