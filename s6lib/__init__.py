@@ -12,6 +12,7 @@ The lesson, in reading order:
     statistics      intervals, tests and power, for arrays and tables of any kind
     plots           figures for any study
     preregistered   the frozen analysis of docs/preregistration.md
+    preregistered_when  that of docs/preregistration_when.md
     errors          the errors that a user can cause
     __main__        the command line, `python -m s6lib`
 
