@@ -363,7 +363,7 @@ def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     with rc_context(STYLE):
-        for axes, reach, name in zip(figure.subplots(1, 2), (None, 0.8), ("points", "enlarged"), strict=True):
+        for axes, reach, name in zip(figure.subplots(1, 2), (None, 0.8), ("the whole range", "enlarged"), strict=True):
             axes.axhline(0, color="#333333", linewidth=1)
             for aside, (slug, (label, color)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
                 look = {"color": color, "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
@@ -411,8 +411,12 @@ def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
                 )
             highest = max(0.2, trials.loc[trials["size"] == size, "gain"].max())
             row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} digits\ngain, points")
-        for axes, (label, _) in zip(panels[0], REGULARISERS.values(), strict=True):
-            axes.set_title(label)
+        for column, (slug, (label, _)) in zip(panels.T, REGULARISERS.items(), strict=True):
+            strengths = sorted(set(trials.loc[trials["name"] == slug, "strength"]))
+            column[0].set(title=label, xscale="log")
+            column[0].set_xticks(strengths)
+            column[-1].set_xticks(strengths, [f"{strength:g}" for strength in strengths], rotation=60, fontsize=9)
+            column[0].xaxis.set_minor_locator(NullLocator())
         figure.suptitle(title)
     return figure
 
@@ -426,9 +430,6 @@ def _draw_strengths(axes: Axes, trials: pd.DataFrame, color: str) -> None:
     axes.plot(trials["strength"], trials["gain"], "o", color=color, alpha=0.35, markersize=4)
     axes.plot(means.index, means, "-", color=color, linewidth=2)
     axes.plot(best, means[best], "*", color=color, markeredgecolor="#222222", markersize=14)
-    axes.set_xscale("log")
-    axes.set_xticks(list(means.index), [f"{strength:g}" for strength in means.index], rotation=60, fontsize=9)
-    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
