@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -9,11 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
+import s6lib.lab.setup
 from s6lib.data import load_mnist
 from s6lib.lab.launch import run_study
 from s6lib.recipes import CONDITIONS, PLAIN
+from s6lib.study import Study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.
@@ -62,12 +66,49 @@ def bounded(command: list[str], seconds: float = 300, **popen) -> Iterator[subpr
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Fail a test that leaves torch with more threads, which would slow down every later one."""
+    yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 1
+
+
 @pytest.fixture(scope="session")
 def mnist():
     return load_mnist()
 
 
+@contextmanager
+def evaluation_on_few_digits() -> Iterator[None]:
+    """Evaluate on 500 digits in this process: on all 10,000, a tiny run would spend most of its time on them."""
+    setup = s6lib.lab.setup
+
+    def with_few_of_the_second(function):
+        def split(data):
+            first, second = function(data)
+            return first, second.part(slice(500))
+
+        return split
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_data", "hold_out"):
+            patch.setattr(setup, name, with_few_of_the_second(getattr(setup, name)))
+        yield
+
+
+@pytest.fixture
+def few_digits():
+    with evaluation_on_few_digits():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_study(tmp_path_factory):
-    """A real study, made once: not to be changed."""
-    return run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path_factory.mktemp("tiny"), jobs=1, show_progress=False)
+    """A real study, not to be changed: trained by the first worker of pytest-xdist that needs it, copied by all."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "tiny.lock"):
+        run_study(TINY, (L1_BN, GBN), (1, 2), shared / "tiny", jobs=1, show_progress=False)
+        return Study(shutil.copytree(shared / "tiny", base / "tiny_study"), TINY, (L1_BN, GBN), (1, 2))

@@ -16,39 +16,35 @@ class Net(nn.Sequential):
 """
 
 
-def error_of(source):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL + source)])
+REFUSALS = {
+    "s6lib.Recipe('mine', Net, epochs=0)": "SettingError: epochs must be a whole number from 1, not 0",
+    "s6lib.run_study(s6lib.Recipe('mine', network=Net()))": "SettingError: network must be .* give the class Net",
+    "s6lib.run_study(s6lib.Recipe('mine', Net, shift=99), s6lib.CONTROL)": "SettingError: BN .*pixels of an image",
+    "s6lib.run_study(conditions='gnb')": "StudyError: 'gnb' is no built-in condition",
+    "s6lib.Study('nowhere')": "StudyError: no complete plain run",
+    "class Slow(s6lib.Recipe): pass": "SettingError: Recipe cannot be subclassed",
+}
+
+
+def test_an_error_of_the_users_is_one_sentence():
+    """In one kernel, since each takes seconds to start."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (CELL, *REFUSALS)])
     NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute()
-    outputs = notebook.cells[0]["outputs"]
-    (error,) = [output for output in outputs if output["output_type"] == "error"]
-    assert outputs[-1] is error
-    return error["traceback"]
+    for cell, sentence in zip(notebook.cells[1:], REFUSALS.values(), strict=True):
+        (error,) = [output for output in cell["outputs"] if output["output_type"] == "error"]
+        assert cell["outputs"][-1] is error
+        (line,) = error["traceback"]
+        assert "\n" not in line
+        assert re.match(sentence, line), line
 
 
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("s6lib.Recipe('mine', Net, epochs=0)", "SettingError: epochs must be a whole number from 1, not 0"),
-        ("s6lib.run_study(s6lib.Recipe('mine', network=Net()))", "SettingError: network must be .* give the class Net"),
-        (
-            "s6lib.run_study(s6lib.Recipe('mine', Net, shift=99), s6lib.CONTROL)",
-            "SettingError: BN .*pixels of an image",
-        ),
-        ("s6lib.run_study(conditions='gnb')", "StudyError: 'gnb' is no built-in condition"),
-        ("s6lib.Study('nowhere')", "StudyError: no complete plain run"),
-        ("class Slow(s6lib.Recipe): pass", "SettingError: Recipe cannot be subclassed"),
-    ],
+STUDY = (
+    CELL + "mine = s6lib.Recipe('mine', Net, epochs=99999, train_images=640)\n"
+    "s6lib.run_study(mine, s6lib.CONTROL, (1, 2), {out!r}, jobs={jobs})"
 )
-def test_an_error_of_the_users_is_one_sentence(source, said):
-    (line,) = error_of(source)
-    assert "\n" not in line
-    assert re.match(said, line), line
 
 
-STUDY = CELL + "s6lib.run_study(s6lib.Recipe('mine', Net, epochs=99999), s6lib.CONTROL, (1, 2), {out!r}, jobs={jobs})"
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stop_says_how_to_go_on(tmp_path, jobs):
     """Stop is pressed in a real kernel when the first epoch has ended; nothing else than the sentence is shown."""
     manager = KernelManager(kernel_name="python3")

@@ -20,6 +20,7 @@ from s6lib.recipes import CONTROL, Condition, Recipe, Run
 from s6lib.study import Study
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_equal_runs_in_turn(tiny_study, tmp_path):
     conditions, seeds = (GBN, L1_BN), (2, 1)  # in another order too
     assert_same_study(run_study(TINY, conditions, seeds, tmp_path, jobs=2, show_progress=False), tiny_study)
@@ -34,12 +35,14 @@ def test_a_finished_run_is_not_repeated(tiny_study, capsys):
     assert capsys.readouterr().err == "all 4 runs are there\n"
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_what_a_killed_study_left_is_removed(tmp_path):
     (tmp_path / ".study-0123").touch()
     run_study(replace(TINY, epochs=1, train_images=64), GBN, 1, tmp_path, jobs=1, show_progress=False)
     assert not list(tmp_path.glob(".study-*"))
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_folder_may_be_in_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = replace(TINY, epochs=1, train_images=64)
@@ -62,6 +65,7 @@ def test_a_seed_that_is_no_whole_number_is_refused(tmp_path, seed):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_two_conditions_of_one_label_have_a_progress_line_each(tmp_path, capsys):
     recipe = replace(TINY, epochs=1, train_images=64)
     run_study(recipe, (Condition("one", "same"), Condition("two", "same")), 1, tmp_path, jobs=1)
@@ -71,6 +75,7 @@ def test_two_conditions_of_one_label_have_a_progress_line_each(tmp_path, capsys)
     assert "2/2 epochs" in shown
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_seeds_of_numpy_are_seeds(tmp_path):
     """A stopped run with one goes on, and a finished run is written: JSON knows no int64."""
     recipe = replace(TINY, epochs=1, train_images=64)
@@ -128,6 +133,7 @@ def test_no_more_workers_than_cores(tmp_path, monkeypatch):
     assert asked == [3, 2, 3, 2]
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize(
     ("recipe", "condition"),
     [
@@ -145,7 +151,7 @@ def test_odd_but_sound_requests_are_met(tmp_path, recipe, condition):
     assert np.isfinite(study.history()[["train_loss", "val_loss"]]).all(axis=None)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_failed_run_lets_the_others_finish(tmp_path, jobs):
     once = replace(TINY, epochs=1)
     bad = Condition("bad", "Bad", l1=1e38)  # diverges, as a learning rate too large does
@@ -288,7 +294,7 @@ def test_threads_train_the_users_code_and_leave_it_as_it_is(own_study, tmp_path)
 def test_a_stopped_run_of_ones_own_goes_on(own_study, tmp_path):
     out = shutil.copytree(own_study.folder, tmp_path / "copy")
     (out / "own" / "groups" / "seed-1" / "run.json").unlink()
-    again = run_study(OWN, OWN_CONDITIONS, (1, 2), out, jobs=2, show_progress=False)
+    again = run_study(OWN, OWN_CONDITIONS, (1, 2), out, jobs=1, show_progress=False)
     assert_same_study(again, own_study)
 
 

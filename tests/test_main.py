@@ -11,6 +11,7 @@ from s6lib.data import DataError
 from s6lib.recipes import ALL_CONDITIONS, RECIPES
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_run_trains_reports_and_draws(tmp_path, capsys):
     command = ["run", "--conditions", "gbn", "bn", "--epochs", "1", "--train-images", "640", "--jobs", "1"]
     command += ["--out", str(tmp_path), "--device", "cpu"]
@@ -31,6 +32,7 @@ def test_run_trains_reports_and_draws(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_study_on_held_out_digits_is_reported_as_one(tmp_path, capsys):
     study = tmp_path / "search.py"
     study.write_text(
@@ -128,10 +130,11 @@ CONDITIONS = (CONTROL, Condition("groups", "GroupNorm", norm=lambda channels: nn
 """
 
 
-def test_a_study_of_ones_own_runs_and_is_reported(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_study_of_ones_own_runs_and_is_reported(tmp_path, capsys, monkeypatch, jobs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(OWN)
-    assert main(["run", "--study", "mine.py", "--seeds", "1", "2", "--jobs", "2", "--device", "cpu"]) == 0
+    assert main(["run", "--study", "mine.py", "--seeds", "1", "2", "--jobs", jobs, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "Tiny (tiny)" in printed
     assert "paired differences" in printed
@@ -161,6 +164,8 @@ def test_a_file_of_ones_own_that_is_none_is_one_line(tmp_path, capsys, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_digits")
 def test_more_seeds_and_another_condition_are_reported_for_what_was_asked(tmp_path, capsys):
     """The README's own sequence: first the study, then two conditions with more seeds."""
     short = ["--epochs", "1", "--train-images", "640", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path)]
@@ -183,6 +188,7 @@ def test_a_report_checks_every_file(tiny_study, tmp_path, capsys, name):
     assert f"{path} is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_report_whose_reader_has_read_enough_ends_without_a_word(tiny_study, tmp_path):
     copy = shutil.copytree(tiny_study.folder, tmp_path / "copy")
     script = f"{sys.executable} -m s6lib report {copy} | true"
@@ -211,6 +217,7 @@ CONDITIONS = (s6lib.CONTROL, s6lib.Condition("l1", "\N{GREEK SMALL LETTER LAMDA}
 """
 
 
+@pytest.mark.slow
 def test_a_letter_that_the_output_lacks_and_a_file_named_like_a_module_of_pythons(tmp_path):
     (tmp_path / "random.py").write_text(GREEK, encoding="utf-8")
     command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import importlib.util
 import inspect
 import io
 import pickle
@@ -10,6 +9,8 @@ import re
 import sys
 import types
 import warnings
+from functools import cache, wraps
+from itertools import product
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -225,32 +225,31 @@ class TestTraining:
             torch.testing.assert_close(a, b)
 
     @pytest.mark.parametrize(("samples", "splits", "calls"), [(64, 4, 4), (62, 4, 4), (64, 16, 1), (62, 16, 2)])
-    @pytest.mark.parametrize("track", [True, False])
-    @pytest.mark.parametrize("momentum", [0.1, None])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_no_number_is_copied_to_the_device(self, samples, splits, calls, track, momentum, dtype):
+    def test_no_number_is_copied_to_the_device(self, samples, splits, calls):
         """A copy from the host would make a GPU wait, and keep the layer out of a CUDA graph."""
-        ghost = GhostBatchNorm(3, splits, momentum=momentum, track_running_stats=track, dtype=dtype)
-        images = torch.randn(samples, 3, 4, 4, dtype=dtype)
-        with Operations() as operations:
-            ghost(images)
-        assert operations.names.count("native_batch_norm") == calls
-        assert not {"lift_fresh", "_local_scalar_dense"} & set(operations.names)
-        if momentum is not None and dtype is torch.float32 and splits == 4:
-            assert not {"_to_copy", "copy_"} & set(operations.names)
+        for track, momentum, dtype in product((True, False), (0.1, None), (torch.float32, torch.float16)):
+            case = f"{track=}, {momentum=}, {dtype=}"
+            ghost = GhostBatchNorm(3, splits, momentum=momentum, track_running_stats=track, dtype=dtype)
+            images = torch.randn(samples, 3, 4, 4, dtype=dtype)
+            with Operations() as operations:
+                ghost(images)
+            assert operations.names.count("native_batch_norm") == calls, case
+            assert not {"lift_fresh", "_local_scalar_dense"} & set(operations.names), case
+            if momentum is not None and dtype is torch.float32 and splits == 4:
+                assert not {"_to_copy", "copy_"} & set(operations.names), case
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("layer_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("affine", [True, False])
-    @pytest.mark.parametrize("track", [True, False])
-    def test_takes_the_dtypes_that_batchnorm_takes(self, dtype, layer_dtype, affine, track):
-        images = torch.randn(8, 3, 4, 4).to(dtype)
-        options = {"affine": affine, "track_running_stats": track, "dtype": layer_dtype}
-        try:
-            expected = torch.cat([nn.BatchNorm2d(3, **options)(part) for part in images.chunk(4)])
-        except RuntimeError:
-            return
-        assert torch.equal(GhostBatchNorm(3, 4, **options)(images), expected)
+    def test_takes_the_dtypes_that_batchnorm_takes(self):
+        dtypes, taken = (torch.float64, torch.float32, torch.float16, torch.bfloat16), 0
+        for dtype, layer_dtype, affine, track in product(dtypes, dtypes, (True, False), (True, False)):
+            images = torch.randn(8, 3, 4, 4).to(dtype)
+            options = {"affine": affine, "track_running_stats": track, "dtype": layer_dtype}
+            try:
+                expected = torch.cat([nn.BatchNorm2d(3, **options)(part) for part in images.chunk(4)])
+            except RuntimeError:
+                continue
+            assert torch.equal(GhostBatchNorm(3, 4, **options)(images), expected), f"{dtype=}, {options}"
+            taken += 1
+        assert taken >= 16  # the equal dtypes at least
 
     @pytest.mark.parametrize("splits", [2, 4, 8, 16])
     def test_running_mean_does_not_depend_on_the_splits(self, splits):
@@ -512,6 +511,7 @@ class TestEvaluation:
 
 
 class TestCompiled:
+    @pytest.mark.slow
     @pytest.mark.parametrize("train", [True, False])
     def test_full_graph_at_two_batch_sizes(self, train):
         torch._dynamo.reset()
@@ -526,9 +526,17 @@ class TestCompiled:
         for a, b in zip(copied.buffers(), eager.buffers(), strict=True):
             torch.testing.assert_close(a, b)
 
-    @pytest.mark.parametrize("cut", [{"num_splits": 4}, {"num_splits": 16}, {"ghost_size": 4}])
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            {"num_splits": 4},
+            *(pytest.param(cut, marks=pytest.mark.slow) for cut in ({"num_splits": 16}, {"ghost_size": 4})),
+        ],
+    )
     def test_few_graphs_for_many_batch_sizes(self, cut):
         """As many as docs/ghost_batch_norm.md says: with one per remainder, torch would refuse the ninth."""
+        from torch._dynamo.testing import CompileCounter  # slow to import, so not in every worker
+
         torch._dynamo.reset()
         counter = CompileCounter()
         ghost = GhostBatchNorm(3, **cut)
@@ -787,10 +795,10 @@ class TestConversion:
         assert torch.equal(GhostBatchNorm(10, 4)(images), expected)
 
 
+@cache
 def torchs_inputs():
-    """The inputs that torch keeps for its own tests of BatchNorm1d, 2d and 3d, in training and in evaluation."""
-    if importlib.util.find_spec("expecttest") is None:
-        return [pytest.param(None, None, None, marks=pytest.mark.skip(reason="torch's test inputs need expecttest"))]
+    """Name the inputs that torch keeps for its own tests of BatchNorm1d, 2d and 3d, in training and evaluation."""
+    pytest.importorskip("expecttest", reason="torch's test inputs need expecttest")
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)  # other tests of this process set flags
@@ -801,11 +809,26 @@ def torchs_inputs():
             for train in (True, False):
                 for case in info.module_inputs_func(info, "cpu", torch.float64, True, train):
                     name = f"{info.module_cls.__name__}-{case.desc or 'default'}-{'train' if train else 'eval'}"
-                    cases.append(pytest.param(info.module_cls, case, train, id=name))
+                    cases.append((name, (info.module_cls, case, train)))
+    assert len(cases) > 30
     return cases
 
 
-@pytest.mark.parametrize(("kind", "case", "train"), torchs_inputs())
+def for_each_of_torchs_inputs(law):
+    """A test of a law for each input: here rather than with parametrize, so that only one worker imports them."""
+
+    @wraps(law)
+    def test(self):
+        for name, case in torchs_inputs():
+            try:
+                law(self, *case)
+            except Exception as error:
+                raise AssertionError(name) from error
+
+    del test.__wrapped__  # pytest would take its parameters for fixtures
+    return test
+
+
 class TestAsTorchTestsItsModules:
     """The laws of torch's test_modules.py, with its inputs for BatchNorm, for converted layers."""
 
@@ -819,6 +842,7 @@ class TestAsTorchTestsItsModules:
         ghost = GhostBatchNorm.convert(copy.deepcopy(norm), splits)
         return norm, ghost, case.forward_input.args[0].detach().clone().requires_grad_()
 
+    @for_each_of_torchs_inputs
     def test_is_batchnorm_with_one_split_and_ghost_by_ghost_with_two(self, kind, case, train):
         norm, ghost, images = self.layers(kind, case, train, splits=1)
         assert torch.equal(ghost(images), norm(images))
@@ -827,6 +851,7 @@ class TestAsTorchTestsItsModules:
         parts = images.chunk(2) if norm.training or norm.track_running_stats else [images]
         assert torch.equal(ghost(images), torch.cat([norm(part) for part in parts]))
 
+    @for_each_of_torchs_inputs
     def test_copies_and_files_are_the_layer(self, kind, case, train):
         _, ghost, images = self.layers(kind, case, train)
         file = io.BytesIO()
@@ -839,6 +864,7 @@ class TestAsTorchTestsItsModules:
             assert torch.equal(other(images), output)
             assert all(torch.equal(a, b) for a, b in zip(other.buffers(), ghost.buffers(), strict=True))
 
+    @for_each_of_torchs_inputs
     def test_any_memory_is_taken(self, kind, case, train):
         _, ghost, images = self.layers(kind, case, train)
         expected = copy.deepcopy(ghost)(images)
@@ -854,6 +880,7 @@ class TestAsTorchTestsItsModules:
             torch.testing.assert_close(output, expected)
             torch.testing.assert_close(torch.autograd.grad(output.square().sum(), other)[0], gradient)
 
+    @for_each_of_torchs_inputs
     def test_gradients(self, kind, case, train):
         _, ghost, images = self.layers(kind, case, train)
         parameters = dict(ghost.named_parameters())
@@ -867,6 +894,7 @@ class TestAsTorchTestsItsModules:
         assert torch.autograd.gradcheck(forward, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(forward, inputs, fast_mode=True)
 
+    @for_each_of_torchs_inputs
     def test_made_on_a_device_and_reset(self, kind, case, train):
         norm, _, images = self.layers(kind, case, train)
         arguments = case.constructor_input

@@ -58,7 +58,10 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+first, *others = MUTATIONS
+
+
+@pytest.mark.parametrize("name", [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)])
 def test_a_mistake_breaks_its_law(name, monkeypatch):
     right, wrong, law = MUTATIONS[name]
     source = (PROJECT / "s6lib" / "norm.py").read_text()

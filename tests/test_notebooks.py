@@ -88,6 +88,7 @@ def test_what_s6lib_exports_is_imported_from_there(path):
     assert not {name for names in imported for name in names.split(", ")} & set(s6lib.__all__)
 
 
+@pytest.mark.slow
 def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
     """A copy of 04, cut down to its first cells and this number, which it claims to be 0.01 points more."""
     notebook = json.loads((PROJECT / "notebooks" / "04_analysis.ipynb").read_text())
@@ -162,6 +163,7 @@ def test_the_first_cell_makes_s6lib_importable_in_colab(tmp_path):
         assert not (tmp_path / "lab.old").exists()
 
 
+@pytest.mark.slow
 def test_a_clone_that_fails_is_a_sentence_in_the_first_cell_which_then_runs_again(tmp_path):
     """In one kernel: Python would remember that there was no s6lib in a folder that was not there."""
     script = f"""\
@@ -179,6 +181,7 @@ print(get_ipython().run_cell(cell).success)
     assert f"{tmp_path}/lab/s6lib/__init__.py" in succeeded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["empty", "cut off", "no clone"])
 def test_the_first_cell_runs_over_an_empty_or_half_made_lab(tmp_path, state):
     lab = tmp_path / "lab"
@@ -219,6 +222,7 @@ def own_folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["03_study", "04_analysis", "05_replication", "09_methods"])
 def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder, name):
     """As text, which is how 03 teaches to name a folder on Drive."""
@@ -258,9 +262,9 @@ def test_a_folder_without_runs_is_a_sentence(tmp_path, name, folder):
 
 
 @pytest.mark.parametrize("name", ["05_replication", "09_methods"])
-def test_one_seed_is_too_few_to_compare_and_a_sentence_says_so(own_folder, tmp_path, name):
+def test_one_seed_is_too_few_to_compare_and_a_sentence_says_so(tiny_study, tmp_path, name):
     for run in ("plain/gbn/seed-1", "plain/l1-bn/seed-1"):
-        shutil.copytree(own_folder / run, tmp_path / run)
+        shutil.copytree(tiny_study.folder / run, tmp_path / run)
     (cell,) = [cell.source for cell in read(name, FOLDER=repr(str(tmp_path))).cells if "\nFOLDER = " in cell.source]
     with pytest.raises(s6lib.S6Error, match=r"plain has too few runs to compare: .* two seeds or more"):
         exec(cell, {})
@@ -278,6 +282,7 @@ def test_nothing_is_trained_until_the_reader_says_so(monkeypatch):
                 assert names["FOLDER"] == PROJECT / "results"
 
 
+@pytest.mark.slow
 def test_the_full_mode_says_first_what_it_trains_and_for_how_long(tmp_path):
     short = 'replace(PLAIN, name="short", epochs=2, train_images=640)'
     notebook = read("03_study", MODE='"full"', RECIPE=short, FOLDER=repr(str(tmp_path)))
@@ -319,6 +324,7 @@ for seed in slider.options:
 """
 
 
+@pytest.mark.slow
 def test_the_slider_moves_after_the_whole_notebook_has_run():
     notebook = read("05_replication")
     notebook.cells.append(nbformat.v4.new_code_cell(SLIDE))
@@ -507,6 +513,7 @@ print(len(s6lib.statistics.paired_comparisons(again.outcomes())), "comparisons")
 )
 
 
+@pytest.mark.slow
 def test_a_network_of_a_notebook_cell_runs_resumes_and_is_judged_and_edited_is_refused(tmp_path):
     cells = [nbformat.v4.new_code_cell(source) for source in OWN_CELLS]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -516,6 +523,7 @@ def test_a_network_of_a_notebook_cell_runs_resumes_and_is_judged_and_edited_is_r
     assert "3 comparisons" in notebook.cells[2].outputs[0]["text"]
 
 
+@pytest.mark.slow
 def test_the_stand_in_for_colab_takes_the_first_cell_seriously_and_sees_differences(tmp_path):
     """With this Python in place of Colab's; pip is replaced, since a test installs nothing."""
     variables = colab.stand_in(tmp_path, sys.executable)

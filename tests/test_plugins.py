@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import bounded
 
 from s6lib.data import PROJECT
@@ -26,6 +27,7 @@ def test_warning():
 """
 
 
+@pytest.mark.slow
 def test_a_plugin_may_warn_as_it_starts_and_a_test_may_not(tmp_path):
     (tmp_path / "tests").mkdir()
     shutil.copy(PROJECT / "pyproject.toml", tmp_path)

@@ -46,7 +46,7 @@ def test_learning_rate_falls_tenfold_every_six_epochs():
     assert [first for first, *_ in rates] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
 
 
-@given(st.integers(1, 6), st.integers(1, 2000), st.integers(1, 700))
+@given(st.integers(1, 6), st.integers(1, 200), st.integers(1, 70))
 def test_one_cycle_is_torchs(epochs, images, batch):
     recipe = Recipe("cycle", Own, epochs=epochs, train_images=images, batch_size=batch, schedule="one-cycle")
     ours = [rate for epoch in range(1, epochs + 1) for rate in recipe.learning_rates(epoch)]
@@ -81,7 +81,7 @@ def rates_of(recipe):
     return [rate for epoch in range(1, recipe.epochs + 1) for rate in recipe.learning_rates(epoch)]
 
 
-@given(st.integers(1, 6), st.integers(1, 2000), st.integers(1, 700), st.integers(1, 3))
+@given(st.integers(1, 6), st.integers(1, 200), st.integers(1, 70), st.integers(1, 3))
 def test_a_cosine_is_torchs(epochs, images, batch, passes):
     recipe = replace(OWN, epochs=epochs, train_images=images, batch_size=batch, passes=passes, schedule="cosine")
     ours = rates_of(recipe)

@@ -176,7 +176,11 @@ RECORDED = [
 ] + [Run(CYCLE, SIZES[0], 1)]
 
 
-@pytest.mark.parametrize("run", RECORDED, ids=lambda run: f"{run.recipe.name}-{run.condition.slug}")
+*BEFORE, ALL_AT_ONCE, BOTTLENECKS, CYCLES = RECORDED
+SOME = [ALL_AT_ONCE, CYCLES, *(pytest.param(run, marks=pytest.mark.slow) for run in (*BEFORE, BOTTLENECKS))]
+
+
+@pytest.mark.parametrize("run", SOME, ids=lambda run: f"{run.recipe.name}-{run.condition.slug}")
 def test_recorded_steps_train_to_the_bits_of_steps_as_they_are(run, gpu, monkeypatch, capfd):
     expected = as_they_are(run, monkeypatch)
     found = trained(run)
@@ -295,7 +299,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("reads", "counts unseen")  # found before a step is recorded, and by comparing the first ones
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
 def test_what_cannot_be_recorded_runs_step_by_step_and_one_line_says_why(case, gpu, monkeypatch, capfd):
     recipe, changes, reason = CASES[case]
     run = Run(recipe, Condition("own", **changes), 1)

@@ -187,6 +187,7 @@ class Counting(nn.Sequential):
         self.steps = state["steps"]
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("network", [Tutorial, Lazy, Volume, Sparse, Complex, SittingOut, Counting])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_networks_of_every_kind_learn(network, seed):

@@ -13,7 +13,6 @@ import cloudpickle
 import pytest
 import torch
 from conftest import GBN, L1_BN, TINY, bounded
-from distributed import Client
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
@@ -70,6 +69,18 @@ def command(cluster, out, *more):
     return [sys.executable, "-m", "s6lib", "run", *options, *more]
 
 
+ONCE = replace(TINY, epochs=1, train_images=64)
+
+
+def test_a_study_on_a_cluster_equals_the_local_one(cluster, tmp_path):
+    cluster.worker("--no-nanny")
+    with dask_executor(f"tcp://{cluster.address}") as executor:
+        study = run_study(ONCE, (GBN,), 1, tmp_path / "out", executor=executor, show_progress=False)
+    assert os.getpid() not in set(study.about()["process"])
+    assert_same_study(study, run_study(ONCE, (GBN,), 1, tmp_path / "here", jobs=1, show_progress=False))
+
+
+@pytest.mark.slow
 def test_a_study_on_a_cluster_equals_the_local_one_though_a_worker_is_killed(cluster, tiny_study, tmp_path):
     workers = [cluster.worker("--no-nanny"), cluster.worker("--no-nanny")]
     out, printed = tmp_path / "out", ""
@@ -94,6 +105,7 @@ def deadly(model):
     return 0 * model.layers[0].weight.sum()
 
 
+@pytest.mark.slow
 def test_one_worker_never_trains_in_the_driver_and_a_deadly_run_is_named(cluster, tiny_study, tmp_path):
     cluster.worker()  # with a nanny, which starts it again
     conditions = (Condition("deadly", penalty=deadly), L1_BN, GBN)
@@ -111,6 +123,7 @@ def test_one_worker_never_trains_in_the_driver_and_a_deadly_run_is_named(cluster
 WITHOUT = "import sys; sys.modules['s6lib'] = None; from distributed.cli.dask_worker import main; main()"
 
 
+@pytest.mark.slow
 def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
     place = ("--local-directory", str(tmp_path / "w"), "--no-nanny", "--nthreads", "1", "--no-dashboard")
     arguments = [sys.executable, "-c", WITHOUT, f"tcp://{cluster.address}", *place]
@@ -123,6 +136,7 @@ def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(cluster, tmp_path):
     cluster.worker("--no-nanny")
     out, printed = tmp_path / "out", ""
@@ -136,6 +150,7 @@ def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(clus
     assert list(out.rglob("run.json"))
 
 
+@pytest.mark.slow
 def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cluster, tiny_study, tmp_path):
     with bounded(command(cluster, tmp_path / "out")) as driver:
         line = driver.stdout.readline()
@@ -149,6 +164,7 @@ def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cl
     assert driver.pid not in set(study.about()["process"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_study, tmp_path):
     cluster.worker("--no-nanny")
     out = tmp_path / "out"
@@ -162,6 +178,8 @@ def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_stud
     assert printed.splitlines()[-1].startswith("Stopped. Every finished run is kept; so is every finished")
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
     assert 1 <= len(finished) < 4
+    from distributed import Client  # slow to import, so not in every worker
+
     with Client(f"tcp://{cluster.address}", set_as_default=False) as client:
         kept = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
     assert kept == 0
@@ -178,19 +196,21 @@ def test_another_form_of_address_is_a_wrong_request(address, capsys):
     assert "is not of the form dask://HOST:PORT" in capsys.readouterr().err
 
 
-def test_any_executor_takes_the_runs_so_many_at_a_time(tiny_study, tmp_path):
-    sent, most = 0, 0
+@pytest.mark.usefixtures("few_digits")
+def test_any_executor_takes_the_runs_so_many_at_a_time(tmp_path):
+    sent, most, out = 0, 0, tmp_path / "out"
 
     class Counting(ThreadPoolExecutor):
         def submit(self, *arguments):
             nonlocal sent, most
             sent += 1
-            most = max(most, sent - len(list(tmp_path.rglob("run.json"))))
+            most = max(most, sent - len(list(out.rglob("run.json"))))
             return super().submit(*arguments)
 
     with Counting(2) as executor:
-        study = run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path, executor=executor, jobs=2, show_progress=False)
-    assert_same_study(study, tiny_study)
+        study = run_study(ONCE, (L1_BN, GBN), (1, 2), out, executor=executor, jobs=2, show_progress=False)
+    here = run_study(ONCE, (L1_BN, GBN), (1, 2), tmp_path / "here", jobs=1, show_progress=False)
+    assert_same_study(study, here)
     assert sent == 4
     assert most <= 3  # one has come back and is being saved
 
@@ -202,10 +222,10 @@ def test_an_executor_that_is_shut_down_is_a_failure_of_each_run(tmp_path):
         run_study(TINY, (GBN,), (1,), tmp_path, executor=executor, show_progress=False)
 
 
+@pytest.mark.slow
 def test_what_is_ones_own_travels_by_value(tmp_path):
     """To a process that knows nothing of this file, and shares no disk."""
-    once = replace(TINY, epochs=1, train_images=64)
-    run, settings = Run(once, Condition("half", penalty=half), 1), JobSettings(tmp_path, "not there", "cpu", None)
+    run, settings = Run(ONCE, Condition("half", penalty=half), 1), JobSettings(tmp_path, "not there", "cpu", None)
     task = tmp_path / "task"
     task.write_bytes(pickle.dumps(("key", pack(run), settings)))
     script = (

@@ -68,6 +68,7 @@ def test_a_published_run_is_not_trained_again_though_a_file_is_damaged(copy, nam
     assert path.read_bytes() == b"damaged"
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("damage", ["both damaged", "code"])
 def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, capsys, damage):
     once = replace(TINY, epochs=1, train_images=64)

@@ -13,6 +13,8 @@ from processes import THOROUGH, end, started, wait_for, workers_of
 
 from s6lib.study import Study
 
+pytestmark = pytest.mark.slow
+
 
 def open_files(process: subprocess.Popen) -> list[int]:
     """How many files the driver and each of its workers hold open."""

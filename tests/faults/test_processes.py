@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import GBN, L1_BN, TINY
+from conftest import GBN, L1_BN, TINY, evaluation_on_few_digits
 from processes import REQUEST, THOROUGH, command, complete, end, kill, started, wait_for
 from test_study import assert_same_study
 
@@ -28,6 +28,15 @@ def undisturbed(tiny_study):
     return Study(tiny_study.folder, seeds=(1,))
 
 
+def test_kill_9_in_mid_run_loses_nothing(undisturbed, tmp_path):
+    with started(tmp_path, "--jobs", "1") as process:
+        wait_for("epoch 1/2", process)
+        kill(process, "all")
+    assert list(tmp_path.rglob("checkpoint.pt"))
+    assert_same_study(complete(tmp_path), undisturbed)
+
+
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
     moments, kills, studies = random.Random(20), 0, 1
     while kills < (100 if THOROUGH else 3):
@@ -44,6 +53,7 @@ def test_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
     assert_same_study(complete(tmp_path / str(studies)), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_worker_with_nothing_to_do_ends_with_its_driver(tmp_path):
     with started(tmp_path, "--conditions", "gbn", "--seeds", "1", "2", "3", "--epochs", "3") as process:
         for _ in range(2):
@@ -62,6 +72,7 @@ def deadly(model):
     return 0 * model.layers[0].weight.sum()
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(undisturbed, tmp_path, capsys):
     conditions = (Condition("deadly", penalty=deadly), L1_BN, GBN)
     with pytest.raises(RunsFailed, match=r"^deadly \(deadly\), seed 1: .*: is memory short .* with fewer jobs$"):
@@ -70,7 +81,7 @@ def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(
     assert capsys.readouterr().err.count("a worker process was killed; its runs go on in a new one\n") == 3
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(undisturbed, tmp_path, times):
     with started(tmp_path) as process:
         wait_for("epoch 1/2", process)
@@ -83,6 +94,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(undisturbed, tmp_path, times
     assert_same_study(complete(tmp_path), undisturbed)
 
 
+@pytest.mark.slow
 def test_an_output_folder_removed_in_mid_run(undisturbed, tmp_path):
     out = tmp_path / "out"
     with started(out) as process:
@@ -99,6 +111,7 @@ time.time = lambda: next(moments)
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back(undisturbed, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BACKWARDS)  # Python runs it before all else
     with started(tmp_path / "out", "--jobs", "1", env={**os.environ, "PYTHONPATH": str(tmp_path)}) as process:
@@ -114,9 +127,11 @@ ONCE = partial(run_study, replace(TINY, epochs=1, train_images=64), (GBN,), (1,)
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-    return ONCE(out=tmp_path_factory.mktemp("once"))
+    with evaluation_on_few_digits():
+        return ONCE(out=tmp_path_factory.mktemp("once"))
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("nth", range(1, 8))
 def test_a_disk_that_is_full_at_any_write(once, tmp_path, monkeypatch, nth):
     """One epoch writes seven files: history, checkpoint, history, predictions, weights, history, run.json."""
@@ -138,6 +153,7 @@ def test_a_disk_that_is_full_at_any_write(once, tmp_path, monkeypatch, nth):
     assert len(written) > nth
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not THOROUGH, reason="much like the next, where a tmpfs can be mounted")
 def test_files_that_may_not_grow(undisturbed, tmp_path):
     """A limit on the size of a file, in driver and workers: the system's own error at a real write."""
@@ -165,6 +181,7 @@ def skip_unless_mounted(folder: Path) -> None:
         pytest.skip("this user may not mount a tmpfs")
 
 
+@pytest.mark.slow
 def test_a_real_disk_that_is_full(undisturbed, tmp_path):
     skip_unless_mounted(tmp_path / "try")
     disk, out = tmp_path / "disk", tmp_path / "out"
@@ -175,6 +192,7 @@ def test_a_real_disk_that_is_full(undisturbed, tmp_path):
     assert_same_study(complete(out), undisturbed)
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_is_read_only(tmp_path):
     skip_unless_mounted(tmp_path / "try")
     disk = tmp_path / "disk"
