@@ -39,10 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # statsmodels collects garbage at each of Holm's corrections, and would go through all of torch
-
-
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # or nanobind reports at the end, line by line, what is never freed
 
@@ -64,6 +60,12 @@ def bounded(command: list[str], seconds: float = 300, **popen) -> Iterator[subpr
             limit.cancel()
             with suppress(ProcessLookupError):  # as it should be
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Freeze torch and what is left of other modules: statsmodels collects garbage at each of Holm's corrections."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

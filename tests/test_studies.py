@@ -26,10 +26,17 @@ def parameters(recipe, condition):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_condition_of_a_study_can_be_trained(file: Path, mnist):
+def test_a_study_can_be_trained(file: Path, mnist):
     recipe, conditions = read_study_file(str(file))
     assert len({condition.slug for condition in conditions}) == len(conditions)
-    for condition in conditions[:: 1 + len(conditions) // 20]:  # of a long study some
+    first_steps(Run(recipe, conditions[-1], 1), mnist)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_condition_of_a_study_can_be_trained(file: Path, mnist):
+    recipe, conditions = read_study_file(str(file))
+    for condition in conditions:
         first_steps(Run(recipe, condition, 1), mnist)
 
 
@@ -53,7 +60,7 @@ def test_the_search_has_seen_no_test_digit_and_its_table_is_of_its_trials():
 
 
 def test_the_table_of_the_search_is_what_its_saved_weights_give(mnist):
-    """On every tenth held-out digit; what was saved of all of them gives the table."""
+    """On every fiftieth held-out digit; what was saved of all of them gives the table."""
     recipe, conditions = read_study_file(str(PROJECT / "studies" / "frontier_search.py"))
     table = pd.read_csv(PROJECT / "studies" / "frontier_search.csv").set_index("trial")
     held_out = hold_out(mnist[0])[1]
@@ -63,14 +70,15 @@ def test_the_table_of_the_search_is_what_its_saved_weights_give(mnist):
         assert about == recipe_entry(recipe) | {"network": about["network"]}
         model = build_model(recipe, condition)
         model.load_state_dict(torch.load(read_result(folder, "weights.pt"), weights_only=True))
-        tenth = evaluate(model, held_out.part(slice(None, None, 10))).predictions.numpy()
+        some = evaluate(model, held_out.part(slice(None, None, 50))).predictions.numpy()
         saved = np.load(read_result(folder, "predictions.npy"))
-        assert np.count_nonzero(tenth != saved[::10]) <= 1  # two logits may nearly tie, on another processor
+        assert np.count_nonzero(some != saved[::50]) <= 1  # two logits may nearly tie, on another processor
         assert row["held_out_accuracy"] == round(100 * (saved == held_out.labels.numpy()).mean(), 2)
         last = pd.read_csv(read_result(folder, "history.csv")).iloc[-1]
         assert (row["train_loss"], row["held_out_loss"]) == (round(last["train_loss"], 4), round(last["val_loss"], 4))
 
 
+@pytest.mark.slow
 def test_the_published_search_is_that_of_its_study_file():
     """Its source has changed since, but not what it does."""
     recipe, conditions = read_study_file(str(PROJECT / "studies" / "frontier_search.py"))

@@ -52,8 +52,8 @@ def test_model_is_the_saved_one(tiny_study, mnist):
     for run in tiny_study.runs:
         model = tiny_study.model(*run)
         assert not model.training
-        evaluation = evaluate(model, mnist[1])
-        assert evaluation.predictions.tolist() == tiny_study.predictions(*run).tolist()
+        evaluation = evaluate(model, mnist[1].part(slice(1000)))
+        assert evaluation.predictions.tolist() == tiny_study.predictions(*run)[:1000].tolist()
 
 
 def test_study_of_nothing_and_a_run_that_is_not_there(tiny_study, tmp_path):
