@@ -183,8 +183,8 @@ def readme_summary() -> str:
         **What was asked.** Train a network of 10,000 parameters to read handwritten digits (MNIST) in five variants:
         with an L1 penalty, with an L2 penalty, with both, with Ghost Batch Normalization (`GhostBatchNorm`, which
         normalises parts of each batch separately), and with all three. Which variant gets the most test digits right?
-        Hundreds of students have answered from one run of each variant, and their answers contradict each other. So
-        three questions and their analysis were [fixed in writing](docs/preregistration.md), and then
+        Hundreds of students have answered from one run of each, and their answers contradict each other. So the
+        questions and their analysis were [fixed in writing](docs/preregistration.md), and then
         {len(FACTORIAL_SEEDS)} fresh seeds were run."""
     answer_heading = "**What came out.** 0.01 points of accuracy is one of the 10,000 test digits."
     return join(paragraph(question), answer_heading, prescribed_sentences(), pruning(), few_digits())
@@ -221,35 +221,21 @@ def few_digits() -> str:
     most = {size: number(gains_there.mean().max(), 2) for size, gains_there in when_gains().items()}
     return paragraph(f"""
         **When it matters.** On 60,000 digits nothing is overfitted, so there is nothing to cure. With few digits there
-        is: without regularisation, the same network learns 300 digits by heart and gets {nothing(300):.1f}% of the test
-        digits right. Each regulariser alone adds points: {", ".join(gains[:-1])} and {gains[-1]}
-        ({len(WHEN_SEEDS[300])} seeds). On 3,000 digits the best adds {most[3_000]} points, on 10,000 digits {most[10_000]}. These questions, too, were
-        [fixed beforehand](docs/preregistration_when.md).""")
+        is: without regularisation, the network learns 300 digits by heart and gets {nothing(300):.1f}% of the test
+        digits right. Each regulariser alone adds points: {", ".join(gains[:-1])} and {gains[-1]}. On 3,000 digits the
+        best adds {most[3_000]}, on 10,000 digits {most[10_000]}
+        ([fixed beforehand](docs/preregistration_when.md)).""")
 
 
 def readme_more() -> str:
-    """What luck does, and what changes the accuracy."""
+    """What luck does."""
     sd = run_sd(ten_seeds())
     two_runs, five_variants = 2 / math.sqrt(math.pi) * sd, equal_conditions(sd)[1]  # mean distances of normal values
     luck = f"""
-        Why not one run of each? Two runs of the *same* variant, with different random numbers, differ by about
+        Two runs of the *same* variant, with different random numbers, differ by about
         {100 * two_runs:.0f} digits, and the best and worst of five *equal* variants by about
         {100 * five_variants:.0f}."""
-    networks = sizes().query("network == 'SeparableNet'")
-    smallest = networks[networks["mean"].round(6) >= 99.4].sort_values("parameters").iloc[0]
-    size = f"""
-        Network size and the learning-rate schedule do change the accuracy. The smallest of
-        [five networks](notebooks/08_frontier.ipynb) with a mean of 99.4% has {smallest["parameters"]:,} parameters
-        ({smallest["mean"]:.2f}%, {smallest["n"]} seeds). A one-cycle learning rate, in place of steps, gains PlainNet
-        {number(one_cycle_gain()["mean"], 2)} points ({one_cycle_gain()["n"]} fresh seeds)."""
-    ends = [f"{row.parameters:,} parameters {row.mean:.2f}%" for row in networks.iloc[[0, -1]].itertuples()]
-    seeds = f"means of {smallest['n']} seeds"
-    return join(
-        paragraph(luck),
-        f"![PlainNet: {intervals_and_margin()}](images/plain_preregistered.png)",
-        paragraph(size),
-        f"![Test accuracy by number of parameters: {seeds}, {', '.join(ends)}](images/frontier.png)",
-    )
+    return join(paragraph(luck), f"![PlainNet: {intervals_and_margin()}](images/plain_preregistered.png)")
 
 
 def intervals_and_margin() -> str:
@@ -356,7 +342,8 @@ def differences(lowest: str) -> str:
         once says that something differs (Friedman's, chosen afterwards: p = {friedman_p(ten_seeds()):.3f}). The lowest
         is {lowest}, and the largest difference that of L2 + BN over GBN. On {new["n"]} new seeds this difference is
         {number(new["difference"])} points, 95% interval {interval(new["low"], new["high"])}, and does not pass the one
-        test that was fixed before they were run (p = {new["p"]:.2f}). None of the three questions is about this pair.""")
+        test that was fixed before they were run (p = {new["p"]:.2f}). None of the three questions is about this
+        pair.""")
 
 
 def scatter() -> str:
@@ -416,8 +403,8 @@ def frontier() -> str:
         99.40%, in one run, has {reports["parameters"].min():,} parameters."""
     whole = recipe_gain()
     recipe = f"""
-        PlainNet gains {number(whole["mean"])} points by this recipe, compared with BN and the recipe above (95% interval
-        {interval(whole["low"], whole["high"])}, n = {whole["n"]}, paired by seed)."""
+        PlainNet gains {number(whole["mean"])} points by this recipe, compared with BN and the recipe above (95%
+        interval {interval(whole["low"], whole["high"])}, n = {whole["n"]}, paired by seed)."""
     return join(table(header, rows), paragraph(goals), paragraph(recipe))
 
 
