@@ -235,7 +235,7 @@ def readme_more() -> str:
         Two runs of the *same* variant, with different random numbers, differ by about
         {100 * two_runs:.0f} digits, and the best and worst of five *equal* variants by about
         {100 * five_variants:.0f}."""
-    return join(paragraph(luck), f"![PlainNet: {intervals_and_margin()}](images/plain_preregistered.png)")
+    return paragraph(luck)
 
 
 def intervals_and_margin() -> str:
