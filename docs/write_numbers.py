@@ -485,10 +485,17 @@ def when_question(question: Callable[[Path], pd.DataFrame]) -> str:
     except ValueError as error:
         return f"**{title.strip()}** Not answered yet: {str(error).split(',')[0]}."
     if "p_holm" not in answers:
-        rows = [(row.subject, row.said) for row in answers.itertuples()]
+        rows = [(WHEN_NAMES[row.subject], row.said) for row in answers.itertuples()]
         return join(f"**{title.strip()}**", table("| | conclusion |", rows))
     rows = [
-        (row.subject, row.n, number(row.mean, 2, "+"), interval(row.low, row.high, "+"), small_p(row.p_holm), row.said)
+        (
+            WHEN_NAMES.get(row.subject, row.subject),
+            row.n,
+            number(row.mean, 2, "+"),
+            f"{number(row.low, 2, '+')} to {number(row.high, 2, '+')}",
+            small_p(row.p_holm),
+            row.said,
+        )
         for row in answers.itertuples()
     ]
     return join(f"**{title.strip()}**", table("| | n | mean | 95% interval | p, Holm | conclusion |", rows))
