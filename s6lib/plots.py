@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -118,7 +119,7 @@ def _draw_spread(axes: Axes, ends: pd.DataFrame, column: str) -> None:
     axes.set_xlim(low, high + 0.14 * (high - low))
     place = high + 0.03 * (high - low)
     axes.vlines(place, middle - sd, middle + sd, color="#888888", linewidth=4)
-    text = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 10, "color": "#444444"}
+    text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 10, "color": "#444444"}
     beside, name = high + 0.09 * (high - low), "runs of one condition: \N{PLUS-MINUS SIGN}1 SD"
     axes.text(beside, 0.5, name, transform=axes.get_xaxis_transform(), **text)
 
@@ -384,7 +385,7 @@ def plot_differences(
 
 def _write_column(axes: Axes, right: float, header: str, texts: Sequence[str]) -> None:
     """Write a header above the panel and a text beside each row, flush right, so many points right of the panel."""
-    look = {"ha": "right", "va": "center", "fontsize": 10, "textcoords": "offset points"}
+    look: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10, "textcoords": "offset points"}
     edge = axes.get_yaxis_transform()
     axes.annotate(header, (1, 1), (right, 10), xycoords="axes fraction", color="#555555", **look)
     for row, text in enumerate(texts):
