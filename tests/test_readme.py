@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 
+import pandas as pd
 import pytest
 
 from s6lib.data import PROJECT
@@ -150,3 +151,22 @@ def test_the_example_of_ones_own_runs_from_a_file(tmp_path, monkeypatch):
     example = importlib.import_module("readme_example")
     assert len(example.study.runs) == 14
     assert example.study.folder.resolve() == tmp_path / "runs"
+
+
+def test_the_claims_about_few_digits_hold():
+    """Those of the README, of docs/results.md and of notebook 06."""
+    assert numbers.preregistered_when.gain(numbers.WHEN)["said"].str.startswith("gains").all()
+    means = {size: gains.mean() for size, gains in numbers.when_gains().items()}
+    assert means[100].between(7.5, 16).all()
+    assert means[300].between(2, 4.5).all()
+    assert (means[1_000] < means[300] / 3 + 0.001).all()
+    assert means[10_000].abs().max() < 0.15
+    assert means[100].idxmax() == means[300].idxmax() == "rotation"
+    assert numbers.nothing(1_000) - numbers.nothing(300) > means[300].max()
+    table = pd.read_csv(PROJECT / "studies" / "when_search.csv")
+    together = table.query("name == 'together'").groupby("strength")["accuracy"].mean().round(1)
+    assert together.to_dict() == {1.0: 81.9, 0.5: 96.0, 0.25: 95.5, 0.125: 94.0}
+    large, *ghosts = numbers.preregistered_when.batches(numbers.WHEN)["mean"].round(2)
+    assert (large, ghosts) == (-0.65, [0.09, 0.09])
+    more, less = numbers.preregistered_when.together(numbers.WHEN)["mean"]
+    assert (round(more, 1), round(less)) == (0.9, -10)
