@@ -5,6 +5,7 @@ a function that returns Markdown, give it a name in BLOCKS, put both markers on 
 its words depends on the numbers, choose the words in the function, or test the claim in tests/test_readme.py.
 """
 
+import itertools
 import math
 import re
 import textwrap
@@ -467,8 +468,28 @@ def when() -> str:
         Gain over no regularisation in points of test accuracy, paired by seed, with the 95% t interval of the mean.
         Seeds: {n}. Without regularisation the accuracy is {base} digits."""
     header = f"| alone | {' | '.join(f'{size:,} digits' for size in sizes)} |"
-    answers = [when_question(question) for question in preregistered_when.QUESTIONS]
-    return join(paragraph(caption), table(header, rows), *answers)
+    *first, batches = [when_question(question) for question in preregistered_when.QUESTIONS]
+    return join(paragraph(caption), table(header, rows), *first, best_strengths(), batches)
+
+
+def best_strengths() -> str:
+    """Question 6, which the trials answer."""
+    conditions = {one.slug: one for one in read_study_file(str(PROJECT / "studies" / "when.py"))[1]}
+    rows = []
+    for slug, name in WHEN_NAMES.items():
+        chosen = [strength(conditions[f"{size}-{slug}"], slug) for size in WHEN_SEEDS if size < 10_000]
+        steps = [after - before for before, after in itertools.pairwise(chosen)]
+        falls, rises = max(steps) <= 0 and sum(steps) < 0, min(steps) >= 0 and sum(steps) > 0
+        rows.append(
+            (name, ", ".join(f"{one:g}" for one in chosen), "falls" if falls else "rises" if rises else "neither")
+        )
+    title = "**Question 6: does the best strength fall with size? The trials answer, from 100 to 3,000 digits.**"
+    return join(title, table("| | best strengths | conclusion |", rows))
+
+
+def strength(condition: Condition, regulariser: str) -> float:
+    own = {"l1": condition.l1, "l2": condition.l2, "ghosts": condition.num_splits}
+    return own.get(regulariser) or condition.changes[regulariser]
 
 
 def cell(gains: pd.Series) -> str:
