@@ -510,7 +510,9 @@ def when_question(question: Callable[[Path], pd.DataFrame]) -> str:
         return join(f"**{title.strip()}**", table("| | conclusion |", rows))
     rows = [
         (
-            WHEN_NAMES.get(row.subject, row.subject),
+            WHEN_NAMES.get(
+                row.subject, row.subject.replace("l1-exercise", "L1 0.0002").replace("l2-exercise", "L2 0.0001")
+            ),
             row.n,
             number(row.mean, 2, "+"),
             f"{number(row.low, 2, '+')} to {number(row.high, 2, '+')}",
