@@ -322,13 +322,13 @@ def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
     return axes.figure
 
 
-# Of docs/preregistration_when.md: name in the figures, and color.
+# Of docs/preregistration_when.md: name in the figures, what its strength is, and color.
 REGULARISERS = {
-    "rotation": ("rotation", "#56B4E9"),
-    "l2": ("L2", COLORS["l2-bn"]),
-    "dropout": ("dropout", COLORS["l1-l2-bn"]),
-    "ghosts": ("ghost batches", COLORS["gbn"]),
-    "l1": ("L1", COLORS["l1-bn"]),
+    "rotation": ("rotation", "largest angle, degrees", "#56B4E9"),
+    "l2": ("L2", "weight of the penalty", COLORS["l2-bn"]),
+    "dropout": ("dropout", "share dropped", COLORS["l1-l2-bn"]),
+    "ghosts": ("ghost batches", "ghosts in a batch", COLORS["gbn"]),
+    "l1": ("L1", "weight of the penalty", COLORS["l1-bn"]),
 }
 
 
@@ -365,11 +365,11 @@ def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "
     with rc_context(STYLE):
         for axes, reach, name in zip(figure.subplots(1, 2), (None, 0.8), ("the whole range", "enlarged"), strict=True):
             axes.axhline(0, color="#333333", linewidth=1)
-            for aside, (slug, (label, color)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
+            for aside, (slug, (label, _, color)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
                 look = {"color": color, "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
-                _draw_gains(axes, gains[gains["name"] == slug], 1.05**aside, look)
+                _draw_gains(axes, gains[gains["name"] == slug], 1.12**aside, look)
                 hollow = {**look, "label": None, "markerfacecolor": "white", "linestyle": "none"}
-                _draw_gains(axes, others[others["name"] == slug], 1.05**aside, hollow)
+                _draw_gains(axes, others[others["name"] == slug], 1.12**aside, hollow)
             sizes = sorted({*gains["size"], *others["size"]})
             axes.set_xscale("log")
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -407,17 +407,18 @@ def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
         for row, size in zip(panels, sizes, strict=True):
             for axes, slug in zip(row, REGULARISERS, strict=True):
                 _draw_strengths(
-                    axes, trials[(trials["name"] == slug) & (trials["size"] == size)], REGULARISERS[slug][1]
+                    axes, trials[(trials["name"] == slug) & (trials["size"] == size)], REGULARISERS[slug][2]
                 )
             highest = max(0.2, trials.loc[trials["size"] == size, "gain"].max())
             row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} digits\ngain, points")
-        for column, (slug, (label, _)) in zip(panels.T, REGULARISERS.items(), strict=True):
+        for column, (slug, (label, strength, _)) in zip(panels.T, REGULARISERS.items(), strict=True):
             strengths = sorted(set(trials.loc[trials["name"] == slug, "strength"]))
             column[0].set(title=label, xscale="log")
             column[0].set_xticks(strengths)
-            column[-1].set_xticks(strengths, [f"{strength:g}" for strength in strengths], rotation=60, fontsize=9)
+            column[-1].set_xticks(strengths, [f"{one:g}" for one in strengths], rotation=60, fontsize=9)
+            column[-1].set_xlabel(strength, fontsize=11)
             column[0].xaxis.set_minor_locator(NullLocator())
-        figure.suptitle(title)
+        figure.suptitle(join_words(title, "\n", "a dot is a trial, the line the mean, the star the best strength"))
     return figure
 
 

@@ -211,7 +211,7 @@ def test_gains_by_size_have_a_line_a_regulariser_and_hollow_markers_for_another_
         assert {line.get_markerfacecolor() for line in lines[1::2]} == {"white"}
         assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "300", "60,000"]
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert names == [label for label, _ in REGULARISERS.values()]
+    assert names == [label for label, *_ in REGULARISERS.values()]
 
 
 def test_strengths_star_the_best_of_those_with_most_seeds():
