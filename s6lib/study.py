@@ -156,7 +156,11 @@ class Study:
         table = self.summary().pivot(index="seed", columns="condition", values="accuracy")[list(self.conditions)]
         missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if np.isnan(table.loc[seed, slug])]
         if missing:
-            raise SettingError(f"comparisons are paired by seed, and these runs are missing: {', '.join(missing)}")
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise SettingError(
+                f"comparisons are paired by seed, and these runs are missing: {', '.join(missing[:3])}{more}; train "
+                "them, or choose conditions or seeds that are complete"
+            )
         return (100 * table).round(8)  # 99.55, not 99.55000000000001
 
     def about(self) -> pd.DataFrame:

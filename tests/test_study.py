@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from conftest import GBN, L1_BN, TINY
 
+from s6lib.data import PROJECT
 from s6lib.errors import DamagedFile, StudyError
 from s6lib.lab.files import RESULTS, write_results
 from s6lib.lab.launch import run_study
 from s6lib.lab.run import Run
+from s6lib.models import PlainNet
 from s6lib.study import Study
 from s6lib.train import evaluate
 
@@ -117,6 +119,20 @@ def test_outcomes_need_the_same_seeds_of_every_condition(tiny_study, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "plain" / "gbn" / "seed-2")
     with pytest.raises(ValueError, match="these runs are missing: gbn seed 2"):
         Study(tmp_path / "copy").outcomes()
+
+
+def test_many_missing_runs_are_a_short_sentence():
+    with pytest.raises(ValueError, match="these runs are missing: ") as raised:
+        Study(PROJECT / "results" / "when", "when").outcomes()
+    assert " more; train them, or choose conditions or seeds" in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_a_run_published_without_weights_says_so():
+    study = Study(PROJECT / "results" / "when", "when", "300-l1")
+    assert isinstance(study.model("300-l1", 11), PlainNet)
+    with pytest.raises(DamagedFile, match=r"weights.pt is missing: .* choose a run that has this file"):
+        study.model("300-l1", 13)
 
 
 @pytest.mark.parametrize("conditions", [("gbn",), ["gbn"], (GBN,), "gbn", GBN, {"gbn"}])

@@ -98,7 +98,12 @@ def read_about(folder: Path) -> dict[str, Any]:
 def read_result(folder: Path, name: str) -> io.BytesIO:
     """Read one of RESULTS. Raises DamagedFile if it is missing or does not match its checksum."""
     path = folder / name
-    content = path.read_bytes() if path.exists() else b""
+    if not path.exists():
+        raise DamagedFile(
+            f"{path} is missing: restore the folder (git checkout -- {folder}), choose a run that has this file, or "
+            "delete the folder and train the run again"
+        )
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != read_about(folder)["sha256"].get(name):
         raise _damage_error(path)
     return io.BytesIO(content)
