@@ -1,6 +1,7 @@
 """Execute notebooks in place: `python notebooks/execute.py [NOTEBOOK ...]`, by default all of them."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
+RUNS_ARE_THERE = re.compile(r"(all [\d,]+ runs are|the run is) there\n")  # where runs are left from before
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -30,6 +32,9 @@ def execute(path: Path) -> None:
     notebook.metadata.pop("widgets", None)
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop(WIDGET, None)
+    for cell in notebook.cells:
+        if outputs := cell.get("outputs"):
+            cell.outputs = [one for one in outputs if not RUNS_ARE_THERE.fullmatch(one.get("text", ""))]
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
 

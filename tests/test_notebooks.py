@@ -338,7 +338,8 @@ def test_the_slider_moves_after_the_whole_notebook_has_run():
 
 
 def test_notebooks_are_saved_as_readers_see_them_without_a_kernel(tmp_path):
-    source = "import ipywidgets\nprint(1)\nprint(2)\ndisplay(ipywidgets.VBox())"
+    there = "import sys\nprint('all 5 runs are there', file=sys.stderr)"
+    source = f"{there}\nimport ipywidgets\nprint(1)\nprint(2)\ndisplay(ipywidgets.VBox())"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id="one")])
     nbformat.write(notebook, path := tmp_path / "one.ipynb")
     execute(path)
