@@ -52,8 +52,12 @@ def number(value: float, digits: int = 3, sign: str = "") -> str:
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def interval(low: float, high: float, sign: str = "") -> str:
-    return f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+def interval(low: float, high: float, sign: str = "", digits: int = 3) -> str:
+    return f"{number(low, digits, sign)} to {number(high, digits, sign)}"
+
+
+def p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def paragraph(text: str) -> str:
@@ -263,7 +267,7 @@ def answer_table() -> str:
     rows = []
     for row in answers().itertuples():
         wide, narrow = interval(row.low_95, row.high_95, "+"), interval(row.low_90, row.high_90, "+")
-        p = "" if math.isnan(row.p) else "p < 0.001" if row.p_holm < 0.001 else f"p = {row.p_holm:.3f}"
+        p = "" if math.isnan(row.p) else p_value(row.p_holm)
         name = names.get(row.question, f"E: {row.question}")
         rows.append((name, row.n, number(row.mean, sign="+"), wide, narrow, p, row.said))
     return table("| | n | mean | 95% interval | 90% interval | p, Holm | conclusion |", rows)
@@ -493,8 +497,7 @@ def strength(condition: Condition, regulariser: str) -> float:
 
 
 def cell(gains: pd.Series) -> str:
-    low, high = mean_interval(gains)
-    return f"{number(gains.mean(), 2, '+')} ({number(low, 2, '+')} to {number(high, 2, '+')})"
+    return f"{number(gains.mean(), 2, '+')} ({interval(*mean_interval(gains), '+', digits=2)})"
 
 
 def when_question(question: Callable[[Path], pd.DataFrame]) -> str:
@@ -515,17 +518,13 @@ def when_question(question: Callable[[Path], pd.DataFrame]) -> str:
             ),
             row.n,
             number(row.mean, 2, "+"),
-            f"{number(row.low, 2, '+')} to {number(row.high, 2, '+')}",
-            small_p(row.p_holm),
+            interval(row.low, row.high, "+", digits=2),
+            p_value(row.p_holm),
             row.said,
         )
         for row in answers.itertuples()
     ]
     return join(f"**{title.strip()}**", table("| | n | mean | 95% interval | p, Holm | conclusion |", rows))
-
-
-def small_p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 # --- the pages -------------------------------------------------------------------------------------------------------

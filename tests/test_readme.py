@@ -164,6 +164,7 @@ def test_the_claims_about_few_digits_hold():
     assert means[100].idxmax() == means[300].idxmax() == "rotation"
     assert round(numbers.nothing(1_000) - numbers.nothing(300)) == 5 > means[300].max()
     table = pd.read_csv(PROJECT / "studies" / "when_search.csv")
+    assert (table.query("size == 300 and name == 'l2' and strength == 0.3")["accuracy"].round() == 10).all()
     together = table.query("name == 'together'").groupby("strength")["accuracy"].mean().round(1)
     assert together.to_dict() == {1.0: 81.9, 0.5: 96.0, 0.25: 95.5, 0.125: 94.0}
     batches = numbers.preregistered_when.batches(numbers.WHEN)
@@ -171,6 +172,7 @@ def test_the_claims_about_few_digits_hold():
     assert (large, ghosts) == (-0.65, [0.09, 0.09])
     assert 0.5 < batches["high"].max() / 0.65 < 0.6  # about half of the loss at most
     training = Study(numbers.WHEN, "when").summary().groupby("condition")["train_accuracy"].mean()
+    assert training["300-nothing"] == 1  # by heart
     assert training[["batch-1024", "batch-1024-ghosts-64", "batch-1024-ghosts-16"]].max() < training["batch-64"]
     within = numbers.preregistered_when.within(numbers.WHEN)["said"]
     assert within.str.startswith("within").sum() == 4
