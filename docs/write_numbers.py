@@ -210,7 +210,7 @@ def prescribed_sentences() -> str:
 
 
 def pruning() -> str:
-    digits = load_mnist()[1].part(slice(None, None, 10))  # as in the notebook that draws it
+    digits = load_mnist()[1].part(slice(None, None, 20))  # as in the notebook that draws it
     curve = pruning_curve(study("l1-bn", "bn", seeds=TEN_SEEDS), digits, [0.7])
     right = 100 * curve.groupby("condition")["accuracy"].mean()
     return paragraph(f"""

@@ -228,7 +228,7 @@ def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_folder
     """As text, which is how 03 teaches to name a folder on Drive."""
     notebook = read(name, FOLDER=repr(str(own_folder)))
     for cell in notebook.cells:
-        cell.source = cell.source.replace("DIGITS, EPOCHS = 6_400, 4", "DIGITS, EPOCHS = 640, 1")  # they are yours, too
+        cell.source = cell.source.replace("DIGITS, EPOCHS = 3_200, 4", "DIGITS, EPOCHS = 640, 1")  # they are yours, too
     resources = {"metadata": {"path": str(PROJECT / "notebooks")}}
     NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
     text = printed(notebook)
