@@ -197,11 +197,15 @@ OWN_CONDITIONS = (
 
 @pytest.fixture(scope="module")
 def own_study(tmp_path_factory):
-    return run_study(OWN, OWN_CONDITIONS, (1, 2), tmp_path_factory.mktemp("own"), jobs=2, show_progress=False)
+    return run_study(OWN, OWN_CONDITIONS, (1, 2), tmp_path_factory.mktemp("own"), jobs=1, show_progress=False)
 
 
+@pytest.mark.slow
 def test_a_study_of_ones_own_runs_in_worker_processes_as_here(own_study, tmp_path):
-    assert_same_study(own_study, run_study(OWN, OWN_CONDITIONS, (1, 2), tmp_path, jobs=1, show_progress=False))
+    assert_same_study(own_study, run_study(OWN, OWN_CONDITIONS, (1, 2), tmp_path, jobs=2, show_progress=False))
+
+
+def test_a_study_of_ones_own_runs(own_study):
     assert [len(own_study.history().query("condition == @slug and seed == 1")) for slug in own_study.conditions] == [
         1,
         1,

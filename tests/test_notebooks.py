@@ -369,14 +369,15 @@ def test_after_a_restart_the_first_two_cells_are_not_missed(path):
 
 
 def names_of(path: Path) -> dict[str, object]:
-    """What a notebook imports, and what its cells that open FOLDER define, if there are any."""
+    """What a notebook imports, and what its cells that open FOLDER define, if there are any; nothing is trained."""
     cells = [cell["source"] for cell in code_cells(path)[1:]]
     imports = [line for cell in cells for line in cell.splitlines() if re.match("(from|import) ", line)]
     names = {"display": lambda shown: None, "sys": sys}
     exec("\n".join(imports), names)
     first = next((number for number, cell in enumerate(cells) if "\nFOLDER = " in cell), len(cells))
     for cell in cells[first : first + 2]:
-        exec(cell, names)
+        if "run_study" not in cell:
+            exec(cell, names)
     return names
 
 

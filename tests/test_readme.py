@@ -142,6 +142,7 @@ def test_the_ghost_batch_norm_example_runs():
     exec(example, {})
 
 
+@pytest.mark.slow
 def test_the_example_of_ones_own_runs_from_a_file(tmp_path, monkeypatch):
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyNet" in code]
     quick = example.replace("epochs=5", "epochs=1, train_images=640").replace("range(1, 6)", "range(1, 3)")

@@ -279,6 +279,7 @@ def test_sign_flip_sees_ties_of_decimals():
     assert sign_flip_p([99.34 - 99.30, 99.28 - 99.32, 99.34 - 99.30, 99.28 - 99.32]) == 1.0
 
 
+@settings(max_examples=30)
 @given(VALUES)
 def test_sign_flip_means_are_those_of_all_signs(differences):
     signs = np.array(list(itertools.product([-1, 1], repeat=len(differences))))

@@ -72,6 +72,7 @@ def command(cluster, out, *more):
 ONCE = replace(TINY, epochs=1, train_images=64)
 
 
+@pytest.mark.slow
 def test_a_study_on_a_cluster_equals_the_local_one(cluster, tmp_path):
     cluster.worker("--no-nanny")
     with dask_executor(f"tcp://{cluster.address}") as executor:

@@ -81,7 +81,8 @@ def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(
     assert capsys.readouterr().err.count("a worker process was killed; its runs go on in a new one\n") == 3
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(undisturbed, tmp_path, times):
     with started(tmp_path) as process:
         wait_for("epoch 1/2", process)
