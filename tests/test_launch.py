@@ -151,6 +151,7 @@ def test_odd_but_sound_requests_are_met(tmp_path, recipe, condition):
     assert np.isfinite(study.history()[["train_loss", "val_loss"]]).all(axis=None)
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_failed_run_lets_the_others_finish(tmp_path, jobs):
     once = replace(TINY, epochs=1)

@@ -336,6 +336,7 @@ def norms(model):
     return 1e-4 * sum(map(torch.norm, model.parameters()))
 
 
+@pytest.mark.slow
 def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, capfd):
     run = Run(SHORT, GBN, 1)
     expected = as_they_are(run, monkeypatch)

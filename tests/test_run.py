@@ -127,7 +127,10 @@ def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, t
     assert_same_run(train_run(Run(CYCLE, GBN, 1), tmp_path), whole)
 
 
-@pytest.mark.parametrize("writes", range(1, 11))
+EVERY_WRITE = [pytest.param(n, marks=() if n in (1, 2, 6, 10) else pytest.mark.slow) for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("writes", EVERY_WRITE)
 def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_path, monkeypatch, writes):
     """The process ends in the middle of the n-th file that it writes; then the same run is asked for again."""
     original, count = os.fsync, 0

@@ -114,8 +114,7 @@ def test_mean_interval_moves_and_stretches_with_its_values(values, scale, shift)
     assert mean_interval(scale * values + shift) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("n", [2, 3, 10])
-@pytest.mark.parametrize("level", [0.90, 0.95])
+@pytest.mark.parametrize(("n", "level"), [(2, 0.95), (3, 0.90), (10, 0.95)])
 def test_mean_interval_covers_as_it_says(n, level):
     samples = np.random.default_rng(0).normal(size=(2_000, n))
     covered = [low <= 0 <= high for low, high in (mean_interval(sample, level) for sample in samples)]

@@ -83,6 +83,7 @@ def test_a_study_can_look_at_some_runs_alone(tiny_study):
         Study(out, seeds=(9,))
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_not_complete_is_left_out(tmp_path):
     once = replace(TINY, epochs=1, train_images=64)
     run_study(once, (GBN,), (1, 2), tmp_path, jobs=1, show_progress=False)
