@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from s6lib.errors import DamagedFile, SettingError, StudyError
-from s6lib.lab.device import CPU, reproducible, seed_everything
+from s6lib.lab.device import CPU, keep_freed_memory, reproducible, seed_everything
 from s6lib.lab.files import RESULTS, read_about, read_result
 from s6lib.lab.first_steps import first_steps, step_differences
 from s6lib.lab.record import (
@@ -189,6 +189,7 @@ class Study:
 
         Raises StudyError if it needs the user's code and that was not given, or no longer gives the saved predictions.
         """
+        keep_freed_memory()  # the model is about to be evaluated: a third faster with it
         record = self._run(condition, seed)
         content = read_result(record.folder, "weights.pt")
         run = Run(self.recipe, self.conditions[record.condition.slug], record.seed)
