@@ -71,7 +71,11 @@ def copies_on_a_gpu(recipe, condition):
     return copied
 
 
-@pytest.mark.parametrize(("recipe", "condition"), STUDIES, ids=lambda one: getattr(one, "slug", None) or one.name)
+FAST = ("gbn", "l1-l2-bn", "width-14")  # of each recipe; the others differ from them in numbers alone
+CASES = [pytest.param(*study, marks=() if study[1].slug in FAST else pytest.mark.slow) for study in STUDIES]
+
+
+@pytest.mark.parametrize(("recipe", "condition"), CASES, ids=lambda one: getattr(one, "slug", None) or one.name)
 def test_a_step_copies_nothing_and_a_hundred_their_indices_and_how_their_images_are_moved(recipe, condition):
     moved = 2 if recipe.shift or recipe.scale else 1  # a shift beside the turn
     assert copies_on_a_gpu(recipe, condition) == [{}, {"_to_copy": 1 + moved}]

@@ -130,7 +130,8 @@ CONDITIONS = (CONTROL, Condition("groups", "GroupNorm", norm=lambda channels: nn
 """
 
 
-@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_study_of_ones_own_runs_and_is_reported(tmp_path, capsys, monkeypatch, jobs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(OWN)

@@ -109,7 +109,7 @@ def test_nbval_fails_when_an_accuracy_is_falsified(tmp_path):
 def test_one_command_rewrites_the_address_everywhere(tmp_path):
     for name in FILES:
         shutil.copy(PROJECT / name, tmp_path)
-    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
+    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("__pycache__"))
     before = {
         path: path.read_text().count("OWNER/s6lib")
         for path in tmp_path.rglob("*")

@@ -318,6 +318,7 @@ def test_what_cannot_be_recorded_runs_step_by_step_and_one_line_says_why(case, g
     assert Graph.launched == (COMPARED + 9 if case == "counts unseen" else 0)
 
 
+@pytest.mark.slow
 def test_code_of_the_users_that_can_be_recorded_is(gpu, monkeypatch, capfd):
     run = Run(
         own(partial(Own)), Condition("own", penalty=lambda model: 1e-4 * sum(map(torch.norm, model.parameters()))), 1

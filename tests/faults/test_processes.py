@@ -28,6 +28,7 @@ def undisturbed(tiny_study):
     return Study(tiny_study.folder, seeds=(1,))
 
 
+@pytest.mark.slow
 def test_kill_9_in_mid_run_loses_nothing(undisturbed, tmp_path):
     with started(tmp_path, "--jobs", "1") as process:
         wait_for("epoch 1/2", process)
