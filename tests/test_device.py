@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, TINY
+from conftest import GBN, TINY, evaluation_on_few_digits
 from test_run import assert_same_run
 
 from s6lib.lab.device import CPU, reproducible, seed_everything
@@ -13,11 +13,13 @@ from s6lib.lab.run import train_run
 from s6lib.recipes import Run
 
 ONCE = TINY.__class__(**{**vars(TINY), "epochs": 1, "train_images": 64})
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    return train_run(Run(ONCE, GBN, 1))
+    with evaluation_on_few_digits():
+        return train_run(Run(ONCE, GBN, 1))
 
 
 def test_a_default_dtype_changes_nothing(undisturbed):

@@ -155,6 +155,7 @@ def run_in_colab(folder: Path, script: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_first_cell_makes_s6lib_importable_in_colab(tmp_path):
     for _ in range(2):  # and again, when it is run a second time
         printed = run_in_colab(tmp_path, "get_ipython().run_cell(cell)\n" + WHERE)
@@ -409,6 +410,7 @@ def made_up_run(folder, condition, seed, accuracy, loss=0.02):
     save_run(run.folder(folder), run, RunResult(None, history, weights, np.zeros(10_000, np.uint8), [{}]))
 
 
+@pytest.mark.slow
 def test_the_preregistered_answer_is_shown_once_all_runs_are_in(tmp_path, capsys):
     """On made-up accuracies: GBN costs 0.1 points, and all else is alike."""
     asked = {(slug, seed) for slug in FACTORIAL for seed in (*range(1, 11), *FACTORIAL_SEEDS)}

@@ -299,10 +299,9 @@ CASES = {
 }
 
 
-FAST = ("reads", "counts unseen")  # found before a step is recorded, and by comparing the first ones
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "reads" else pytest.mark.slow) for case in CASES]
+)
 def test_what_cannot_be_recorded_runs_step_by_step_and_one_line_says_why(case, gpu, monkeypatch, capfd):
     recipe, changes, reason = CASES[case]
     run = Run(recipe, Condition("own", **changes), 1)
