@@ -387,8 +387,8 @@ def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "
 
 
 def _draw_gains(axes: Axes, rows: pd.DataFrame, aside: float, look: Mapping[str, object]) -> None:
-    error = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-    axes.errorbar(aside * rows["size"], rows["mean"], error, **look)
+    low, mean, high = rows[["low", "mean", "high"]].to_numpy().T
+    axes.errorbar(aside * rows["size"].to_numpy(), mean, [mean - low, high - mean], **look)
 
 
 def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:

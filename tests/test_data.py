@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as torchvision_functional
+from conftest import needs_fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -393,6 +394,7 @@ def test_each_image_of_a_batch_has_its_own_augmentation(mnist):
         assert len(images.flatten(1).unique(dim=0)) > 40  # small angles may agree to the pixel
 
 
+@needs_fake_gpu
 def test_batches_stay_on_the_device_of_the_digits():
     """A GPU of which torch computes shapes and devices alone."""
     with FakeTensorMode():

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_fake_gpu
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,6 +76,7 @@ FAST = ("gbn", "l1-l2-bn", "width-14")  # of each recipe; the others differ from
 CASES = [pytest.param(*study, marks=() if study[1].slug in FAST else pytest.mark.slow) for study in STUDIES]
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize(("recipe", "condition"), CASES, ids=lambda one: getattr(one, "slug", None) or one.name)
 def test_a_step_copies_nothing_and_a_hundred_their_indices_and_how_their_images_are_moved(recipe, condition):
     moved = 2 if recipe.shift or recipe.scale else 1  # a shift beside the turn

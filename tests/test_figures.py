@@ -56,7 +56,8 @@ def test_answers_have_both_intervals_and_what_is_said():
     assert axes.get_yticklabels()[0].get_text() == "what GBN costs (n = 32)"
     assert axes.get_title() == "answers"
     (band,) = axes.patches
-    assert (band.get_x(), band.get_width()) == (-0.05, 0.1)
+    box = band.get_extents().transformed(axes.transData.inverted())
+    assert (box.x0, box.x1) == pytest.approx((-0.05, 0.05))
 
 
 def test_class_balance_shows_the_counts(mnist):

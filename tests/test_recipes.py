@@ -106,9 +106,7 @@ def test_a_schedule_of_the_users_is_a_factor_of_the_learning_rate():
 
 
 def test_numbers_of_numpy_are_numbers():
-    condition = Condition(
-        "a", l1=np.logspace(-4, -2, 3)[0], num_splits=np.arange(4, 8)[0], changes={"epochs": np.int64(3)}
-    )
+    condition = Condition("a", l1=np.float64(1e-4), num_splits=np.arange(4, 8)[0], changes={"epochs": np.int64(3)})
     assert (condition.l1, condition.num_splits, condition.changes) == (1e-4, 4, {"epochs": 3})
     assert type(replace(PLAIN, epochs=np.int64(3)).epochs) is int
 

@@ -203,7 +203,8 @@ def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
 def test_a_damaged_checkpoint_falls_back_to_the_epoch_before_and_says_so(undisturbed, tmp_path, capfd, monkeypatch):
     train_run(Run(TINY, GBN, 1), tmp_path)
     content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in range(len(content) // 2, len(content) // 2 + 256):  # more than the padding between tensors
+        content[place] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(content)
     epochs, original = [], s6lib.lab.run.train_epoch
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
@@ -229,6 +230,7 @@ def test_the_callers_denormals_come_back(flushing):
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")
 def test_the_current_interface_to_tf32_may_have_been_used():
     before = torch.backends.fp32_precision
     torch.backends.fp32_precision = "ieee"

@@ -328,6 +328,8 @@ def test_seeds_needed_are_enough_for_the_sign_flip_test(sd, comparisons):
 @pytest.mark.parametrize("effect", [1e-4, 0.3, 1.0, 2.5])
 def test_power_is_statsmodels(effect, n, comparisons):
     expected = TTestPower().power(effect, n, 0.05 / comparisons)
+    if np.isnan(expected):  # SciPy 1.15 gives no number where the power is almost 1
+        expected = 1.0
     assert power(0.05, 0.05 * effect, n, comparisons) == pytest.approx(expected)
 
 

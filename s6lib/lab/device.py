@@ -49,7 +49,8 @@ def reproducible(device: torch.device) -> Iterator[None]:
         for kind in dict.fromkeys(("cpu", device.type)):
             if torch.is_autocast_enabled(kind):
                 settings.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":  # orders and angles are drawn on the CPU
+        # Orders and angles are drawn on the CPU. (torch 2.5 cannot tell its default device once that was set to None.)
+        if torch.empty(0).device.type != "cpu":
             settings.enter_context(torch.device("cpu"))
         settings.enter_context(torch.random.fork_rng(devices))
         if device.type == "cuda":
