@@ -1,19 +1,22 @@
-"""Data sets as uint8 tensors on a device, batched augmentation, and the batches of an epoch."""
+"""Data sets as uint8 images on a device, batched augmentation, and the batches of an epoch."""
 
 import gzip
+import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.data
 from filelock import FileLock
 from torch import Tensor
 
-from s6lib.errors import S6Error
+from s6lib.errors import DataError, S6Error, SettingError
 
 # A checkout holds the archives and the published results; an installed package uses the current folder.
 _CHECKOUT = Path(__file__).resolve().parents[1]
@@ -34,47 +37,78 @@ _CRC32 = {
     "t10k-images-idx3-ubyte.gz": 0x91373BDF,
     "t10k-labels-idx1-ubyte.gz": 0x4AB9EFF9,
 }
+Transform = Callable[[Tensor], Tensor]  # from one image (1, H, H), uint8, to one image
 
 
-class DataError(S6Error):
-    """A missing, damaged or unsuitable data set; the message says what to do."""
+@dataclass(frozen=True, eq=False)
+class ImageDataset(torch.utils.data.Dataset):
+    """Images and their labels; item `i` is a pair of a network's input, float32 (1, H, H), and a label.
 
-
-class Digits(NamedTuple):
-    """Images and their labels: the training or the test part of a data set.
-
-    images: uint8 (N, H, H), 0 = background.
-    labels: int64 (N,), indices into `class_names`.
+    images: uint8 (N, H, H), 0 = background; tensors, arrays or lists of them.
+    labels: whole numbers (N,), kept as int64: indices into `class_names`.
     mean, std: of the pixels, on the scale 0 to 1; they normalise the network's input.
+
+    Raises DataError if images and labels are not as described.
     """
 
-    images: Tensor
-    labels: Tensor
+    images: Any  # once made, a tensor
+    labels: Any
     class_names: tuple[str, ...] = CLASS_NAMES
     mean: float = MEAN
     std: float = STD
 
-    def part(self, index: slice | Tensor) -> "Digits":
+    def __post_init__(self) -> None:
+        images, labels = _as_tensor(self.images, "images"), _as_tensor(self.labels, "labels")
+        names = tuple(map(str, self.class_names)) if isinstance(self.class_names, Iterable) else ()
+        square = images.dim() == 3 and images.shape[1] == images.shape[2]
+        if images.dtype != torch.uint8 or not square or not images.numel():
+            raise DataError(
+                f"images must be uint8 (N, H, H), grey levels of 0 to 255, not {_describe(images)}: use "
+                "transforms.Grayscale() for colours, Resize for other shapes, and leave out Normalize"
+            )
+        if not 2 <= len(names) <= 256:
+            raise DataError(f"class_names must be 2 to 256 names, one per class, not {self.class_names!r}")
+        whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == images.shape[:1]
+        if not whole or not 0 <= int(labels.long().min()) <= int(labels.long().max()) < len(names):
+            raise DataError(
+                f"labels must be whole numbers ({len(images)},) from 0 to {len(names) - 1}, indices into class_names, "
+                f"not {_describe(labels)}"
+            )
+        for name, value in (("images", images), ("labels", labels.long()), ("class_names", names)):
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return normalise(self.images[index].unsqueeze(0), self.mean, self.std)[0], int(self.labels[index])
+
+    def part(self, index: slice | Tensor) -> "ImageDataset":
         """Select images, with their labels, by an index."""
-        return self._replace(images=self.images[index], labels=self.labels[index])
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def to(self, device: str | torch.device) -> "Digits":
+    def to(self, device: str | torch.device) -> "ImageDataset":
         """Move the images and labels to a device."""
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
-class Dataset(NamedTuple):
-    """The return value of a callable given as a recipe's `data`; a plain tuple of the five is accepted too.
+def _as_tensor(values: Any, name: str) -> Tensor:
+    """Convert an array, a list or a Series to a tensor; views and foreign byte orders are copied."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} must be numbers of one shape, such as a tensor or an array, not {type(values).__name__} "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from None
 
-    Images are uint8 (N, H, H), tensors or arrays, of the same size in both parts. Labels are whole numbers (N,),
-    indices into `class_names`.
-    """
 
-    train_images: Tensor | np.ndarray
-    train_labels: Tensor | np.ndarray
-    test_images: Tensor | np.ndarray
-    test_labels: Tensor | np.ndarray
-    class_names: tuple[str, ...]
+def _describe(values: Tensor) -> str:
+    limits = "" if values.is_complex() or not values.numel() else f" from {values.min()} to {values.max()}"
+    return f"{values.dtype} {tuple(values.shape)}{limits}"
 
 
 class Augmentation(NamedTuple):
@@ -92,21 +126,38 @@ class Augmentation(NamedTuple):
     scale: float = 0.0
 
 
-def load_data(data: str | Callable[[], Dataset], device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
-    """Load the training and the test images of a data set: one of DATASETS, or a callable that returns a `Dataset`.
+NO_AUGMENTATION = Augmentation()
 
-    Raises DataError if it cannot be downloaded or read, or is not as `Dataset` describes.
+
+def load_data(data: str | Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
+    """Load the training and the test images of a data set, normalised by the mean and SD of the training pixels.
+
+    `data` is one of DATASETS, or a function that gives two data sets of (image, label), each read once into memory: a
+    torch Dataset whose images are grey and square, from PIL, of uint8 or from 0 to 1, or an ImageDataset. The class
+    names are its `classes`, or numbers. Such training images are shuffled once, by a fixed seed, since images often
+    come class by class.
+
+    Raises DataError if the data cannot be downloaded or read.
     """
     if data == "mnist":
-        return load_mnist(device=device)
+        return load_mnist()
     train, test = _download_dataset(data) if isinstance(data, str) else _call_dataset(data)
-    pixels = train.images.double() / 255
-    mean, std = round(float(pixels.mean()), 4), round(float(pixels.std()), 4) or 1.0  # 1.0: every pixel is equal
-    train, test = (part._replace(mean=mean, std=std).to(device) for part in (train, test))
-    return train, test
+    if callable(data):
+        train = train.part(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
+    mean, std = _moments(train.images)
+    return replace(train, mean=mean, std=std), replace(test, mean=mean, std=std)
 
 
-def _download_dataset(name: str) -> tuple[Digits, Digits]:
+def _moments(images: Tensor) -> tuple[float, float]:
+    """Mean and SD of the pixels of uint8 images on the scale 0 to 1, from counts, to spare the memory of a copy."""
+    counts = sum(torch.bincount(part.flatten(), minlength=256) for part in images.split(1_000))
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * levels).sum() / images.numel()
+    variance = (counts * (levels - mean).square()).sum() / max(1, images.numel() - 1)
+    return round(float(mean), 4), round(float(variance.sqrt()), 4) or 1.0  # 1.0: every pixel is equal
+
+
+def _download_dataset(name: str) -> tuple[ImageDataset, ImageDataset]:
     """Load Fashion-MNIST (arXiv:1708.07747) or Kuzushiji-MNIST (arXiv:1812.01718) through torchvision."""
     from torchvision.datasets import KMNIST, FashionMNIST
 
@@ -120,89 +171,94 @@ def _download_dataset(name: str) -> tuple[Digits, Digits]:
             f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
             f"network, and if a file there is damaged, delete the folder first ({str(error).partition(chr(10))[0]})"
         ) from None
-    class_names = tuple(train.classes)
-    return Digits(train.data, train.targets, class_names), Digits(test.data, test.targets, class_names)
+    names = tuple(train.classes)
+    return ImageDataset(train.data, train.targets, names), ImageDataset(test.data, test.targets, names)
 
 
-def _call_dataset(data: Callable[[], Dataset]) -> tuple[Digits, Digits]:
-    """Call the user's `data`, and check what it returns. Raises DataError if it is not a data set."""
+def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
+    """Call the user's `data`, and read the two data sets that it gives. Raises DataError if they are none."""
+    torch.manual_seed(0)  # what it draws is the same for every run
+    np.random.seed(0)  # noqa: NPY002 - the user's code may draw from the global generator
+    random.seed(0)
     try:
-        dataset = data()
-    except S6Error:  # known from run.json alone
+        parts = data()
+        two = isinstance(parts, tuple | list) and len(parts) == 2
+        if not two or not all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
+            given = f"{len(parts)} of something" if isinstance(parts, tuple | list) else type(parts).__name__
+            raise DataError(
+                "data must give two data sets of (image, label), the training and the test set, such as two of "
+                f"torchvision's or two of s6lib.ImageDataset(images, labels, class_names), not {given}"
+            )
+        train, test = map(_read_dataset, parts)
+    except S6Error:
         raise
     except Exception as error:  # the user's own code: any
         raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from None
-    if not isinstance(dataset, tuple | list) or len(dataset) != len(Dataset._fields):
-        raise DataError(f"data must return {', '.join(Dataset._fields)}, not {type(dataset).__name__}")
-    *arrays, class_names = dataset
-    train_images, train_labels, test_images, test_labels = map(torch.as_tensor, arrays)
-    names = tuple(map(str, class_names))
-    if not 2 <= len(names) <= 256:
-        raise DataError(f"data must have 2 to 256 class_names, not {len(names)}")
-    for part, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
-        size = train_images.shape[1:]
-        if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1] != images.shape[2] or not len(images):
-            raise DataError(
-                f"{part}_images must be uint8 (N, H, H), grey levels of 0 to 255, not {images.dtype} "
-                f"{tuple(images.shape)}"
-            )
-        if images.shape[1:] != size:
-            raise DataError(f"test_images must be of the size of train_images, {tuple(size)}, not {images.shape[1:]}")
-        whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == images.shape[:1]
-        if not whole or int(labels.min()) < 0 or int(labels.max()) >= len(names):
-            raise DataError(
-                f"{part}_labels must be whole numbers ({len(images)},) from 0 to {len(names) - 1}, an index into "
-                f"class_names each, not {labels.dtype} {tuple(labels.shape)}"
-                + (f" from {labels.min()} to {labels.max()}" if labels.numel() else "")
-            )
-    return Digits(train_images, train_labels.long(), names), Digits(test_images, test_labels.long(), names)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        sizes = [tuple(part.images.shape[1:]) for part in (train, test)]
+        raise DataError(f"training and test images must be of one size, not {sizes[0]} and {sizes[1]}: resize them")
+    names = max(train.class_names, test.class_names, key=len)
+    return replace(train, class_names=names), replace(test, class_names=names)
 
 
-def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[Digits, Digits]:
-    """Load the training and the test digits of MNIST, 60,000 and 10,000 images, on `device`.
+def _read_dataset(dataset: Any) -> ImageDataset:
+    if isinstance(dataset, ImageDataset):
+        return dataset
+    if len(dataset) and (not isinstance(dataset[0], tuple | list) or len(dataset[0]) != 2):
+        raise DataError(f"a data set must hold pairs (image, label), not {type(dataset[0]).__name__}")
+    items = (dataset[index] for index in range(len(dataset)))
+    images, labels = map(list, zip(*((_grey_levels(image), label) for image, label in items), strict=True))
+    whole = dataset
+    while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a Subset
+        whole = whole.dataset
+    names = getattr(whole, "classes", None) or range(max(2, 1 + int(max(labels))))
+    return ImageDataset(images, labels, tuple(map(str, names)))
+
+
+def _grey_levels(image: Any) -> np.ndarray:
+    """Convert an image of PIL, a tensor or an array to (H, H), and levels from 0 to 1 to uint8."""
+    levels = np.asarray(image)
+    if levels.dtype.kind == "f" and levels.size and 0 <= levels.min() <= levels.max() <= 1:
+        levels = (255 * levels).round().astype(np.uint8)
+    return levels[0] if levels.ndim == 3 and len(levels) == 1 else levels
+
+
+def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[ImageDataset, ImageDataset]:
+    """Load the training and the test images of MNIST, 60,000 and 10,000, on `device`.
 
     Each of the four files in `root`/MNIST/raw is read unpacked. If the unpacked file is missing or damaged, its archive
     is read, and unpacked beside it where the folder is writable. Missing or damaged archives that are needed are
     downloaded. Raises DataError if a download fails.
     """
-    raw = Path(root).expanduser() / "MNIST" / "raw"
-    contents = {raw / name: _content(raw / name) for name in _CRC32}
-    missing = [archive for archive, content in contents.items() if content is None]
+    root = Path(root).expanduser()
+    archives = [root / "MNIST" / "raw" / name for name in _CRC32]
+    contents = {archive: _content(archive) for archive in archives}
+    missing = [archive for archive in archives if contents[archive] is None]
     if missing:
-        _download(missing)
+        _download(root, missing)
         contents.update((archive, _content(archive)) for archive in missing)
     train_images, train_labels, test_images, test_labels = map(_tensor, filter(None, contents.values()))
-    train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
-    return train.to(device), test.to(device)
+    return ImageDataset(train_images, train_labels).to(device), ImageDataset(test_images, test_labels).to(device)
 
 
-def hold_out(train: Digits) -> tuple[Digits, Digits]:
+def hold_out(train: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
     """Split the training images into the first five sixths and the last (of MNIST, 50,000 and 10,000)."""
-    rest = len(train.labels) - len(train.labels) // HELD_OUT
+    rest = len(train) - len(train) // HELD_OUT
     return train.part(slice(rest)), train.part(slice(rest, None))
 
 
 def _content(archive: Path) -> bytes | None:
     """Read an archive's content, from the unpacked file beside it or the archive; None if both are damaged."""
-    unpacked = archive.with_suffix("")
-    if unpacked.is_file():
-        content = unpacked.read_bytes()
-        if zlib.crc32(content) == _CRC32[archive.name]:
+    unpacked, right = archive.with_suffix(""), _CRC32[archive.name]
+    with suppress(OSError):
+        if zlib.crc32(content := unpacked.read_bytes()) == right:
             return content
-    if not _is_whole(archive):
-        return None
-    content = gzip.decompress(archive.read_bytes())
-    with suppress(OSError):  # in a read-only folder or on a full disk, the next load unpacks again
-        unpacked.write_bytes(content)
-    return content
-
-
-def _is_whole(archive: Path) -> bool:
-    # torchvision takes as long to import as torch does, and unpacked digits do not need it.
-    from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import check_integrity
-
-    return check_integrity(archive, dict(MNIST.resources)[archive.name])
+    with suppress(OSError, EOFError, zlib.error):  # BadGzipFile is an OSError
+        if zlib.crc32(content := gzip.decompress(archive.read_bytes())) == right:
+            with suppress(OSError):  # in a read-only folder or on a full disk, the next load unpacks again
+                unpacked.write_bytes(content)
+            return content
+    return None
 
 
 def _tensor(content: bytes) -> Tensor:
@@ -212,36 +268,23 @@ def _tensor(content: bytes) -> Tensor:
     return values.view(-1, 28, 28) if dimensions == 3 else values
 
 
-def _download(archives: list[Path]) -> None:
-    raw = archives[0].parent
+def _download(root: Path, missing: list[Path]) -> None:
+    """Let torchvision download the archives, one process at a time. Raises DataError if it cannot."""
+    from torchvision.datasets import MNIST  # takes as long to import as torch does
+
     try:
-        raw.mkdir(parents=True, exist_ok=True)
-        with FileLock(raw.parent / ".lock"):
-            for archive in archives:
-                _download_from_a_mirror(archive)
+        (root / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "MNIST" / ".lock"):
+            for archive in missing:
+                if _content(archive) is None:  # torchvision would take a damaged unpacked file as it is
+                    archive.with_suffix("").unlink(missing_ok=True)
+            MNIST(root, download=True)
     except (RuntimeError, OSError, EOFError) as error:
-        damaged = [archive for archive in archives if not _is_whole(archive)]
-        if not damaged:
-            raise
         raise DataError(
-            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, damaged))}. "
+            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, missing))}. "
             "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network. "
             f"What failed: {error}"
         ) from None
-
-
-def _download_from_a_mirror(archive: Path) -> None:
-    """Download an archive, unless another process has already done so."""
-    from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import download_url
-
-    md5 = dict(MNIST.resources)[archive.name]
-    for mirror in MNIST.mirrors:
-        try:
-            return download_url(f"{mirror}{archive.name}", archive.parent, archive.name, md5)
-        except (RuntimeError, OSError, EOFError) as error:
-            failure = error
-    raise failure
 
 
 def normalise(images: Tensor, mean: float = MEAN, std: float = STD) -> Tensor:
@@ -300,22 +343,26 @@ def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def batches(
-    digits: Digits,
+    dataset: ImageDataset,
     batch_size: int,
-    augmentation: Augmentation,
-    generator: torch.Generator,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    generator: torch.Generator | None = None,
+    transform: Transform | None = None,
     batches_at_once: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images of `digits` once, in random order and augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
+    """Yield the images of `dataset` once, in random order and augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
 
-    Each image gets its own random amounts. They come from `generator`, on the CPU, so that they do not depend on the
-    device. The last batch may be smaller. Rotation alone takes the nearest pixel, as the published recipes do; with
-    shift or scale, one bilinear step does all three.
+    Each image gets its own random amounts. They come from `generator`, by default torch's, on the CPU, so that they do
+    not depend on the device. The last batch may be smaller. Rotation alone takes the nearest pixel, as the published
+    recipes do; with shift or scale, one bilinear step does all three.
+
+    `transform` is a data set's, as torchvision's: it gets one image (1, H, H), uint8, before augmentation and
+    normalisation, and gives one of the same size, of uint8 or from 0 to 1. Raises SettingError if it gives another.
 
     `batches_at_once` batches are augmented together, which changes no bit: by default one on a CPU, and about 6,400
     images elsewhere, since a GPU waits for the copy of their indices and amounts.
     """
-    images, labels = digits.images, digits.labels
+    images, labels = dataset.images, dataset.labels
     count, device = len(labels), labels.device
     order = torch.randperm(count, generator=generator)
     rotation, jitter, shift, scale = augmentation
@@ -329,15 +376,33 @@ def batches(
     for start in range(0, count, batches_at_once * batch_size):
         part = slice(start, start + batches_at_once * batch_size)
         chosen = order[part].to(device)
-        batch = images[chosen]
+        batch = images[chosen] if transform is None else _transformed(images[chosen], transform)
         if jitter:
             batch = adjust_contrast(adjust_brightness(batch, brightness[part]), contrast[part])
         if shift or scale:
             batch = affine(batch, angles[part], scales[part], shifts[part])
-        else:
+        elif rotation:
             batch = rotate(batch, angles[part])
-        parts = (normalise(batch, digits.mean, digits.std), labels[chosen])
+        parts = (normalise(batch, dataset.mean, dataset.std), labels[chosen])
         yield from zip(*(part.split(batch_size) for part in parts), strict=True)
+
+
+def _transformed(images: Tensor, transform: Transform) -> Tensor:
+    """Transform each image (N, H, H) by itself; return grey levels from 0 to 255."""
+    results = [transform(image) for image in images.unsqueeze(1)]
+    wrong = next((one for one in results if not isinstance(one, Tensor) or one.shape != images[:1].shape), None)
+    if wrong is not None:
+        kind = tuple(wrong.shape) if isinstance(wrong, Tensor) else type(wrong).__name__
+        raise SettingError(f"`transform` must turn an image (1, H, H) into one of the same size, not {kind}")
+    levels = torch.cat(results)
+    if levels.is_floating_point() and bool(((levels >= 0) & (levels <= 1)).all()):
+        return levels.mul(255)
+    if levels.dtype != torch.uint8:
+        raise SettingError(
+            f"`transform` must give images of uint8 or from 0 to 1, not {_describe(levels)}: leave out Normalize, "
+            "since s6lib normalises training and test images alike"
+        )
+    return levels
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -345,5 +410,5 @@ def _grey(images: Tensor) -> Tensor:
     return images.to(torch.float32, copy=True)
 
 
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
+def _uniform(count: int, generator: torch.Generator | None) -> Tensor:
     return torch.rand(count, generator=generator).mul_(2).sub_(1)

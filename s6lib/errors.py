@@ -17,6 +17,10 @@ class SettingError(StudyError, ValueError):
     """An invalid setting of a recipe, a condition or a table, or user code that cannot train."""
 
 
+class DataError(S6Error):
+    """A missing, damaged or unsuitable data set; the message says what to do."""
+
+
 class RunError(S6Error):
     """A run that cannot continue; the message names condition, seed and cause."""
 

@@ -1,31 +1,98 @@
-"""Recipes (how a study trains), conditions (what it compares), and the network that the two build."""
+"""Recipes (how a study trains), conditions (what it compares), and the network and data that they name."""
 
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from s6lib.data import DATASETS, Augmentation, Dataset
+from s6lib.data import DATASETS, Augmentation, ImageDataset, Transform, hold_out, load_data, normalise
 from s6lib.errors import SettingError
-from s6lib.models import BottleneckNet, PlainNet
+from s6lib.models import NETWORKS, BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
 from s6lib.train import l1_l2_penalty
 
 Norm = Callable[[int], nn.Module]  # makes the normalisation layer for a number of channels
 Penalty = Callable[[nn.Module], Tensor | float]  # from a model to a scalar that is added to the loss
 Loss = Callable[[Tensor, Tensor], Tensor]  # from logits and targets to a scalar
-Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from images and labels to images and targets
+BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from images and labels to images and targets
 SCHEDULES = ("steps", "one-cycle", "cosine", "constant")
+SLUG = r"[a-z0-9]+([-_.][a-z0-9]+)*"  # of a folder, so it must not lead to another folder
+
+# --- what each setting must be ---------------------------------------------------------------------------------------
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value is sound, and what it must be, in words
+
+
+def _whole(least: int) -> Check:
+    return lambda value: type(value) is int and value >= least, f"a whole number from {least}"
+
+
+def _number(most: float = math.inf) -> Check:
+    expected = "a finite number from 0" + (f" to {most:g}" if most < math.inf else "")
+    return lambda value: type(value) in (int, float) and 0 <= value <= most and value < math.inf, expected
+
+
+def _function(expected: str) -> Check:
+    return callable, expected
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check[0](value), check[1]
+
+
+def _one_of(names: tuple[str, ...]) -> Check:
+    return lambda value: callable(value) or value in names, f"a function or one of {', '.join(names)}"
+
+
+_TRUE_OR_FALSE: Check = (lambda value: type(value) is bool, "True or False")
+_NAME: Check = (
+    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, value)),
+    "lower-case words joined by - or _",
+)
+_CHECKS = {
+    **dict.fromkeys(("epochs", "batch_size", "decay_epochs", "passes"), _whole(1)),
+    **dict.fromkeys(("train_images", "num_splits"), _optional(_whole(1))),
+    **dict.fromkeys(("learning_rate", "shift", "l1", "l2"), _number()),
+    **dict.fromkeys(("decay", "momentum", "jitter"), _number(1)),
+    **dict.fromkeys(("held_out", "draw_images", "nesterov"), _TRUE_OR_FALSE),
+    **dict.fromkeys(("name", "slug"), _NAME),
+    "label": (lambda value: isinstance(value, str), "text"),
+    "dropout": _optional(_number(1)),
+    "rotation": _number(180),
+    "scale": _number(0.9),
+    "ema": _number(0.9999),
+    "schedule": _one_of(SCHEDULES),
+    "data": _one_of(DATASETS),
+    "network": _function("a class or function that makes a network"),
+    "norm": _optional(_function("a function or a class that makes a layer")),
+    "penalty": _optional(_function("a function of the model")),
+    "loss": _function("a function of logits and targets"),
+    "transform": _optional(_function("a function of an image")),
+    "batch_transform": _optional(_function("a function of images and labels")),
+    "optimizer": _optional(_function("a class of torch.optim or a partial of one")),
+}
+
+
+def _require_sound(settings: Mapping[str, Any]) -> None:
+    """Raise SettingError for the first setting that is not as `_CHECKS` says."""
+    for name, value in settings.items():
+        if name in ("network", "norm") and isinstance(value, nn.Module):
+            kind = type(value).__name__
+            raise SettingError(f"{name} must be {_CHECKS[name][1]}: give the class {kind}, not a {kind} already made")
+        sound, expected = _CHECKS[name]
+        _require(sound(value), name, expected, value)
 
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
@@ -33,36 +100,24 @@ def _require(met: bool, name: str, expected: str, value: Any) -> None:
         raise SettingError(f"{name} must be {expected}, not {value!r}")
 
 
-def _require_slug(name: str, value: str) -> None:
-    # A slug becomes a folder's name, so it must not lead to another folder.
-    slug = isinstance(value, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", value)
-    _require(bool(slug), name, "lower-case words joined by hyphens", value)
-
-
-def _require_whole(name: str, value: int, least: int) -> None:
-    _require(type(value) is int and value >= least, name, f"a whole number from {least}", value)
-
-
-def _require_number(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
-    expected = f"a finite number from {least}" + (f" to {most}" if most < sys.float_info.max else "")
-    _require(type(value) in (int, float) and least <= value <= most, name, expected, value)
-
-
-def _require_callable(name: str, value: Any, expected: str) -> None:
-    if isinstance(value, nn.Module) and name in ("network", "norm"):
-        kind = type(value).__name__
-        raise SettingError(f"{name} must be {expected}: give the class {kind}, not a {kind} that is already made")
-    _require(callable(value), name, expected, value)
-
-
-def _as_python(value: Any) -> Any:
-    """Turn a number of numpy, for example from np.logspace, into a number of Python."""
+def as_python(value: Any) -> Any:
+    """Turn a number of numpy, for example from np.logspace, into a number of Python, in a partial too."""
+    if isinstance(value, partial):
+        numbers = any(isinstance(one, np.generic) for one in (*value.args, *value.keywords.values()))
+        named = {name: as_python(one) for name, one in value.keywords.items()}
+        return partial(value.func, *map(as_python, value.args), **named) if numbers else value
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _use_python_numbers(thing: "Condition | Recipe") -> None:
-    for setting in fields(thing):
-        object.__setattr__(thing, setting.name, _as_python(getattr(thing, setting.name)))
+def _slug_from(settings: Mapping[str, Any]) -> str:
+    """Make a name from settings, such as l1-0.006 or optimizer-adamw-learning_rate-0.001."""
+    words = [
+        name_of(one) if callable(one) else f"{one:g}" if isinstance(one, float) else one for one in settings.values()
+    ]
+    slug = "-".join(f"{name}-{word}" for name, word in zip(settings, words, strict=True)).lower().replace("e-0", "e-")
+    if not re.fullmatch(SLUG, slug):
+        raise SettingError("a condition that changes nothing, or has code without a name, needs a slug, as in 'mine'")
+    return slug
 
 
 def _refuse_subclass(cls: type) -> None:
@@ -72,57 +127,67 @@ def _refuse_subclass(cls: type) -> None:
     )
 
 
-@dataclass(frozen=True)
+# --- conditions and recipes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, init=False)
 class Condition:
     """One way of training: a name, and what it changes in the recipe.
 
     Args:
-        slug: name of its folder, and on the command line.
+        slug: name of its folder, and on the command line; by default made from what the condition changes.
         label: name in tables and figures; by default the slug.
         l1: weight of the L1 penalty, the sum of |w| over all trainable parameters.
         l2: weight of the L2 penalty, the sum of w^2 over all trainable parameters.
         num_splits: ghost batches per batch, or None for BatchNorm2d.
         norm: your own normalisation instead: makes the layer for a number of channels.
         penalty: your own penalty, from the model to a scalar that is added to the loss.
-        changes: settings of the recipe that this condition changes, by name. It cannot change data and held_out, since
-            conditions are compared on the same test images.
+        settings: settings of the recipe that this condition changes, such as `optimizer=torch.optim.AdamW` or
+            `epochs=3`, kept in `changes`. It cannot change data and held_out, since conditions are compared on the same
+            test images.
 
     Raises SettingError, a ValueError, for an invalid value.
     """
 
     slug: str
-    label: str = ""
-    l1: float = 0.0
-    l2: float = 0.0
-    num_splits: int | None = None
-    norm: Norm | None = None
-    penalty: Penalty | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    label: str
+    l1: float
+    l2: float
+    num_splits: int | None
+    norm: Norm | None
+    penalty: Penalty | None
+    changes: Mapping[str, Any] = field(hash=False)
+
+    def __init__(
+        self,
+        slug: str = "",
+        label: str = "",
+        *,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        num_splits: int | None = None,
+        norm: Norm | None = None,
+        penalty: Penalty | None = None,
+        changes: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        own = {"l1": l1, "l2": l2, "num_splits": num_splits, "norm": norm, "penalty": penalty}
+        own = {name: as_python(value) for name, value in own.items()}
+        changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
+        slug = slug or _slug_from({name: value for name, value in {**own, **changes}.items() if value})
+        for name, value in {"slug": slug, "label": label or slug, **own, "changes": changes}.items():
+            object.__setattr__(self, name, value)
+        _require_sound({"slug": slug, "label": self.label, **own})
+        if num_splits is not None:
+            _require(norm is None, "norm", "left out where num_splits is given", norm)
+        names = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "data", "held_out")]
+        for name in changes:
+            _require(name in names, "a condition's change", f"a setting of the recipe, {', '.join(names)}", name)
+            idle = name in ("momentum", "nesterov") and changes.get("optimizer") is not None
+            _require(not idle, name, "given to the optimizer itself", changes[name])
 
     def __init_subclass__(cls) -> None:
         _refuse_subclass(cls)
-
-    def __post_init__(self) -> None:
-        _use_python_numbers(self)
-        _require_slug("slug", self.slug)
-        _require(isinstance(self.label, str), "label", "text", self.label)
-        object.__setattr__(self, "label", self.label or self.slug)
-        _require_number("l1", self.l1, 0)
-        _require_number("l2", self.l2, 0)
-        if self.num_splits is not None:
-            _require_whole("num_splits", self.num_splits, 1)
-            _require(self.norm is None, "norm", "left out where num_splits is given", self.norm)
-        if self.norm is not None:
-            _require_callable("norm", self.norm, "a function or a class that makes a layer")
-        if self.penalty is not None:
-            _require_callable("penalty", self.penalty, "a function of the model")
-        names = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "data", "held_out")]
-        sound = isinstance(self.changes, Mapping) and all(name in names for name in self.changes)
-        _require(sound, "changes", f"a dict of settings of the recipe, which are {', '.join(names)}", self.changes)
-        idle = {"momentum", "nesterov"} & self.changes.keys()
-        if self.changes.get("optimizer") is not None and idle:
-            raise SettingError(f"changes must not hold {idle.pop()} beside an optimizer: give it to the optimizer")
-        object.__setattr__(self, "changes", {name: _as_python(value) for name, value in self.changes.items()})
 
     def penalty_of(self, model: nn.Module) -> Tensor | float:
         """Compute the sum of the condition's penalties: a differentiable scalar, or 0 if it has none."""
@@ -155,12 +220,15 @@ class Recipe:
             saved. 0 for no average.
         held_out: whether to measure accuracy on the last sixth of the training images instead of the test images, for
             choices. Those images are then not trained on.
-        data: "mnist", "fashion-mnist", "kmnist", or a function that returns an `s6lib.Dataset`.
-        transform: from the images (B, 1, H, H), augmented and normalised, and labels (B,) of a training batch to the
-            images and targets to train on. The transforms of torchvision.transforms.v2 fit.
-        loss: from logits (B, C) and targets to a scalar.
-        optimizer: called with the parameters and `lr`: a class of torch.optim or a partial of one. The default is SGD
-            with `momentum` and `nesterov`, which other optimizers do not use.
+        data: "mnist", "fashion-mnist", "kmnist", or a function that gives the training and the test set, two data sets
+            of (image, label), see `s6lib.data.load_data`.
+        transform: a data set's transform, as torchvision's: from one training image (1, H, H), uint8 and before
+            normalisation, to one of the same size, of uint8 or from 0 to 1; drawn anew for each image.
+        batch_transform: from the images (B, 1, H, H), augmented and normalised, and labels (B,) of a training batch to
+            the images and targets to train on, such as CutMix of torchvision.transforms.v2.
+        loss: from logits (B, C) and targets to a scalar. Parameters of its own are trained too.
+        optimizer: called with the parameters and `lr`, the learning rate: a class of torch.optim, or a partial of one
+            without `lr`. The default is SGD with `momentum` and `nesterov`, which other optimizers do not use.
         passes: passes over the training images per epoch.
         draw_images: whether each seed draws its own `train_images`; otherwise they are the first.
 
@@ -185,59 +253,35 @@ class Recipe:
     nesterov: bool = False
     ema: float = 0.0
     held_out: bool = False
-    data: str | Callable[[], Dataset] = "mnist"
+    data: str | Callable[[], Any] = "mnist"
     transform: Transform | None = None
     loss: Loss = F.cross_entropy
     optimizer: Callable[..., Any] | None = None
     passes: int = 1
     draw_images: bool = False
+    batch_transform: BatchTransform | None = None
 
     def __init_subclass__(cls) -> None:
         _refuse_subclass(cls)
 
     def __post_init__(self) -> None:
-        _use_python_numbers(self)
-        _require_slug("name", self.name)
-        _require_callable("network", self.network, "a class or function that makes a network")
-        if self.dropout is not None:
-            _require_number("dropout", self.dropout, 0, 1)
-        if self.dropout and not self.takes("dropout"):
-            raise SettingError(
-                f"dropout must be left out or 0, since {name_of(self.network)} takes none, not {self.dropout!r}"
-            )
-        self._require_sound_data()
-        for name in ("epochs", "batch_size", "decay_epochs", "passes"):
-            _require_whole(name, getattr(self, name), 1)
-        for name, most in (("decay", 1), ("momentum", 1), ("rotation", 180), ("jitter", 1), ("scale", 0.9)):
-            _require_number(name, getattr(self, name), 0, most)
-        _require_number("learning_rate", self.learning_rate, 0)
-        _require_number("shift", self.shift, 0)
-        _require_number("ema", self.ema, 0, 0.9999)
-        sound = callable(self.schedule) or (isinstance(self.schedule, str) and self.schedule in SCHEDULES)
-        _require(sound, "schedule", f"a function or one of {', '.join(SCHEDULES)}", self.schedule)
-        sound = type(self.nesterov) is bool and (not self.nesterov or self.momentum > 0)
-        _require(sound, "nesterov", "True, with a momentum above 0, or False", self.nesterov)
-        if self.transform is not None:
-            _require_callable("transform", self.transform, "a function of images and labels")
-        _require_callable("loss", self.loss, "a function of logits and targets")
-        if self.optimizer is not None:
-            _require_callable("optimizer", self.optimizer, "a class of torch.optim or a partial of one")
-
-    def _require_sound_data(self) -> None:
-        sound = callable(self.data) or (isinstance(self.data, str) and self.data in DATASETS)
-        _require(sound, "data", f"a function or one of {', '.join(DATASETS)}", self.data)
-        _require(type(self.held_out) is bool, "held_out", "True or False", self.held_out)
-        _require(type(self.draw_images) is bool, "draw_images", "True or False", self.draw_images)
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, as_python(getattr(self, setting.name)))
         if isinstance(self.data, str):  # each has 60,000 training images
             most = 50_000 if self.held_out else 60_000
-            count = most if self.train_images is None else self.train_images
-            sound = type(count) is int and 1 <= count <= 60_000
-            _require(sound, "train_images", "a whole number from 1 to 60,000", count)
-            sound = count <= most
-            _require(sound, "held_out", "False, or True with at most 50,000 train_images", self.held_out)
-            object.__setattr__(self, "train_images", count)
-        elif self.train_images is not None:
-            _require_whole("train_images", self.train_images, 1)
+            object.__setattr__(self, "train_images", most if self.train_images is None else self.train_images)
+        _require_sound(vars(self))
+        if isinstance(self.data, str):
+            count = self.train_images or 0
+            _require(count <= 60_000, "train_images", "a whole number from 1 to 60,000", count)
+            fits = count <= most
+            _require(fits, "held_out", "False, or True with at most 50,000 train_images", self.held_out)
+        _require(not self.nesterov or self.momentum > 0, "nesterov", "True, with a momentum above 0, or False", True)
+        if self.dropout and not self.takes("dropout"):
+            network = name_of(self.network)
+            _require(False, "dropout", f"left out or 0, since {network} takes none", self.dropout)
+        rate = getattr(self.optimizer, "keywords", {}).get("lr")
+        _require(rate is None, "lr", "left out of the optimizer: give the rate as `learning_rate`", rate)
 
     def takes(self, setting: str) -> bool:
         """Return whether the network takes a keyword of this name."""
@@ -252,7 +296,10 @@ class Recipe:
     def changed_by(self, condition: Condition) -> "Recipe":
         """Apply a condition's changes. Raises SettingError if the two do not fit."""
         try:
-            return replace(self, **condition.changes)
+            recipe = replace(self, **condition.changes)
+            splits = condition.num_splits or 1
+            _require(splits <= recipe.batch_size, "num_splits", f"at most the batch size, {recipe.batch_size}", splits)
+            return recipe
         except SettingError as error:
             raise SettingError(f"{condition.label} ({condition.slug}) with recipe {self.name}: {error}") from None
 
@@ -277,7 +324,7 @@ class Recipe:
             return (1 + math.cos(math.pi * done)) / 2
         if isinstance(self.schedule, str):
             return 1.0
-        factor = _as_python(self.schedule(done))
+        factor = as_python(self.schedule(done))
         sound = isinstance(factor, Real) and 0 <= float(factor) < math.inf
         _require(sound, "schedule", f"a function that gives a finite number from 0, at {done:.4g} too", factor)
         return float(factor)
@@ -326,6 +373,18 @@ class Run:
         """The recipe, with the condition's changes."""
         return self.recipe.changed_by(self.condition)
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All settings of the run, with the condition's norm and penalty."""
+        return {**vars(self.settings), "norm": self.condition.norm, "penalty": self.condition.penalty}
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the run has parts of s6lib's alone, whose settings are checked where they are made."""
+        known = (F.cross_entropy, *NETWORKS.values())
+        parts = [part.func if isinstance(part, partial) else part for part in self.parts.values()]
+        return all(part in known or isinstance(part, int | float | str | None) for part in parts)
+
     def folder(self, out: str | Path) -> Path:
         """The run's folder under `out`."""
         return Path(out) / self.recipe.name / self.condition.slug / f"seed-{self.seed}"
@@ -354,3 +413,33 @@ def build_model(recipe: Recipe, condition: Condition) -> nn.Module:
         )
     arguments = {"norm": norm, "dropout": recipe.dropout if recipe.takes("dropout") else None}
     return recipe.network(**{name: value for name, value in arguments.items() if value is not None})
+
+
+def build_network(run: Run, train: ImageDataset | None) -> nn.Module:
+    """Build the network of a run; two images give lazy layers their sizes, and are not needed without such layers.
+
+    Raises SettingError if it is not a network with parameters to train.
+    """
+    model = build_model(run.recipe, run.condition)
+    if not isinstance(model, nn.Module) or not any(weights.requires_grad for weights in model.parameters()):
+        raise SettingError(f"`network` must make a torch.nn.Module with parameters to train, not {model!r}")
+    if train is not None and any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        with torch.no_grad():
+            model.eval()(normalise(train.images[:2].cpu(), train.mean, train.std))
+    return model
+
+
+def load_images(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
+    """Load the training and the test images of a recipe on the CPU; `held_out` replaces the test images."""
+    return _load(recipe.data, recipe.held_out)
+
+
+@lru_cache(maxsize=1)
+def _load(data: str | Callable[[], Any], held_out: bool) -> tuple[ImageDataset, ImageDataset]:
+    train, test = load_data(data)
+    return hold_out(train) if held_out else (train, test)
+
+
+def forget_images() -> None:
+    """Make the next `load_images` load anew: a function that gives the data may give others than before."""
+    _load.cache_clear()

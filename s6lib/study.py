@@ -11,34 +11,42 @@ import pandas as pd
 import torch
 from torch import nn
 
+from s6lib.data import ImageDataset
 from s6lib.errors import DamagedFile, SettingError, StudyError
 from s6lib.lab.device import CPU, keep_freed_memory, reproducible, seed_everything
-from s6lib.lab.files import RESULTS, read_about, read_result
-from s6lib.lab.first_steps import first_steps, step_differences
+from s6lib.lab.files import RESULTS, is_complete, read_about, read_result
 from s6lib.lab.record import (
+    COLUMNS,
+    DIFFERENT_TRAINING,
     condition_entry,
     differences,
-    has_placeholder,
     has_user_code,
     read_condition,
     read_recipe,
     recipe_entry,
+    run_folders,
 )
-from s6lib.lab.run import COLUMNS
-from s6lib.lab.setup import Data, build_network, read_data
-from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, name_of
-from s6lib.train import predict_logits
+from s6lib.recipes import (
+    ALL_CONDITIONS,
+    CONDITIONS,
+    RECIPES,
+    SLUG,
+    Condition,
+    Recipe,
+    Run,
+    build_network,
+    load_images,
+    name_of,
+)
+from s6lib.train import predict
 
-DIFFERENT_TRAINING = (
-    "{folder} was trained with different settings: {differences}. Ask for those, or give what you changed a new name, "
-    "or use another folder"
-)
 CHECKED = 1_000  # saved predictions that a model with the user's code must reproduce
 
 
 def recipes_in(folder: str | Path) -> list[str]:
     """List the names of the recipes with a complete run in a folder, the built-in ones first."""
-    names = {path.parents[2].name for path in Path(folder).glob("*/*/seed-*/run.json")}
+    folders = (path for path in Path(folder).glob("*") if re.fullmatch(SLUG, path.name))
+    names = {path.name for path in folders if any(is_complete(run) for run in run_folders(path))}
     return [name for name in RECIPES if name in names] + sorted(names - RECIPES.keys())
 
 
@@ -57,7 +65,8 @@ class Study:
 
     Args:
         folder: the `out` of `run_study`.
-        recipe: the recipe or its name. `model` needs the recipe itself if it contains your own code.
+        recipe: the recipe or its name; by default the one that is there. `model` needs the recipe itself if it contains
+            your own code.
         conditions: the conditions to read, or their slugs, in this order; by default all. `model` needs the condition
             itself if it contains your own code.
         seeds: the seeds, or the one seed, to read; by default all.
@@ -72,17 +81,15 @@ class Study:
     def __init__(
         self,
         folder: str | Path = "runs",
-        recipe: str | Recipe = PLAIN.name,
+        recipe: str | Recipe | None = None,
         conditions: Condition | str | Collection[Condition | str] | None = None,
         seeds: Iterable[int] | int | None = None,
     ) -> None:
-        name = recipe.name if isinstance(recipe, Recipe) else recipe
-        if not (isinstance(name, str) and re.fullmatch("[a-z0-9-]+", name)):
-            raise StudyError(f"a recipe is a Recipe or its name, such as {PLAIN.name!r}, not {recipe!r}")
         self.folder = Path(folder).expanduser()
+        name = _recipe_name(self.folder, recipe)
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
-        records = [_read_run(path.parent) for path in (self.folder / name).glob("*/seed-*/run.json")]
+        records = [_read_run(run) for run in run_folders(self.folder / name) if is_complete(run)]
         runs = _select(records, conditions, seeds)
         if not runs:
             there = ", ".join(sorted({f"{run.condition.slug} {run.seed}" for run in records})) or "none"
@@ -99,7 +106,6 @@ class Study:
         self.conditions = {run.condition.slug: run.condition for run in runs}
         self.conditions.update({slug: given[slug] for slug in self.conditions if slug in given})
         self._records = {(run.condition.slug, run.seed): run for run in runs}
-        self._require_recorded_steps()
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -134,13 +140,13 @@ class Study:
         """
         runs = self._history.groupby(["condition", "seed"], sort=False)
         last = runs.last()
-        best = self._history.loc[runs["val_accuracy"].idxmax()].set_index(["condition", "seed"])
+        best = self._history.loc[runs["test_accuracy"].idxmax()].set_index(["condition", "seed"])
         table = pd.DataFrame(
             {
                 "label": last["label"],
-                "accuracy": last["val_accuracy"],
-                "loss": last["val_loss"],
-                "best_accuracy": best["val_accuracy"],
+                "test_accuracy": last["test_accuracy"],
+                "test_loss": last["test_loss"],
+                "best_accuracy": best["test_accuracy"],
                 "best_epoch": best["epoch"],
                 "train_accuracy": last["train_accuracy"],
                 "seconds": runs["seconds"].sum(),
@@ -153,7 +159,7 @@ class Study:
 
         Raises SettingError, a ValueError, if a condition lacks a seed that another has: comparisons are paired by seed.
         """
-        table = self.summary().pivot(index="seed", columns="condition", values="accuracy")[list(self.conditions)]
+        table = self.summary().pivot(index="seed", columns="condition", values="test_accuracy")[list(self.conditions)]
         missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if np.isnan(table.loc[seed, slug])]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -173,14 +179,14 @@ class Study:
         return pd.DataFrame(rows)
 
     @cached_property
-    def data(self) -> Data:
+    def data(self) -> tuple[ImageDataset, ImageDataset]:
         """The training and the test images of the study, or the training and the held-out images with `held_out`.
 
         Raises StudyError if the data set is the user's and the recipe itself was not given.
         """
         try:
             with reproducible(CPU):
-                return read_data(self.recipe)
+                return load_images(self.recipe)
         except SettingError as error:
             raise StudyError(str(error)) from None
 
@@ -216,24 +222,12 @@ class Study:
 
     def _require_saved_predictions(self, model: nn.Module, record: _RecordedRun) -> None:
         some, saved = self.data[1].part(slice(CHECKED)), self.predictions(record.condition, record.seed)[:CHECKED]
-        different = int((predict_logits(model, some).argmax(1).numpy() != saved).sum())
+        different = int((predict(model, some).numpy() != saved).sum())
         if different > 3:  # on another processor, two nearly equal logits may change places
             raise StudyError(
                 f"the model of {record.folder} does not give the predictions saved with it for {different} of "
                 f"{len(saved)} images: its code has changed since; give the code that was trained"
             )
-
-    def _require_recorded_steps(self) -> None:
-        """Raise StudyError if the user's code does not take the first steps recorded with its runs."""
-        for slug, condition in self.conditions.items():
-            record = self._run(slug, None)
-            run = Run(self.recipe, condition, record.seed)
-            if has_user_code(run) and not has_placeholder(run) and "first_steps" in record.about:
-                phrases = step_differences(record.about["first_steps"], first_steps(run, self.data))
-                if phrases:
-                    raise StudyError(
-                        DIFFERENT_TRAINING.format(folder=record.folder, differences="; ".join(phrases[:3]))
-                    )
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
         """Load the predicted class of each test image, uint8 (10000,), by default of the condition's first seed."""
@@ -259,7 +253,7 @@ class Study:
             table = pd.DataFrame()
         if tuple(table.columns) != COLUMNS or table.empty:
             raise DamagedFile(f"{folder / 'history.csv'} is not a history of a run: {', '.join(COLUMNS)}")
-        return table
+        return table.rename(columns=lambda column: column.replace("val_", "test_"))
 
     def _run(self, condition: str | Condition, seed: int | None) -> _RecordedRun:
         slug = _slug(condition)
@@ -295,6 +289,20 @@ def _read_run(folder: Path) -> _RecordedRun:
     return run
 
 
+def _recipe_name(folder: Path, recipe: str | Recipe | None) -> str:
+    """Return the name of the recipe to read. Raises StudyError if none is given, and there is not exactly one."""
+    if recipe is None:
+        names = recipes_in(folder)
+        if len(names) != 1:
+            there = f"it has those of {', '.join(names)}: name one of them" if names else "train some with run_study"
+            raise StudyError(f"no recipe is named, and {folder} must hold the runs of one then; {there}")
+        return names[0]
+    name = recipe.name if isinstance(recipe, Recipe) else recipe
+    if not isinstance(name, str) or not re.fullmatch(SLUG, name):
+        raise StudyError(f"a recipe is a Recipe or its name, such as 'plain', not {recipe!r}")
+    return name
+
+
 def _slug(condition: Condition | str) -> str:
     return condition.slug if isinstance(condition, Condition) else condition
 
@@ -311,7 +319,7 @@ def _select(
     ]
 
 
-def _require_one_training(runs: list[_RecordedRun], recipe: str | Recipe, given: dict[str, Condition]) -> None:
+def _require_one_training(runs: list[_RecordedRun], recipe: str | Recipe | None, given: dict[str, Condition]) -> None:
     """Raise StudyError if runs differ in the recipe or in a condition, from each other or from the caller's."""
     wanted = recipe_entry(recipe) if isinstance(recipe, Recipe) else runs[0].about["recipe"]
     conditions = {slug: condition_entry(condition) for slug, condition in given.items()}

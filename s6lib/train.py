@@ -1,53 +1,14 @@
-"""One step, one epoch of training, one evaluation, and the two penalties."""
+"""One epoch of training, one evaluation, and the two penalties."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from s6lib.data import Digits, normalise
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became infinite or NaN; `step` counts from 1 within the epoch."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss is not finite at step {step}")
-        self.step = step
-
-
-class Learner(NamedTuple):
-    """The model, its optimizer, and the loss and penalty that a training step minimises.
-
-    loss: from logits and targets, a scalar.
-    penalty: from the model, a scalar that is added to the loss.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
-
-
-class Step(NamedTuple):
-    """The values that a training step computed before it changed the weights: logits (B, C), and two scalars."""
-
-    logits: Tensor
-    loss: Tensor
-    penalty: Tensor
-
-
-class Sums(NamedTuple):
-    """The sums over the steps of an epoch, on the device and updated in place.
-
-    metrics: float32 (3,), cross-entropy, hits and penalty, each summed over the images.
-    finite_steps: int64 (), the number of steps before the metrics became infinite or NaN.
-    """
-
-    metrics: Tensor
-    finite_steps: Tensor
+from s6lib.data import ImageDataset, normalise
 
 
 class Training(NamedTuple):
@@ -59,14 +20,13 @@ class Training(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Mean cross-entropy, accuracy (0 to 1), and the class of each image, uint8 (N,), on the CPU."""
+    """Mean cross-entropy and accuracy (0 to 1)."""
 
     loss: float
     accuracy: float
-    predictions: Tensor
 
 
-def l1_l2_penalty(model: nn.Module, l1: float, l2: float) -> Tensor | float:
+def l1_l2_penalty(model: nn.Module, l1: float = 0.0, l2: float = 0.0) -> Tensor | float:
     """Compute `l1` * sum |w| + `l2` * sum w^2 over all trainable parameters: a differentiable scalar.
 
     The parameters are concatenated once, so that the backward pass adds both gradients in one operation.
@@ -81,55 +41,42 @@ def l1_l2_penalty(model: nn.Module, l1: float, l2: float) -> Tensor | float:
     return penalty
 
 
-def train_step(learner: Learner, images: Tensor, targets: Tensor) -> Step:
-    """Take one step of training on a batch: images (B, 1, H, H), and targets as the loss takes them."""
-    logits = learner.model(images)
-    loss = learner.loss(logits, targets)
-    # Keep the penalty after the logits: autograd sums gradients from last to first, and the last bits are settled.
-    penalty = torch.zeros_like(loss) + learner.penalty(learner.model)
-    learner.optimizer.zero_grad()
-    (loss + penalty).backward()
-    learner.optimizer.step()
-    return Step(logits.detach(), loss.detach(), penalty.detach())
-
-
-def add_step(learner: Learner, sums: Sums, images: Tensor, targets: Tensor) -> None:
-    """Take a step of training, and add its metrics to `sums`."""
-    logits, loss, penalty = train_step(learner, images, targets)
-    with torch.no_grad():
-        if learner.loss is not F.cross_entropy:
-            loss = F.cross_entropy(logits, targets)
-        labels = targets.argmax(1) if targets.is_floating_point() else targets
-        hits = (logits.argmax(1) == labels).float().sum()
-        sums.metrics.add_(torch.stack([loss * len(targets), hits, penalty * len(targets)]))
-        sums.finite_steps.add_(sums.metrics.isfinite().all())  # a sum once infinite or NaN stays so
-
-
 def train_epoch(
-    learner: Learner,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    step: Callable[[Learner, Sums, Tensor, Tensor], None] = add_step,
+    model: nn.Module,
+    batches: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    penalty: Callable[[nn.Module], Tensor | float] | None = None,
 ) -> Training:
     """Train once over `batches`, pairs of images (B, 1, H, H) and targets: labels (B,) or probabilities (B, C).
 
-    The metrics are those of the training pass itself, with dropout and augmentation: cross-entropy, whatever the loss,
-    and how often the most probable class is the target's. They are summed on the device and read once, since reading
-    them at each step would make a GPU wait. For the same reason, NonFiniteLoss is raised at the end of the epoch.
-
-    `step` takes each step: `add_step`, or a faster equivalent.
+    Each step minimises the loss of a batch plus the penalty of the model. The metrics are those of the training pass
+    itself, with dropout and augmentation: cross-entropy, whatever the loss, and how often the most probable class is
+    the target's. Raises FloatingPointError if one became infinite or NaN, and ValueError if there was no batch.
     """
-    learner.model.train()
-    device = next(learner.model.parameters()).device
-    # Sum in place: keeping a small tensor from each step would fragment the memory that steps reuse.
-    sums = Sums(torch.zeros(3, device=device), torch.zeros((), dtype=torch.int64, device=device))
-    count = steps = 0
+    model.train()
+    sums = None  # on the device, and read once: a GPU would wait if they were read at each step
     for images, targets in batches:
-        step(learner, sums, images, targets)
-        count += len(targets)
-        steps += 1
-    if sums.finite_steps < steps:
-        raise NonFiniteLoss(step=int(sums.finite_steps) + 1)
-    return Training(*(sums.metrics.cpu().double() / count).tolist())
+        logits = model(images)
+        data_loss = loss(logits, targets)
+        # Keep the penalty after the logits: autograd sums gradients from last to first, and the last bits are settled.
+        extra = torch.zeros_like(data_loss) + (0.0 if penalty is None else penalty(model))
+        optimizer.zero_grad()
+        (data_loss + extra).backward()
+        optimizer.step()
+        with torch.no_grad():
+            entropy = data_loss if loss is F.cross_entropy else F.cross_entropy(logits, targets)
+            labels = targets.argmax(1) if targets.is_floating_point() else targets
+            hits, count = (logits.argmax(1) == labels).float().sum(), len(targets)
+            step = torch.stack([entropy * count, hits, extra * count, torch.full_like(hits, count)])
+            # Sum in place: keeping a small tensor from each step would fragment the memory that steps reuse.
+            sums = step if sums is None else sums.add_(step)
+    if sums is None:
+        raise ValueError("there must be at least one batch to train on; these batches are used up, or there are none")
+    *totals, images_seen = sums.cpu().double()
+    if not all(map(torch.isfinite, totals)):
+        raise FloatingPointError("the loss is infinite or not a number; lower the learning rate or the penalties")
+    return Training(*(float(total / images_seen) for total in totals))
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
@@ -144,20 +91,35 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     return getattr(model, "memory_format", torch.contiguous_format)
 
 
-@torch.inference_mode()
-def predict_logits(model: nn.Module, digits: Digits, batch_size: int = 250) -> Tensor:
-    """Compute the logits, float32 (N, C), of the images of `digits` in evaluation mode, without augmentation."""
+@torch.no_grad()  # not inference_mode, in which a cache that grows in evaluation could not be used in training
+def predict_logits(model: nn.Module, dataset: Any, batch_size: int = 250) -> Tensor:
+    """Compute the logits, float32 (N, C), of a data set's images in evaluation mode, without augmentation.
+
+    The data set is an ImageDataset on the model's device, or any torch Dataset of (image, label).
+    """
     model.eval()
-    parts = (normalise(part, digits.mean, digits.std) for part in digits.images.split(batch_size))
+    if not isinstance(dataset, ImageDataset):
+        return torch.cat([model(images) for images, _ in DataLoader(dataset, batch_size)])
+    parts = (normalise(part, dataset.mean, dataset.std) for part in dataset.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
         # With one channel, only the strides tell the memory format, and `to` would not change them.
         parts = (part.squeeze(1).unsqueeze(3).movedim(3, 1) for part in parts)
     return torch.cat([model(part) for part in parts])
 
 
-def evaluate(model: nn.Module, digits: Digits) -> Evaluation:
-    """Compute the loss, accuracy and predictions of a model on all of `digits`."""
-    logits = predict_logits(model, digits)
-    predictions = logits.argmax(1)
-    accuracy = int((predictions == digits.labels).sum()) / len(digits.labels)
-    return Evaluation(float(F.cross_entropy(logits, digits.labels)), accuracy, predictions.to("cpu", torch.uint8))
+def predict(model: nn.Module, dataset: Any) -> Tensor:
+    """Compute the class of each image of a data set: int64 (N,)."""
+    return predict_logits(model, dataset).argmax(1)
+
+
+def evaluate(model: nn.Module, dataset: Any) -> Evaluation:
+    """Compute the mean cross-entropy and the accuracy (0 to 1) of a model on all images of a data set."""
+    logits = predict_logits(model, dataset)
+    if isinstance(dataset, ImageDataset):
+        return score(logits, dataset.labels)
+    return score(logits, torch.cat([labels for _, labels in DataLoader(dataset, 250)]).to(logits.device))
+
+
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Compute the mean cross-entropy and the accuracy (0 to 1) of logits (N, C), given the labels (N,)."""
+    return Evaluation(float(F.cross_entropy(logits, labels)), int((logits.argmax(1) == labels).sum()) / len(labels))

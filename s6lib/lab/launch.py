@@ -1,9 +1,10 @@
 """run_study, the one loop over conditions and seeds."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import combinations
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,25 @@ import torch
 from filelock import FileLock, Timeout
 
 from s6lib.errors import RunsFailed, Stopped, StudyError
-from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint
-from s6lib.lab.first_steps import first_steps, identity_differences, try_out
 from s6lib.lab.progress import progress
-from s6lib.lab.record import differences, has_placeholder, has_user_code, read_condition, settings_of
+from s6lib.lab.record import (
+    DIFFERENT_TRAINING,
+    differences,
+    read_condition,
+    run_folders,
+    settings_of,
+)
 from s6lib.lab.run import save_run
-from s6lib.lab.setup import Data, read_data
+from s6lib.lab.trial import first_steps
 from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
-from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, Condition, Recipe, Run
-from s6lib.study import DIFFERENT_TRAINING, Study
-
-Steps = dict[tuple[str, int], dict[str, Any]]  # by slug and seed
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, forget_images, load_images
+from s6lib.study import Study
 
 
 def run_study(
-    recipe: Recipe = PLAIN,
-    conditions: Sequence[Condition | str] = CONDITIONS,
+    recipe: Recipe | str = PLAIN,
+    conditions: Iterable[Condition | str] | Condition | str = CONDITIONS,
     seeds: int | Iterable[int] = (1,),
     out: str | Path = "runs",
     *,
@@ -48,31 +51,31 @@ def run_study(
     need s6lib and the data set; your own code is sent to them. This process writes the folder, so they need no shared
     disk. If they share it, their runs resume from their last complete epoch too.
 
-    A condition may be the slug of a built-in one, and `seeds` may be a single number.
+    The recipe and the conditions may be the names of built-in ones, and `seeds` may be a single number.
 
-    Before training, the first steps of each condition are tried on the CPU and compared with those of the runs in the
-    folder. This raises StudyError or SettingError if a seed is not a whole number, two conditions share a name, a
-    condition cannot be trained, the device is missing, `out` cannot be written, another study is using it, it holds
-    runs of this name that were trained differently, or a link in it leads elsewhere; DataError if the data set is
-    missing; DamagedFile if a finished run is damaged. Raises RunsFailed if some runs fail, once all others are
+    Before training, the first steps of each condition with your own code are tried on the CPU and compared with those
+    of the runs in the folder. This raises StudyError or SettingError if a seed is not a whole number, two conditions
+    share a name, a condition cannot be trained, the device is missing, `out` cannot be written, another study is using
+    it, it holds runs of this name that were trained differently, or a link in it leads elsewhere; DataError if the data
+    set is missing; DamagedFile if a finished run is damaged. Raises RunsFailed if some runs fail, once all others are
     complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
     """
-    conditions, seeds = _conditions(conditions), _seeds(seeds)
+    recipe, conditions, seeds = _recipe(recipe), _conditions(conditions), _seeds(seeds)
     runs = [Run(recipe, condition, seed) for seed in seeds for condition in conditions]
     out, jobs = Path(out).expanduser(), _jobs(jobs)
     if executor is None:
         device = resolve_device(device)
-    with reproducible(CPU):
-        data = read_data(recipe)
-    steps = _first_steps_of_each(runs, data)
+    forget_images()
     with _only_study_in(out) as token:
         _refuse_links(out, [run.folder(out) for run in runs])
-        _refuse_other_training(out / recipe.name, runs, data, steps)
+        _require_one_training(out / recipe.name, runs)
         waiting = [run for run in runs if not is_complete(run.folder(out))]
         settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
             print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
-        with _bars(out, waiting) if waiting and show_progress else nullcontext():
+        histories = {str(run): run.folder(out) / "history.csv" for run in waiting}
+        epochs = {str(run): run.settings.epochs for run in waiting}
+        with progress(histories, epochs) if waiting and show_progress else nullcontext():
             try:
                 outcomes = (
                     train_here(waiting, settings) if executor is None else train_with(executor, waiting, settings)
@@ -83,6 +86,15 @@ def run_study(
     if any(reasons):
         raise RunsFailed("\n".join(filter(None, reasons)))
     return Study(out, recipe, conditions, seeds)
+
+
+def _recipe(recipe: Recipe | str) -> Recipe:
+    """Return a recipe, or the built-in one of this name. Raises StudyError if there is none."""
+    if isinstance(recipe, str) and recipe in RECIPES:
+        return RECIPES[recipe]
+    if not isinstance(recipe, Recipe):
+        raise StudyError(f"a recipe is a Recipe or the name of a built-in one, {' or '.join(RECIPES)}, not {recipe!r}")
+    return recipe
 
 
 def _jobs(jobs: int | None) -> int | None:
@@ -103,7 +115,7 @@ def _seeds(seeds: int | Iterable[int]) -> list[int]:
     return list(dict.fromkeys(int(seed) for seed in given))
 
 
-def _conditions(conditions: Sequence[Condition | str]) -> list[Condition]:
+def _conditions(conditions: Iterable[Condition | str] | Condition | str) -> list[Condition]:
     """Return each condition once. Raises StudyError for an invalid one, for none, or for two with one folder."""
     distinct: list[Condition] = []
     for condition in [conditions] if isinstance(conditions, Condition | str) else conditions:
@@ -134,14 +146,6 @@ def _save(folder: Path, run: Run, outcome: Outcome) -> str | None:
     return None
 
 
-def _bars(out: str | Path, runs: list[Run]) -> AbstractContextManager[None]:
-    conditions = {run.condition for run in runs}
-    shared = len({condition.label for condition in conditions}) < len(conditions)
-    names = [f"{run.condition.slug if shared else run.condition.label}, seed {run.seed}" for run in runs]
-    histories = {name: run.folder(out) / "history.csv" for name, run in zip(names, runs, strict=True)}
-    return progress(histories, {name: run.settings.epochs for name, run in zip(names, runs, strict=True)})
-
-
 @contextmanager
 def _only_study_in(out: Path) -> Iterator[str]:
     """Lock a folder, and yield the name of a file in it, by which workers recognise a shared disk."""
@@ -170,30 +174,45 @@ def _refuse_links(out: Path, folders: list[Path]) -> None:
             raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
 
 
-def _first_steps_of_each(runs: list[Run], data: Data) -> Steps:
-    """Try each condition with its first seed. Raises SettingError if one cannot be trained."""
-    steps: Steps = {}
-    for run in runs:
-        if run.condition.slug not in {slug for slug, _ in steps}:
-            steps[run.condition.slug, run.seed] = try_out(run, data)
-    return steps
+def _require_one_training(folder: Path, runs: list[Run]) -> None:
+    """Compare the runs in a recipe's folder, complete or not, with those that are requested, and try the new ones.
 
-
-def _refuse_other_training(folder: Path, runs: list[Run], data: Data, steps: Steps) -> None:
-    """Raise StudyError if a run in a recipe's folder was trained with different settings than requested.
-
-    Settings identify a run; with the user's code, the first steps do too.
+    Settings identify a run; with the user's code, its first steps do too, of one seed of each condition. Raises
+    StudyError if a run was trained with different settings, and SettingError if a condition cannot be trained.
     """
     conditions = {run.condition.slug: run.condition for run in runs}
-    for other in sorted(folder.glob("*/seed-*")):
-        recorded = read_about(other) if is_complete(other) else read_checkpoint(other)
-        if recorded is None:
-            continue
-        condition = conditions.get(other.parent.name) or read_condition(recorded["condition"])
-        run = Run(runs[0].recipe, condition, recorded["seed"])
-        phrases = differences(recorded, settings_of(run))
-        if not phrases and has_user_code(run) and not has_placeholder(run):
-            these = steps.get((condition.slug, run.seed)) or first_steps(run, data)
-            phrases = identity_differences(recorded, {"first_steps": these})
-        if phrases:
-            raise StudyError(DIFFERENT_TRAINING.format(folder=other, differences="; ".join(phrases[:3])))
+    recorded: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for other in run_folders(folder):
+        about = read_about(other) if is_complete(other) else read_checkpoint(other)
+        if about is not None:
+            condition = conditions.get(other.parent.name) or read_condition(about["condition"])
+            _require_same(other, about, settings_of(Run(runs[0].recipe, condition, about["seed"])))
+            recorded.setdefault(other.parent.name, (other, about))
+    tried: dict[str, dict[str, Any]] = {}
+    for slug, condition in conditions.items():
+        other, about = recorded.get(slug, (folder, {"seed": runs[0].seed}))
+        run = Run(runs[0].recipe, condition, about["seed"])
+        tried[slug] = settings_of(run)
+        if not run.is_built_in:
+            tried[slug]["first_steps"] = first_steps(run, load_images(run.recipe))
+        if "first_steps" in about:
+            _require_same(other, about, tried[slug])
+    _name_equal_conditions(tried)
+
+
+def _require_same(folder: Path, recorded: dict[str, Any], requested: dict[str, Any]) -> None:
+    if phrases := differences(recorded, requested):
+        raise StudyError(DIFFERENT_TRAINING.format(folder=folder, differences="; ".join(phrases[:3])))
+
+
+def _name_equal_conditions(tried: dict[str, dict[str, Any]]) -> None:
+    """Print which conditions cannot be told apart by their settings, their code and their first steps."""
+    for (first, one), (second, other) in combinations(tried.items(), 2):
+        renamed = {**other, "condition": {**other["condition"], "slug": first}}
+        if not differences(one, renamed):
+            print(
+                f"{first} and {second} train alike, as far as their first steps show: does a lambda in a loop read the "
+                "loop's variable? Give it a default, as in `lambda model, weight=weight: ...`",
+                file=sys.stderr,
+                flush=True,
+            )

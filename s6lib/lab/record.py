@@ -1,11 +1,16 @@
-"""Recipes and conditions as JSON in run.json, read back, and described differences between them."""
+"""What run.json says of a run, and the one answer to "is this the run that is asked for?"."""
 
+import ast
 import inspect
+import math
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -13,14 +18,30 @@ from torch import nn
 
 from s6lib import models
 from s6lib.errors import SettingError
-from s6lib.recipes import Condition, Recipe, Run, name_of
+from s6lib.recipes import SLUG, Condition, Recipe, Run, name_of
+
+_CODE = {"norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
+DIFFERENT_TRAINING = (
+    "{folder} was trained with different settings: {differences}. Ask for those, or give what you changed a new name, "
+    "or use another folder"
+)
+# Relative. Torch 2.5, 2.11 and 2.14 differ by up to 7e-6 in a loss and 6e-3 in a gradient, over 30 networks: where two
+# pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
+TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
 
 _PLAIN_TYPES = (int, float, str, bool, type(None))
 # Settings added after the first published runs: run.json omits them at their defaults.
 _LATER_SETTINGS = {
     "shift", "scale", "schedule", "nesterov", "ema", "held_out", "data", "transform", "loss", "optimizer", "passes",
-    "draw_images",
+    "draw_images", "batch_transform",
 }  # fmt: skip
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """List the runs under a recipe's folder, started or complete; copies such as "seed-1 (1)" are passed over."""
+    runs = sorted(Path(folder).glob("*/seed-*"))
+    return [run for run in runs if re.fullmatch(SLUG, run.parent.name) and re.fullmatch(r"seed-\d+", run.name)]
 
 
 def settings_of(run: Run) -> dict[str, Any]:
@@ -52,7 +73,7 @@ def _entry(value: Any) -> Any:
     """A setting as JSON.
 
     A library's class or function becomes its name, a partial or an object of one its name and arguments. The user's
-    code becomes its name and source, for people to read: the first steps identify it (see first_steps.py).
+    code becomes its name and source; its first steps identify it too (see trial.py).
     """
     if isinstance(value, Placeholder):
         return value.entry
@@ -70,16 +91,9 @@ def _entry(value: Any) -> Any:
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and _is_setting(one)}
+        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and is_library(one)}
         return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
     return {"name": name_of(value), "source": _source(value)}
-
-
-def _is_setting(value: Any) -> bool:
-    """Return whether an attribute of a library's object is a setting: a number, a text, another such object."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_setting, value))
-    return isinstance(value, _PLAIN_TYPES) or (callable(value) and _is_in_library(type(value)))
 
 
 def _is_in_library(thing: Any) -> bool:
@@ -104,8 +118,7 @@ def is_library(setting: Any) -> bool:
 
 def has_user_code(run: Run) -> bool:
     """Return whether a run contains any code of the user's."""
-    settings = [getattr(run.settings, setting.name) for setting in fields(run.settings)]
-    return not all(map(is_library, [*settings, run.condition.norm, run.condition.penalty]))
+    return not all(map(is_library, run.parts.values()))
 
 
 def _source(thing: Any) -> str | None:
@@ -149,8 +162,7 @@ class Placeholder:
 
 def has_placeholder(run: Run) -> bool:
     """Return whether a setting of a run is known from run.json alone, so that the run cannot be built."""
-    parts = (*vars(run.settings).values(), run.condition.norm, run.condition.penalty)
-    return any(isinstance(part, Placeholder) for part in parts)
+    return any(isinstance(part, Placeholder) for part in run.parts.values())
 
 
 def read_recipe(entry: dict[str, Any]) -> Recipe:
@@ -166,11 +178,11 @@ def read_condition(entry: dict[str, Any]) -> Condition:
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(entry)
-    for name in {"network", "norm", "penalty", "transform", "loss", "optimizer", "schedule", "data"} & settings.keys():
+    if "network" in entry:
+        settings["network"] = _library_network(entry["network"]) or Placeholder(entry["network"])
+    for name in _CODE & settings.keys():
         value = settings[name]
-        if name == "network":
-            settings[name] = _library_network(value) or Placeholder(value)
-        elif isinstance(value, dict) or (isinstance(value, str) and "." in value):
+        if isinstance(value, dict) or (isinstance(value, str) and "." in value):
             settings[name] = Placeholder(value)
     return settings
 
@@ -191,35 +203,63 @@ def _library_network(entry: Any) -> Callable[..., nn.Module] | None:
 
 
 def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str]:
-    """Describe how the settings of a recorded run differ from the requested ones, a phrase each.
+    """Describe how a recorded run differs from the requested one, a phrase each; none if it is that run.
 
-    Labels are ignored, and so are the name and source of the user's code, which the first steps compare.
+    Both are entries of run.json: recipe, condition and seed, or those of them that matter, and `first_steps` for a run
+    with the user's code. Of that code the syntax trees are compared too, where both sources are known, since what acts
+    seldom or late does not show in three steps.
     """
-    phrases = []
-    for name, new in requested.items():
-        old = recorded.get(name)
-        if name == "label" or (_is_source(old) and _is_source(new)):
-            continue
-        if isinstance(old, dict) and isinstance(new, dict) and not _is_source(old) and not _is_source(new):
-            phrases += differences(*_comparable(old, new))
-        elif old != new:
-            phrases.append(f"{name} = {_describe(old)}, not {_describe(new)}")
-    return phrases
+    steps = {name: requested[name] for name in requested if name == "first_steps"}
+    settings = {name: requested[name] for name in requested if name in ("recipe", "condition", "seed")}
+    phrases = compare({name: recorded.get(name) for name in settings}, settings, tolerance=0)
+    if not phrases and steps and "first_steps" not in recorded:
+        return ["no record of its first steps"]
+    return phrases or compare(recorded.get("first_steps", {}), steps.get("first_steps", {}), shared=True)
 
 
-def _comparable(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """Reduce two entries to the parts to compare: everything, except for objects and for partials of the user's code.
+def compare(old: Any, new: Any, name: str = "", shared: bool = False, tolerance: float = TOLERANCE) -> list[str]:
+    """Describe how two entries differ, a phrase for each difference.
 
-    Of those, compare only the arguments that both entries have. An argument that one lacks is a default, which the
-    first steps compare, or is new in another version of a library.
+    Args:
+        shared: whether to compare only what both have: an argument that one lacks is a default, which the first steps
+            compare, or is new in another version of a library.
+        tolerance: the relative difference that numbers may have.
     """
-    kind = next((kind for kind in ("partial", "instance") if kind in old and kind in new), None)
-    if kind is None:
-        return [old, {**dict.fromkeys(old), **new}]
-    names = old["arguments"].keys() | new["arguments"].keys()
-    if kind == "instance" or _is_source(new[kind]):
-        names = old["arguments"].keys() & new["arguments"].keys()
-    return [{kind: one[kind], **{name: one["arguments"].get(name) for name in sorted(names)}} for one in (old, new)]
+    if _is_source(old) and _is_source(new):
+        trees = [_syntax_tree(entry["source"] or "") for entry in (old, new)]
+        return [f"other code in {name}"] if None not in trees and trees[0] != trees[1] else []
+    if isinstance(old, dict) and isinstance(new, dict):
+        if name == "parameters" and old.keys() != new.keys():
+            names = sorted(old.keys() ^ new.keys())
+            return [f"other parameters (only one of the two has {', '.join(names[:3])})"]
+        keys = [key for key in {**old, **new} if key != "label" and (not shared or (key in old and key in new))]
+        shared = shared or "instance" in new or _is_source(new.get("partial"))
+        parts = [(key, old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        one = name.removesuffix("s")
+        parts = [(f"{one} {place}", *pair) for place, pair in enumerate(zip(old, new, strict=True), 1)]
+    elif _is_close(old, new, GRADIENT_TOLERANCE if name == "gradient" else tolerance):
+        return []
+    else:
+        return [f"{name} = {_describe(old)}, not {_describe(new)}"]
+    return [phrase for key, was, now in parts for phrase in compare(was, now, key, shared, tolerance)]
+
+
+def _is_close(a: Any, b: Any, tolerance: float) -> bool:
+    if tolerance and isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+    return a == b
+
+
+def _syntax_tree(source: str) -> str | None:
+    """The syntax tree of a function, a class or the only lambda in a source, as text; None if there is no such tree."""
+    with suppress(SyntaxError, IndexError):  # IndexError: there is no source
+        tree = ast.parse(textwrap.dedent(source).strip())
+        lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+        if isinstance(tree.body[0], ast.FunctionDef | ast.ClassDef):
+            return ast.dump(tree)
+        return ast.dump(lambdas[0]) if len(lambdas) == 1 else None
+    return None
 
 
 def _is_source(entry: Any) -> bool:
@@ -227,4 +267,6 @@ def _is_source(entry: Any) -> bool:
 
 
 def _describe(entry: Any) -> str:
-    return str(entry["name"]) if isinstance(entry, dict) and "name" in entry else repr(entry)
+    if isinstance(entry, dict) and "name" in entry:
+        return str(entry["name"])
+    return f"{entry:.6g}" if isinstance(entry, float) else repr(entry)

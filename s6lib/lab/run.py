@@ -1,16 +1,22 @@
-"""One run, from its seed to its folder: training, checkpoints, and the saved result."""
+"""One run, from its seed to its folder: setup, training, checkpoints, and the saved result."""
 
-import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from s6lib.errors import RunError
+from s6lib.data import ImageDataset, batches
+from s6lib.errors import RunError, SettingError
 from s6lib.lab.device import keep_freed_memory, machine, reproducible, seed_everything
 from s6lib.lab.files import (
     is_complete,
@@ -21,23 +27,69 @@ from s6lib.lab.files import (
     write_results,
     write_whole,
 )
-from s6lib.lab.first_steps import first_steps, identity_differences
-from s6lib.lab.record import has_user_code, settings_of
-from s6lib.lab.replay import Replay, records_steps
-from s6lib.lab.setup import Setup, read_data, serialise_weights, set_up
-from s6lib.recipes import Run
-from s6lib.train import NonFiniteLoss, add_step, evaluate, train_epoch
+from s6lib.lab.record import COLUMNS, differences, is_library, settings_of
+from s6lib.lab.replay import place_learning_rates, records_steps, train_recorded
+from s6lib.recipes import Loss, Recipe, Run, as_python, build_network, load_images
+from s6lib.train import Training, memory_format, predict_logits, score, train_epoch
 
 History = list[dict[str, float]]
-# A process trains one run at a time, since torch has one generator and one number of threads per process.
-_ONE_RUN = threading.Lock()
-COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
+Data = tuple[ImageDataset, ImageDataset]
+
+
+class Setup(NamedTuple):
+    """Everything that training a run needs.
+
+    settings: the recipe with the condition's changes; its `train_images` is a number.
+    loss: on the device, with copies of its tensors, such as class weights.
+    average: the moving average of the weights, if the recipe has one.
+    train, test: the images for training and for evaluation.
+    """
+
+    settings: Recipe
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    average: AveragedModel | None
+    train: ImageDataset
+    test: ImageDataset
+
+    @property
+    def final_model(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts whose state a checkpoint holds, by name."""
+        loss = nn.ModuleList(_modules_in(self.loss))
+        parts = {"model": self.model, "optimizer": self.optimizer, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None} | ({"loss": loss} if len(loss) else {})
+
+    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, and set the learning rate before each."""
+        settings, rates = self.settings, iter(self.settings.learning_rates(epoch))
+        for _ in range(settings.passes):
+            augmented = batches(self.train, settings.batch_size, settings.augmentation, generator, settings.transform)
+            for images, targets in augmented:
+                self._set_learning_rate(next(rates))
+                own = settings.batch_transform
+                yield (images, targets) if own is None else own(images, targets)
+
+    def _set_learning_rate(self, rate: float) -> None:
+        """Set a learning rate; parameter groups with a different initial rate keep their ratio."""
+        first = self.settings.learning_rate
+        for group in self.optimizer.param_groups:
+            scaled = rate * (group.get("initial_lr", first) / first) if first else rate
+            if isinstance(group["lr"], Tensor):  # a recorded step reads it
+                group["lr"].fill_(scaled)
+            else:
+                group["lr"] = scaled
 
 
 class RunResult(NamedTuple):
     """The result of training.
 
-    first_steps: the record of the first steps as JSON, for a run with the user's code (see first_steps.py).
+    first_steps: the record of the first steps as JSON, for a run with the user's code (see trial.py).
     history: one row per epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
     weights: the state_dict, on the CPU, as torch.save writes it; bytes travel much faster than tensors.
     predictions: uint8 (N,), the class of each test image.
@@ -51,19 +103,111 @@ class RunResult(NamedTuple):
     machines: list[dict[str, Any]]
 
 
-def train_run(run: Run, folder: Path | None = None, device: str | torch.device = "cpu") -> RunResult:
+def set_up(run: Run, data: Data, device: torch.device) -> Setup:
+    """Build the setup of a run from its seed. Raises SettingError if its settings do not fit its data."""
+    (train, test), settings = data, run.settings
+    count = settings.train_images or len(train)
+    if count > len(train):
+        raise SettingError(f"train_images must be at most {len(train):,}, as many as there are, not {count:,}")
+    if settings.shift >= (size := train.images.shape[-1]):
+        raise SettingError(f"shift must be less than the {size} pixels of an image, not {settings.shift}")
+    settings = replace(settings, train_images=count)
+    generator = seed_everything(run.seed, 0, device)
+    if settings.draw_images:
+        train = train.part(torch.randperm(len(train), generator=generator)[:count])
+    train, test = train.part(slice(count)).to(device), test.to(device)
+    model = build_network(run, train).to(device)
+    if memory_format(model) != torch.contiguous_format:
+        model = model.to(memory_format=memory_format(model))
+    loss = _on_device(settings.loss, device)
+    optimizer = _build_optimizer(run, settings, model, loss)
+    average = _build_average(model, optimizer, settings.ema) if settings.ema else None
+    return Setup(settings, model, optimizer, loss, average, train, test)
+
+
+def _on_device(loss: Any, device: torch.device) -> Any:
+    """Copy a loss, with its tensors, such as class weights, on a device."""
+    if isinstance(loss, nn.Module | Tensor):
+        return deepcopy(loss).to(device)
+    if isinstance(loss, partial):
+        named = {name: _on_device(one, device) for name, one in loss.keywords.items()}
+        return partial(loss.func, *(_on_device(one, device) for one in loss.args), **named)
+    return loss
+
+
+def _modules_in(loss: Any) -> list[nn.Module]:
+    if isinstance(loss, partial):
+        return [module for one in (loss.func, *loss.args, *loss.keywords.values()) for module in _modules_in(one)]
+    return [loss] if isinstance(loss, nn.Module) else []
+
+
+def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -> torch.optim.Optimizer:
+    parameters = [*model.parameters(), *nn.ModuleList(_modules_in(loss)).parameters()]
+    if settings.optimizer is None:
+        # Fused SGD is faster, but trains neither sparse nor complex weights, nor layers without a gradient in step 1.
+        fused = all(map(is_library, (settings.network, run.condition.norm, settings.loss)))
+        rate, momentum = settings.learning_rate, settings.momentum
+        optimizer: Any = torch.optim.SGD(parameters, rate, momentum, nesterov=settings.nesterov, fused=fused)
+    else:
+        optimizer = settings.optimizer(parameters, lr=settings.learning_rate)
+    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise SettingError(
+            f"optimizer must make a torch.optim.Optimizer that calls super().__init__, not {type(optimizer).__name__}"
+        )
+    given = {id(weights) for group in optimizer.param_groups for weights in group["params"]}
+    if given - set(map(id, parameters)) or {id(one) for one in parameters if one.requires_grad} - given:
+        raise SettingError(
+            "optimizer must train the parameters that it is called with, all of those that need a gradient and no "
+            "others: freeze some with requires_grad_(False) in the network instead"
+        )
+    for group in optimizer.param_groups:
+        group.update({name: as_python(value) for name, value in group.items() if name != "params"})
+        group.setdefault("initial_lr", float(group["lr"]))
+    return optimizer
+
+
+def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> AveragedModel:
+    """Build an exponential moving average of the weights, updated after each step of the optimizer."""
+    # Keep its counter on the model's device, where a recorded step can update it.
+    average, update = AveragedModel(model, next(model.parameters()).device), get_ema_multi_avg_fn(keep)
+    started = False  # whether the average holds a step; reading n_averaged each time would make the CPU wait for a GPU
+
+    @torch.no_grad()
+    def follow(*_: Any) -> None:
+        nonlocal started
+        started = started or bool(average.n_averaged > 0)
+        pairs = list(zip(_tensors(average.module), _tensors(model), strict=True))
+        numbers = [pair for pair in pairs if started and (pair[0].is_floating_point() or pair[0].is_complex())]
+        if numbers:
+            update(*map(list, zip(*numbers, strict=True)), None)
+        for old, new in pairs:
+            if not started or not (old.is_floating_point() or old.is_complex()):  # integers have no average
+                old.copy_(new)
+        average.n_averaged.add_(1)
+        started = True
+
+    optimizer.register_step_post_hook(follow)
+    return average
+
+
+def _tensors(model: nn.Module) -> Iterable[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def train_run(
+    run: Run, folder: Path | None = None, device: str | torch.device = "cpu", steps: dict[str, Any] | None = None
+) -> RunResult:
     """Train a run; with a `folder`, resume from its checkpoint, and write one after each epoch until it is complete.
 
-    All random numbers come from (seed, epoch) alone, so that a resumed run gives the same bits as one without a stop.
-    Raises RunError if the loss is not finite, or the checkpoint belongs to another run.
+    `steps` is the record of its first steps, for a run with the user's code. All random numbers come from (seed, epoch)
+    alone, so that a resumed run gives the same bits as one without a stop. Raises RunError if the loss is not finite,
+    or the checkpoint belongs to another run.
     """
     keep_freed_memory()
     device = torch.device(device)
-    with _ONE_RUN, reproducible(device):
-        data = read_data(run.settings)
-        steps = first_steps(run, data) if has_user_code(run) else None
-        setup = set_up(run, data, device)
-        state = {**_identity(run, steps), "history": [], "machines": []}
+    with reproducible(device):
+        setup = set_up(run, load_images(run.recipe), device)
+        state = {**identity(run, steps), "history": [], "machines": []}
         if _may_write_in(folder):
             _resume(folder, state, setup)
         history, machines = state["history"], state["machines"]
@@ -71,23 +215,17 @@ def train_run(run: Run, folder: Path | None = None, device: str | torch.device =
         machines[:] = [earlier for earlier in machines if earlier != here] + [here]
         predictions = None
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
-            try:
-                row, predictions = _epoch(run, epoch, setup)
-            except NonFiniteLoss as error:
-                raise RunError(
-                    f"{run}: the loss is not finite at epoch {epoch}, step {error.step}; lower the learning rate or "
-                    "the penalties"
-                ) from None
+            row, predictions = _epoch(run, epoch, setup)
             history.append(row)
             if _may_write_in(folder):
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         if predictions is None:  # the run was stopped after its last epoch
-            predictions = evaluate(setup.final_model, setup.test).predictions
-        return RunResult(steps, history, serialise_weights(setup.final_model), predictions.numpy(), machines)
+            predictions = _classes(predict_logits(setup.final_model, setup.test))
+        return RunResult(steps, history, serialise_weights(setup.final_model), predictions, machines)
 
 
-def _identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
+def identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
     """The run's identity, as JSON: its settings and, with the user's code, its first steps."""
     return settings_of(run) | ({} if steps is None else {"first_steps": steps})
 
@@ -100,25 +238,50 @@ def _may_write_in(folder: Path | None) -> TypeGuard[Path]:
     return folder is not None and not is_complete(folder)
 
 
-def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor]:
+def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], np.ndarray]:
     """Train an epoch; return its row of the history, and the predicted classes of the test images."""
-    device, rates = setup.train.labels.device, setup.settings.learning_rates(epoch)
-    generator = seed_everything(run.seed, epoch, device)
     start = time.perf_counter()
-    step = Replay(setup.learner, setup.average, rates, has_user_code(run)) if records_steps(device) else add_step
-    training = train_epoch(setup.learner, setup.batches(epoch, generator), step)
-    seconds = time.perf_counter() - start
-    test = evaluate(setup.final_model, setup.test)
-    if not np.isfinite(test.loss):  # the last step's update was too large
-        raise NonFiniteLoss(step=len(rates))
-    row = (epoch, rates[0], *training, test.loss, test.accuracy, seconds)
-    return dict(zip(COLUMNS, row, strict=True)), test.predictions
+    try:
+        training = _train(run, epoch, setup)
+        seconds = time.perf_counter() - start
+        logits = predict_logits(setup.final_model, setup.test)
+        test = score(logits, setup.test.labels)
+        if not np.isfinite(test.loss):  # the last step's update was too large
+            raise FloatingPointError
+    except FloatingPointError:
+        raise RunError(
+            f"{run}: the loss is not finite at epoch {epoch}; lower the learning rate or the penalties"
+        ) from None
+    group = setup.optimizer.param_groups[0]  # whose own rate may differ from the recipe's
+    share = group["initial_lr"] / setup.settings.learning_rate if setup.settings.learning_rate else 1.0
+    rate = setup.settings.learning_rates(epoch)[0] * share
+    row = (epoch, rate, *training, *test, seconds)
+    return dict(zip(COLUMNS, row, strict=True)), _classes(logits)
+
+
+def _classes(logits: Tensor) -> np.ndarray:
+    return logits.argmax(1).to("cpu", torch.uint8).numpy()
+
+
+def _train(run: Run, epoch: int, setup: Setup) -> Training:
+    """Train an epoch, with recorded steps on a GPU if the run is wholly the library's."""
+    device = setup.train.labels.device
+
+    def train(watch: Callable[[Iterator], Iterator] = iter) -> Training:
+        generator = seed_everything(run.seed, epoch, device)
+        seen = watch(setup.batches(epoch, generator))
+        return train_epoch(setup.model, seen, setup.optimizer, setup.loss, run.condition.penalty_of)
+
+    if device.type != "cuda" or not run.is_built_in or not records_steps():
+        return train()
+    place_learning_rates(setup.optimizer, setup.settings.learning_rates(epoch))
+    return train_recorded(train, setup.parts, device)
 
 
 def save_run(folder: Path, run: Run, result: RunResult) -> None:
     """Write a finished run to its folder."""
     *earlier, last = result.machines
-    about = {**_identity(run, result.first_steps), **last, **({"earlier": earlier} if earlier else {})}
+    about = {**identity(run, result.first_steps), **last, **({"earlier": earlier} if earlier else {})}
     about["seconds"] = round(sum(row["seconds"] for row in result.history), 1)
     results = {
         "predictions.npy": serialise(lambda file: np.save(file, result.predictions)),
@@ -134,7 +297,7 @@ def _resume(folder: Path, state: dict[str, Any], setup: Setup) -> None:
     remove_parts(folder)
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is not None:
-        if identity_differences(checkpoint, state):
+        if differences(checkpoint, state):
             raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
         for name, part in setup.parts.items():
             part.load_state_dict(checkpoint[name])
@@ -144,3 +307,12 @@ def _resume(folder: Path, state: dict[str, Any], setup: Setup) -> None:
 
 def _history_csv(history: History) -> bytes:
     return pd.DataFrame(history, columns=COLUMNS).to_csv(index=False, lineterminator="\n").encode()
+
+
+def serialise_weights(model: nn.Module) -> bytes:
+    """Return the state_dict of a model, on the CPU, as torch.save writes it."""
+    state = {
+        name: value.cpu().contiguous() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
+    return serialise(lambda file: torch.save(state, file))
