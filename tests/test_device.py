@@ -1,48 +1,86 @@
-"""A process's own settings change no result, and come back."""
+"""A process's own settings change no result, and come back; a start is described."""
 
 import random
+import re
+import subprocess
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, TINY, evaluation_on_few_digits
+from conftest import GBN, TINY
 from test_run import assert_same_run
 
-from s6lib.lab.device import CPU, reproducible, seed_everything
+import s6lib.lab.device
+from s6lib.lab.device import CPU, _denormals_are_flushed, machine, reproducible, seed_everything
 from s6lib.lab.run import train_run
 from s6lib.recipes import Run
 
-ONCE = TINY.__class__(**{**vars(TINY), "epochs": 1, "train_images": 64})
-pytestmark = pytest.mark.usefixtures("few_digits")
+ONCE = Run(replace(TINY, epochs=1, train_images=64), GBN, 1)
 
 
-@pytest.fixture(scope="module")
-def undisturbed():
-    with evaluation_on_few_digits():
-        return train_run(Run(ONCE, GBN, 1))
+def settings() -> list:
+    dtype, denormals, threads = torch.get_default_dtype(), _denormals_are_flushed(), torch.get_num_threads()
+    return [dtype, denormals, threads, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
 
 
-def test_a_default_dtype_changes_nothing(undisturbed):
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert_same_run(train_run(Run(ONCE, GBN, 1)), undisturbed)
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_a_mode_of_the_callers_changes_nothing(undisturbed, mode):
-    with mode():
-        assert_same_run(train_run(Run(ONCE, GBN, 1)), undisturbed)
-
-
-def test_a_default_device_changes_nothing(undisturbed):
-    torch.set_default_device("meta")
-    try:
-        assert_same_run(train_run(Run(ONCE, GBN, 1)), undisturbed)
-    finally:
+@pytest.mark.usefixtures("few_digits")
+def test_a_callers_settings_and_modes_change_nothing_and_come_back():
+    undisturbed = train_run(ONCE)
+    before = settings()
+    with ExitStack() as disturbed:
+        for restore, value in (
+            (torch.set_default_dtype, torch.float32),
+            (torch.set_flush_denormal, False),
+            (torch.set_float32_matmul_precision, "highest"),
+            (torch.set_default_device, None),
+        ):
+            disturbed.callback(restore, value)
+        for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+            disturbed.enter_context(mode)
+        torch.set_default_dtype(torch.float64)
+        torch.set_flush_denormal(True)
+        torch.set_float32_matmul_precision("medium")  # bfloat16, on some CPUs too
+        theirs = settings()
+        torch.set_default_device("meta")
+        assert_same_run(train_run(ONCE), undisturbed)
         torch.set_default_device(None)
+        assert settings() == theirs
+        disturbed.enter_context(torch.inference_mode())
+        assert_same_run(train_run(ONCE), undisturbed)
+    assert settings() == before
+
+
+NEWER = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")
+
+
+@pytest.fixture(params=["neither", "the older", pytest.param("the newer", marks=NEWER)])
+def interface(request, monkeypatch):
+    """The interface through which a caller has asked for TF32."""
+    if request.param == "the newer":
+        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    elif request.param == "the older":
+        torch.set_float32_matmul_precision("high")
+    yield request.param
+    if request.param == "the older":
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_float32_is_full_through_both_interfaces(interface):
+    """And the older one can be read: torch refuses that if the two disagree."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    newer = [cudnn.conv, matmul] if hasattr(cudnn, "conv") else []
+    before = [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
+    with reproducible(CPU):
+        assert not cudnn.allow_tf32
+        assert not matmul.allow_tf32
+        assert cudnn.deterministic
+        assert all(operation.fp32_precision == "ieee" for operation in newer)
+    assert before == [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
+    if interface == "the older":
+        assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_every_generator_is_seeded_from_seed_and_epoch_alone():
@@ -55,3 +93,29 @@ def test_every_generator_is_seeded_from_seed_and_epoch_alone():
         assert draws(1, 2) == draws(1, 2)
         several = [number for pair in ((1, 2), (2, 1), (1, 3)) for number in draws(*pair)]
     assert len(set(several)) == 12
+
+
+def git(clone: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=s6lib", "-c", "user.email=s6lib@localhost"]
+    return subprocess.run(
+        ["git", *identity, "-C", clone, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_a_start_names_the_commit_of_a_clone_and_whether_it_was_changed(tmp_path, monkeypatch):
+    commit = s6lib.lab.device._commit.__wrapped__
+    file = tmp_path / "s6lib" / "lab" / "device.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("as committed")
+    monkeypatch.setattr(s6lib.lab.device, "__file__", str(file))
+    assert commit() is None  # no clone
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "First")
+    head = git(tmp_path, "rev-parse", "HEAD").strip()
+    assert commit() == head
+    file.write_text("changed")
+    assert commit() == f"{head} with changes"
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None  # no git
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", machine(CPU)["started"])

@@ -4,12 +4,14 @@ import ctypes
 import os
 import platform
 import random
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,14 +36,12 @@ def seed_everything(seed: int, epoch: int, device: torch.device) -> torch.Genera
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Make training the same in every process: one thread, deterministic float32 kernels, no denormals.
+    """Make training the same in every process: one thread, deterministic kernels in full float32, no denormals.
 
     torch's modes and defaults, such as autocast, are reset too. A network this small gains nothing from a second
     thread, and sums over several threads depend on their number. The caller's settings and random states are restored
     at the end.
     """
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # do not initialise an idle GPU
     with ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
@@ -54,24 +54,21 @@ def reproducible(device: torch.device) -> Iterator[None]:
             settings.enter_context(torch.device("cpu"))
         settings.enter_context(torch.random.fork_rng(devices))
         if device.type == "cuda":
-            settings.enter_context(_exact_convolutions())
             settings.enter_context(torch.cuda.stream(_stream(device)))
-        flushing = _denormals_are_flushed()
-        try:
-            torch.set_num_threads(1)
-            torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
-            torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_flush_denormal(flushing)
-            torch.set_num_threads(threads)
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+        settings.callback(random.setstate, random.getstate())
+        settings.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        settings.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        settings.callback(torch.set_flush_denormal, _denormals_are_flushed())
+        torch.set_flush_denormal(True)  # weights that L1 and L2 shrink become denormal numbers, slow on a CPU
+        _use_exact_kernels(settings)
+        yield
 
 
 def _denormals_are_flushed() -> bool:
-    return bool(torch.tensor(2.0**-120) * 2.0**-20 == 0)
+    return bool(torch.tensor(2.0**-120, dtype=torch.float32) * 2.0**-20 == 0)
 
 
 @cache
@@ -83,23 +80,25 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Use cuDNN's deterministic kernels in full float32, through whichever interface to TF32 this torch has."""
-    cudnn = torch.backends.cudnn
-    wanted: list[tuple[Any, str, bool | str]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    if hasattr(cudnn, "conv"):  # torch refuses a program that uses both interfaces
-        wanted.append((cudnn.conv, "fp32_precision", "ieee"))
-    else:
-        wanted.append((cudnn, "allow_tf32", False))
-    before = [getattr(place, setting) for place, setting, _ in wanted]
-    try:
-        for place, setting, value in wanted:
-            setattr(place, setting, value)
-        yield
-    finally:
-        for (place, setting, _), value in zip(wanted, before, strict=True):
-            setattr(place, setting, value)
+def _use_exact_kernels(settings: ExitStack) -> None:
+    """Use cuDNN's deterministic kernels, and full float32 everywhere, until `settings` closes.
+
+    torch has two interfaces to TF32. Both are set, since it refuses to read the older one where they disagree.
+    """
+    cudnn, mkldnn, newer = torch.backends.cudnn, cast(Any, torch.backends.mkldnn), []
+    if hasattr(cudnn, "conv"):
+        newer = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]
+    for operation in newer:
+        settings.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
+    with suppress(RuntimeError):  # a caller who has used both cannot read the older one
+        settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+    for name, value in (("benchmark", False), ("deterministic", True), ("allow_tf32", False)):
+        with suppress(RuntimeError):
+            settings.callback(setattr, cudnn, name, getattr(cudnn, name))
+            setattr(cudnn, name, value)
+    for operation in newer:
+        operation.fp32_precision = "ieee"
 
 
 def keep_freed_memory() -> None:
@@ -116,7 +115,7 @@ def keep_freed_memory() -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe this machine for run.json: device, processor, library versions, host and process."""
+    """Describe a start for run.json: device, processor, library versions, host, process, commit, and time in UTC."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
@@ -132,6 +131,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "host": platform.node(),
         "process": os.getpid(),
+        "commit": _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -140,13 +141,10 @@ def _core() -> str:
     names = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
     cpuinfo = _cpuinfo()
     words = [f"{word}{cpuinfo[name]}" for name, word in names.items() if name in cpuinfo]
-    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    words += [
-        f"L{(cache / 'level').read_text().strip()} {(cache / 'type').read_text().strip().lower()} "
-        f"{(cache / 'size').read_text().strip()}"
-        for cache in caches
-        if all((cache / name).exists() for name in ("level", "type", "size"))
-    ]
+    for place in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with suppress(OSError):
+            level, kind, size = ((place / name).read_text().strip() for name in ("level", "type", "size"))
+            words.append(f"L{level} {kind.lower()} {size}")
     return ", ".join(words) or platform.machine()
 
 
@@ -155,3 +153,17 @@ def _cpuinfo() -> dict[str, str]:
     path = Path("/proc/cpuinfo")
     first = path.read_text().partition("\n\n")[0] if path.exists() else ""
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the clone that holds s6lib, "with changes" if its files differ; None if it is in no clone."""
+    clone = Path(__file__).parents[2]
+    if not (clone / ".git").exists():
+        return None
+    command = ["git", "-C", str(clone), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # leave the index alone: others may be at work there
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, env=environment, check=True)
+        return done.stdout.strip()
+    return None
