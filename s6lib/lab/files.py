@@ -5,7 +5,6 @@ import io
 import json
 import os
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,24 +35,13 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        _replace(part, path)
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename survives a crash once the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some file systems (CIFS, some FUSE) cannot sync a folder
-            os.fsync(folder)
-        os.close(folder)
-
-
-def _replace(part: Path, path: Path) -> None:
-    """Rename `part` to `path`; retry, since Windows refuses while a process, such as the progress bar, reads `path`."""
-    for seconds in (0.01, 0.1, 1):
-        try:
-            return os.replace(part, path)
-        except PermissionError:
-            time.sleep(seconds)
-    return os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with suppress(OSError):  # some file systems (CIFS, some FUSE) cannot sync a folder
+        os.fsync(folder)  # so that the rename survives a crash
+    os.close(folder)
 
 
 def remove_parts(folder: Path) -> None:
@@ -84,29 +72,20 @@ def is_complete(folder: Path) -> bool:
 
 def read_about(folder: Path) -> dict[str, Any]:
     """Read the entries of run.json. Raises DamagedFile if it is missing or does not match its checksum."""
-    path = folder / "run.json"
-    try:
-        about = json.loads(path.read_bytes())
-        undamaged = about["sha256"]["run.json"] == _digest({k: v for k, v in about.items() if k != "sha256"})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        undamaged = False
-    if not undamaged:
-        raise _damage_error(path)
-    return about
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        about = json.loads((folder / "run.json").read_bytes())
+        if about["sha256"]["run.json"] == _digest({k: v for k, v in about.items() if k != "sha256"}):
+            return about
+    raise _damage_error(folder / "run.json")
 
 
 def read_result(folder: Path, name: str) -> io.BytesIO:
     """Read one of RESULTS. Raises DamagedFile if it is missing or does not match its checksum."""
-    path = folder / name
-    if not path.exists():
-        raise DamagedFile(
-            f"{path} is missing: restore the folder (git checkout -- {folder}), choose a run that has this file, or "
-            "delete the folder and train the run again"
-        )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != read_about(folder)["sha256"].get(name):
-        raise _damage_error(path)
-    return io.BytesIO(content)
+    with suppress(FileNotFoundError):
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() == read_about(folder)["sha256"].get(name):
+            return io.BytesIO(content)
+    raise _damage_error(folder / name)
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -124,9 +103,7 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
     next `write_checkpoint` would keep the damaged one instead.
     """
     last, before = (folder / name for name in CHECKPOINTS)
-    for path in (last, before):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (last, before)):
         try:
             state = _load_checkpoint(path)
         except Exception as error:  # torch.load raises a dozen kinds of exception for damaged files
@@ -145,9 +122,9 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile("wrong checksum")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not state.keys() >= IDENTITY:
-        raise TypeError("not a checkpoint")
-    return state
+    if isinstance(state, dict) and state.keys() >= IDENTITY:
+        return state
+    raise TypeError("not a checkpoint")
 
 
 def _digest(about: dict[str, Any]) -> str:
@@ -155,7 +132,8 @@ def _digest(about: dict[str, Any]) -> str:
 
 
 def _damage_error(path: Path) -> DamagedFile:
+    damage = "damaged, or its checksum in run.json is" if path.exists() else "missing"
     return DamagedFile(
-        f"{path} is damaged or missing, or its checksum in run.json is: restore the folder (git checkout -- "
-        f"{path.parent}), or delete it and train the run again"
+        f"{path} is {damage}: restore the folder (git checkout -- {path.parent}), choose a run that has this file, or "
+        "delete the folder and train the run again"
     )

@@ -1,6 +1,7 @@
 """Damaged files and strangers' files: found and named, never run, never rewritten by reading."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -12,7 +13,6 @@ import torch
 from conftest import GBN, L1_BN, TINY
 from processes import THOROUGH
 from test_data import ARCHIVES, archives, no_network  # noqa: F401
-from test_files import Harmful
 from test_study import assert_same_study
 
 from s6lib.data import PROJECT, DataError, load_mnist
@@ -24,6 +24,13 @@ from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
 PLACES = 20
+
+
+class Harmful:
+    """An object whose unpickling makes a folder: where torch or numpy refuses code, none appears."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
 
 
 def damages(content: bytes, other: bytes, places: int) -> list[bytes]:
