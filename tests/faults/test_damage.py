@@ -3,9 +3,9 @@
 import json
 import os
 import random
-import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from processes import THOROUGH
 from test_data import ARCHIVES, archives, no_network  # noqa: F401
 from test_study import assert_same_study
 
-from s6lib.data import PROJECT, DataError, load_mnist
+from s6lib.data import DataError, load_mnist
 from s6lib.errors import DamagedFile, RunsFailed, StudyError
 from s6lib.lab.files import RESULTS, serialise, write_checkpoint, write_results
 from s6lib.lab.launch import run_study
@@ -67,27 +67,27 @@ def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, copy, name):
         assert path.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("name", RESULTS)
-def test_a_published_run_is_not_trained_again_though_a_file_is_damaged(copy, name):
-    path = Run(TINY, GBN, 2).folder(copy) / name
-    path.write_bytes(b"damaged")
+def test_a_published_run_is_not_trained_again_though_its_files_are_damaged(copy):
+    paths = [Run(TINY, GBN, 2).folder(copy) / name for name in RESULTS]
+    for path in paths:
+        path.write_bytes(b"damaged")
     run_study(TINY, (L1_BN, GBN), (1, 2), copy, jobs=1, show_progress=False)
-    assert path.read_bytes() == b"damaged"
+    assert all(path.read_bytes() == b"damaged" for path in paths)
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("damage", ["both damaged", "code"])
-def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, capsys, damage):
+def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     once = replace(TINY, epochs=1, train_images=64)
     whole = run_study(once, (GBN,), (1,), tmp_path / "whole", jobs=1, show_progress=False)
     folder = Run(once, GBN, 1).folder(tmp_path / "out")
     folder.mkdir(parents=True)
-    content = serialise(lambda file: torch.save({"model": Harmful()}, file)) if damage == "code" else b"damaged"
-    for name in ("checkpoint.pt", "checkpoint-before.pt"):
-        (folder / name).write_bytes(content)
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+    (folder / "checkpoint-before.pt").write_bytes(serialise(lambda file: torch.save({"model": Harmful()}, file)))
     study = run_study(once, (GBN,), (1,), tmp_path / "out", jobs=1, show_progress=False)
     assert_same_study(study, whole)
     assert capsys.readouterr().err.count("is damaged") == 2
+    assert not (tmp_path / "harm").exists()
 
 
 def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
@@ -129,65 +129,58 @@ def test_a_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist, 
 # --- strangers' files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["code", "another network", "a tensor", "no archive", "nothing", "junk"])
-def test_a_strangers_weights_are_refused_though_their_digests_fit(copy, monkeypatch, tmp_path, kind):
-    content = {
-        "code": serialise(lambda file: torch.save({"weight": Harmful()}, file)),
-        "another network": serialise(lambda file: torch.save({"weight": torch.zeros(1)}, file)),
-        "a tensor": serialise(lambda file: torch.save(torch.zeros(1), file)),
-        "no archive": b"import os",
-        "nothing": b"",
-        "junk": b"junk",
-    }[kind]
-    rewrite(Run(TINY, GBN, 1).folder(copy), "weights.pt", content)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DamagedFile, match=r"weights\.pt is not a state_dict of PlainNet, and is not trusted"):
-        Study(copy).model("gbn", 1)
-    assert not (tmp_path / "harm").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK", b"junk"])
-def test_a_strangers_predictions_are_refused_if_they_are_none(copy, content):
-    rewrite(Run(TINY, GBN, 1).folder(copy), "predictions.npy", content)
-    with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
-        Study(copy).predictions("gbn", 1)
-
-
-def test_a_strangers_predictions_are_refused_if_they_carry_code(copy, monkeypatch, tmp_path):
-    array = np.array([Harmful()], dtype=object)
-    content = serialise(lambda file: np.save(file, array, allow_pickle=True))
-    rewrite(Run(TINY, GBN, 1).folder(copy), "predictions.npy", content)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
-        Study(copy).predictions("gbn", 1)
-    assert not (tmp_path / "harm").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"condition": None}, {"condition": {"label": "GBN"}}, {"recipe": {"name": "plain"}}, {"recipe": []}],
-)
-def test_a_strangers_run_json_that_describes_no_run_is_named(copy, change):
-    folder = Run(TINY, GBN, 1).folder(copy)
+def rewrite(folder: Path, change: dict, results: dict[str, bytes]) -> None:
+    """Change run.json and results in a run's folder, with digests that fit, as a stranger can."""
     about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
-    write_results(folder, about | change, {name: (folder / name).read_bytes() for name in RESULTS})
-    with pytest.raises(DamagedFile, match=r"run\.json describes no run"):
-        Study(copy)
+    write_results(folder, about | change, {name: (folder / name).read_bytes() for name in RESULTS} | results)
+
+
+def weights(value: object) -> bytes:
+    return serialise(lambda file: torch.save(value, file))
+
+
+STRANGE_WEIGHTS = {
+    "code": weights({"weight": Harmful()}),
+    "another network": weights({"weight": torch.zeros(1)}),
+    "a tensor": weights(torch.zeros(1)),
+    "no archive": b"import os",
+    "nothing": b"",
+}
+STRANGE_PREDICTIONS = {
+    "code": serialise(lambda file: np.save(file, np.array([Harmful()], dtype=object), allow_pickle=True)),
+    "the start of an archive": b"PK",
+    "no array": b"import os",
+    "nothing": b"",
+}
+
+
+def test_a_strangers_results_are_refused_though_their_digests_fit(copy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = Run(TINY, GBN, 1).folder(copy)
+    for content in STRANGE_WEIGHTS.values():
+        rewrite(folder, {}, {"weights.pt": content})
+        with pytest.raises(DamagedFile, match=r"weights\.pt is not a state_dict of PlainNet, and is not trusted"):
+            Study(copy).model("gbn", 1)
+    for content in STRANGE_PREDICTIONS.values():
+        rewrite(folder, {}, {"predictions.npy": content})
+        with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
+            Study(copy).predictions("gbn", 1)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_strangers_run_json_that_describes_no_run_is_named(copy):
+    for change in ({"recipe": []}, {"recipe": {"name": "plain"}}, {"condition": {"label": "GBN"}}, {"condition": None}):
+        rewrite(Run(TINY, GBN, 1).folder(copy), change, {})
+        with pytest.raises(DamagedFile, match=r"run\.json describes no run"):
+            Study(copy)
 
 
 def test_runs_of_different_recipes_are_not_one_study(copy):
     folder = Run(TINY, GBN, 1).folder(copy)
-    about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
-    about["recipe"]["epochs"] = 3
-    write_results(folder, about, {name: (folder / name).read_bytes() for name in RESULTS})
+    recipe = json.loads((folder / "run.json").read_text())["recipe"]
+    rewrite(folder, {"recipe": recipe | {"epochs": 3}}, {})
     with pytest.raises(StudyError, match=r"was trained with different settings: epochs = \d, not \d"):
         Study(copy)
-
-
-def rewrite(folder, name, content):
-    """Put another content in a run's folder, with a digest that fits, as a stranger can."""
-    about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
-    write_results(folder, about, {other: (folder / other).read_bytes() for other in RESULTS} | {name: content})
 
 
 @pytest.mark.parametrize("link", ["plain", "plain/gbn", "plain/gbn/seed-1"])
@@ -213,16 +206,10 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
 
 @pytest.mark.parametrize("name", ["..", "../plain", "/tmp", "a/b", "", ".", "Plain", "a\\b", "a\nb"])
 def test_names_do_not_lead_out_of_the_folder(tiny_study, name):
-    with pytest.raises(ValueError, match="must be lower-case words joined by hyphens"):
+    with pytest.raises(ValueError, match="must be lower-case words"):
         replace(TINY, name=name)
-    with pytest.raises(ValueError, match="must be lower-case words joined by hyphens"):
-        Condition(name, "label")
+    if name:  # without a slug, a condition may name itself
+        with pytest.raises(ValueError, match="must be lower-case words"):
+            Condition(name, "label")
     with pytest.raises(StudyError, match=r"a recipe is a Recipe or its name|no complete"):
         Study(tiny_study.folder, name)
-
-
-def test_no_step_pipes_a_download_into_a_shell():
-    texts = [PROJECT / "README.md", *(PROJECT / "notebooks").glob("*.ipynb"), *(PROJECT / ".github").rglob("*.yml")]
-    for path in texts:
-        assert not re.search(r"(curl|wget)[^\n]*\|\s*(ba|z)?sh", path.read_text()), path
-        assert not re.search(r"<\((curl|wget)|eval .*\$\((curl|wget)", path.read_text()), path
