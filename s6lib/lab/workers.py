@@ -1,7 +1,7 @@
 """Workers that train runs: this process, processes on this machine, or any concurrent.futures.Executor."""
 
-import ctypes
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -33,8 +33,12 @@ WORKERS_DIE = (
     "worker processes were killed again and again: is memory short (a worker needs about 1 GB)? Every finished epoch "
     "is kept: give the same command again, with fewer jobs"
 )
-_RUNS_SENT: dict[str, Run] = {}  # the runs that this process has sent out
 LACKS_S6LIB = "a worker cannot import s6lib ({error}): install it there, `pip install -r requirements.txt` in a clone"
+_STUDIES: dict[str, tuple[Run, ...]] = {}  # runs that this process has sent out, or has unpacked as a worker, by study
+
+
+class LostWorker(str):
+    """The reason of a run whose worker process died, and its pool with it."""
 
 
 class JobSettings(NamedTuple):
@@ -57,11 +61,11 @@ def resolve_device(device: str | torch.device) -> str:
 
     Raises StudyError if this machine lacks the device.
     """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    usable = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
-    if torch.cuda.is_available():
-        usable += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        return "cuda" if gpus else "cpu"
+    usable = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * (gpus > 0)]
+    usable += [f"cuda:{number}" for number in range(gpus)]
     if str(device) not in usable:
         raise StudyError(f"device {str(device)!r} is not available here; use auto or one of: {', '.join(usable)}")
     return str(device)
@@ -72,70 +76,68 @@ def train_here(runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Ou
 
     On a CPU, `settings.jobs` processes of one thread each run in parallel: by default, and at most, one per core. On a
     GPU, or with one job, the runs take turns in this process. A new pool replaces one that loses a worker.
+
+    Raises StudyError if this process may not start others, or the user's code cannot be sent to them.
     """
-    jobs = min(settings.jobs or (cpu_count() if settings.device == "cpu" else 1), cpu_count())
+    cores = cpu_count() if settings.device == "cpu" else settings.jobs or 1
+    daemon = multiprocessing.current_process().daemon
+    jobs = min(settings.jobs or (1 if daemon else cores), cores)
+    if jobs > 1 and daemon:
+        raise StudyError(f"this process is a daemon, which may not start {jobs} others: use jobs=1")
     if jobs == 1:
         yield from ((run, _train(run, settings)) for run in runs)
         return
-    waiting, alone = list(runs), settings._replace(jobs=None)
-    for _ in range(POOLS):
+    groups, settings = [runs], settings._replace(jobs=None)
+    for pool_number in range(POOLS + 1):
         lost = []
-        with _pool(min(jobs, len(waiting) or 1)) as pool:
-            for run, future in _train_in(pool, waiting, alone):
-                if _lost_worker(future):
-                    lost.append(run)
-                else:
-                    yield run, _outcome(run, future)
+        for group in groups:
+            with _pool(min(jobs, len(group) or 1)) as pool:
+                for run, outcome in train_with(pool, group, settings):
+                    if not isinstance(outcome, LostWorker):
+                        yield run, outcome
+                    elif pool_number == POOLS:
+                        yield run, f"{run}: {WORKERS_DIE}"
+                    else:
+                        lost.append(run)
         if not lost:
             return
-        waiting = lost
         print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
-    for run in waiting:  # one pool per run, so that a run that kills its worker stops no other run
-        with _pool(1) as pool:
-            for _, future in _train_in(pool, [run], alone):
-                yield run, f"{run}: {WORKERS_DIE}" if _lost_worker(future) else _outcome(run, future)
+        # At last a pool for each run, so that a run that kills its worker stops no other run.
+        groups = [[run] for run in lost] if pool_number == POOLS - 1 else [lost]
 
 
 def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Outcome]]:
-    """Train runs in an executor, `settings.jobs` at a time (by default all), and yield each with its outcome."""
-    for run, future in _train_in(executor, runs, settings):
-        yield run, _outcome(run, future)
+    """Train runs in an executor, `settings.jobs` at a time (by default all), and yield each with its outcome.
 
-
-def _train_in(executor: Executor, runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Future]]:
-    """Send runs to an executor, and yield each with its future as it ends."""
-    todo = iter(runs)
-    pending: dict[Future, Run] = {}
+    Raises StudyError if the user's code cannot be sent to a worker.
+    """
+    study, content = uuid4().hex, pack(*runs)
+    _STUDIES[study] = tuple(runs)
+    todo, pending = iter(enumerate(runs)), dict[Future, Run]()
     try:
         while True:
-            for run in todo:
-                pending[_submit(executor, run, settings)] = run
+            for number, run in todo:
+                pending[_submit(executor, study, content, number, settings)] = run
                 if len(pending) == settings.jobs:
                     break
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                yield pending.pop(future), future
+                run = pending.pop(future)
+                yield run, _outcome(run, future)
     finally:
         for future in pending:  # for example, after Ctrl-C
             future.cancel()
+        _STUDIES.pop(study, None)
 
 
-def _submit(executor: Executor, run: Run, settings: JobSettings) -> Future:
-    key = uuid4().hex
-    _RUNS_SENT[key] = run
+def _submit(executor: Executor, *task: Any) -> Future:
     try:
-        future = executor.submit(train_packed, key, pack(run), settings)
-        future.add_done_callback(lambda _: _RUNS_SENT.pop(key, None))
+        return executor.submit(train_packed, *task)
     except (BrokenExecutor, RuntimeError) as error:  # the pool has died, or was shut down
-        future = Future()
+        future: Future = Future()
         future.set_exception(error if isinstance(error, BrokenExecutor) else BrokenExecutor(str(error)))
-    return future
-
-
-def _lost_worker(future: Future) -> bool:
-    """Return whether a worker process died, and its pool with it, before the run ended."""
-    return not future.cancelled() and isinstance(future.exception(), BrokenExecutor)
+        return future
 
 
 def _outcome(run: Run, future: Future) -> Outcome:
@@ -148,18 +150,29 @@ def _outcome(run: Run, future: Future) -> Outcome:
         return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        return f"{run}: given up by the executor, {type(error).__name__}: {reason}"
+        kind = LostWorker if isinstance(error, BrokenExecutor) else str
+        return kind(f"{run}: given up by the executor, {type(error).__name__}: {reason}")
 
 
-def pack(run: Run) -> bytes:
-    """Pickle a run for any process with s6lib, together with the user's code, be it in a file or a notebook cell."""
-    own = [run.condition.norm, run.condition.penalty, *vars(run.recipe).values(), *run.condition.changes.values()]
-    modules = {sys.modules.get(_module_of(thing)) for thing in own if callable(thing) and not is_library(thing)}
+def pack(*runs: Run) -> bytes:
+    """Pickle runs for any process with s6lib, together with the user's code, be it in a file or a notebook cell.
+
+    What several runs share, such as images that a function sees, is pickled once. Raises StudyError if something of
+    the user's cannot be pickled.
+    """
+    parts = [part for run in runs for thing in (run.recipe, run.condition) for part in vars(thing).values()]
+    parts += [part for run in runs for part in run.condition.changes.values()]
+    modules = {sys.modules.get(_module_of(part)) for part in parts if callable(part) and not is_library(part)}
     by_value = {module for module in modules if module is not None and not _is_installed(module)}
     for module in by_value:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(run)
+        return cloudpickle.dumps(runs)
+    except Exception as error:  # whatever the user's objects raise
+        raise StudyError(
+            f"your code cannot be sent to another process ({error}): open files and make locks inside the function "
+            "that uses them, or train in this process, with jobs=1"
+        ) from None
     finally:
         for module in by_value:
             cloudpickle.unregister_pickle_by_value(module)
@@ -178,12 +191,18 @@ def _is_installed(module: ModuleType) -> bool:
     return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
 
 
-def train_packed(key: str, content: bytes, settings: JobSettings) -> Outcome:
-    """Train a run in whatever process or thread an executor calls this.
+def train_packed(study: str, content: bytes, number: int, settings: JobSettings) -> Outcome:
+    """Train one of a study's packed runs in whatever process or thread an executor calls this.
 
-    In the process that packed the run, train the original: unpickling it there would redefine the user's classes.
+    In the process that packed the runs, train the original: unpickling it there would redefine the user's classes.
+    Another process unpacks a study once.
     """
-    return _train(_RUNS_SENT.get(key) or pickle.loads(content), settings)
+    runs = _STUDIES.get(study)
+    if runs is None:
+        runs = pickle.loads(content)
+        _STUDIES.clear()
+        _STUDIES[study] = runs
+    return _train(runs[number], settings)
 
 
 def _train(run: Run, settings: JobSettings) -> Outcome:
@@ -194,10 +213,8 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
     try:
         folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
         return train_run(run, folder, resolve_device(settings.device))
-    except S6Error as error:
-        message = str(error)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
     return message if message.startswith(str(run)) else f"{run}: {message}"
 
 
@@ -218,20 +235,11 @@ def _follow(driver: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        _wait_for_the_end_of(driver)
+        while os.getppid() == driver:
+            time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _wait_for_the_end_of(parent: int) -> None:
-    if sys.platform == "win32":  # getppid still names a parent that is gone
-        synchronize, forever = 0x00100000, -1  # of winnt.h and winbase.h
-        kernel = ctypes.windll.kernel32
-        kernel.WaitForSingleObject(kernel.OpenProcess(synchronize, False, parent), forever)
-        return
-    while os.getppid() == parent:
-        time.sleep(1)
 
 
 @contextmanager
@@ -251,13 +259,10 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
     # Each failed run reports its reason in one line; Dask would add pages.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with client:
-        workers = list(client.nthreads())
-        imports = [
-            client.submit(import_module, "s6lib.lab.workers", workers=[address], pure=False) for address in workers
-        ]
-        for address, future in zip(workers, imports, strict=True):
-            if isinstance(failure := future.exception(), ModuleNotFoundError):
-                raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=failure)}")
-        if not workers:
+        answers = client.run(import_module, "s6lib.lab.workers", on_error="return")
+        for address, answer in answers.items():
+            if isinstance(answer, ModuleNotFoundError):
+                raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=answer)}")
+        if not answers:
             print(f"waiting for workers: none has come to {scheduler} yet", file=sys.stderr, flush=True)
         yield client.get_executor(pure=False, retries=POOLS)
