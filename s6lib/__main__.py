@@ -1,7 +1,6 @@
 """The command line: `python -m s6lib` runs a study, `python -m s6lib report` prints and draws its results."""
 
 import argparse
-import difflib
 import importlib.util
 import io
 import os
@@ -20,8 +19,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     from s6lib.recipes import Condition, Recipe
     from s6lib.study import Study
 
-RECIPE_NAMES = ("plain", "bottleneck")
-SLUGS = ("l1-bn", "l2-bn", "l1-l2-bn", "gbn", "l1-l2-gbn", "bn", "gbn-2", "gbn-8", "gbn-16", "gbn-32")
 DESCRIPTION = """\
 Train a 10k-parameter network on MNIST under five conditions (L1, L2, both, Ghost BatchNorm, all three) and compare.
 
@@ -33,6 +30,7 @@ Train a 10k-parameter network on MNIST under five conditions (L1, L2, both, Ghos
 
 Give the same command again to resume a stopped run from its last complete epoch.
 """
+SLUGS = "l1-bn, l2-bn, l1-l2-bn, gbn, l1-l2-gbn, bn, gbn-2, gbn-8, gbn-16, gbn-32"  # importing them takes seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,32 +45,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="{run,report}", parser_class=_Parser)
 
     run = commands.add_parser("run", help="train (the default), then report")
-    run.add_argument("--study", metavar="FILE.py", help="a file that defines your own RECIPE and CONDITIONS")
-    run.add_argument("--recipe", metavar="NAME", help="plain (default) or bottleneck")
-    run.add_argument(
-        "--conditions",
-        nargs="+",
-        metavar="SLUG",
-        help=f"which to train: {', '.join(SLUGS)} (default: the first five), or those of your study file",
-    )
-    run.add_argument(
-        "--seeds", nargs="+", type=_whole_number(0), default=[1], metavar="K", help="one run each (default: 1)"
-    )
-    run.add_argument(
-        "--epochs", type=_whole_number(1), metavar="N", help="passes over the training images (default: 25)"
-    )
-    run.add_argument("--train-images", type=_whole_number(1), metavar="N", help="how many images to use (default: all)")
-    run.add_argument("--out", default="runs", metavar="DIR", help="the folder for the runs (default: runs)")
-    run.add_argument(
-        "--jobs", type=_whole_number(1), metavar="N", help="parallel runs (default: one per core; 1 on a GPU)"
-    )
-    run.add_argument("--device", default="auto", help="auto (default: a CUDA GPU if there is one), cpu, cuda:1, mps")
-    run.add_argument(
-        "--cluster",
-        type=_scheduler_address,
-        metavar="dask://HOST:PORT",
-        help="send the runs to the workers of a Dask scheduler",
-    )
+    add, count = run.add_argument, _whole_number(1)
+    add("--study", metavar="FILE.py", help="a file that defines your own RECIPE and CONDITIONS")
+    add("--recipe", metavar="NAME", help="plain (default) or bottleneck")
+    which = f"which to train: {SLUGS} (default: the first five), or those of your study file"
+    add("--conditions", nargs="+", metavar="SLUG", help=which)
+    add("--seeds", nargs="+", type=_whole_number(0), default=[1], metavar="K", help="one run each (default: 1)")
+    add("--epochs", type=count, metavar="N", help="passes over the training images (default: 25)")
+    add("--train-images", type=count, metavar="N", help="how many images to use (default: all)")
+    add("--out", default="runs", metavar="DIR", help="the folder for the runs (default: runs)")
+    add("--jobs", type=count, metavar="N", help="parallel runs (default: one per core; 1 on a GPU)")
+    add("--device", default="auto", help="auto (default: a CUDA GPU if there is one), cpu, cuda:1, mps")
+    cluster = "send the runs to the workers of a Dask scheduler"
+    add("--cluster", type=_scheduler_address, metavar="dask://HOST:PORT", help=cluster)
 
     report = commands.add_parser("report", help="print the result tables of a folder and draw its figures")
     report.add_argument("dir", metavar="DIR", help="a folder that `run` filled")
@@ -97,11 +82,9 @@ def _scheduler_address(address: str) -> str:
 
 
 def _look_up(name: str, choices: dict[str, Any]) -> Any:
-    """Return the choice of this name. Raises StudyError, with the closest name, if there is none."""
+    """Return the choice of this name. Raises StudyError if there is none."""
     if name not in choices:
-        close = difflib.get_close_matches(name, choices, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise StudyError(f"{name!r} is not known; {hint}There are: {', '.join(choices)}")
+        raise StudyError(f"{name!r} is not known; there are: {', '.join(choices)}")
     return choices[name]
 
 
@@ -128,59 +111,40 @@ def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
     return recipe, list(conditions)
 
 
-def _read_request(arguments: argparse.Namespace) -> tuple["Recipe", list["Condition"]]:
-    """Return the recipe and the conditions that a command line names."""
+def _run(arguments: argparse.Namespace) -> None:
+    from s6lib.lab.launch import run_study
+    from s6lib.lab.workers import dask_executor
     from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES
 
     if arguments.study is not None and arguments.recipe is not None:
         raise StudyError("--study and --recipe both name a recipe; give one of them")
-    recipe, conditions = _look_up(arguments.recipe or "plain", RECIPES), list(CONDITIONS)
-    choices = dict(ALL_CONDITIONS)
-    if arguments.study is not None:
+    conditions: Sequence[Condition] = CONDITIONS
+    if arguments.study is None:
+        recipe, choices = _look_up(arguments.recipe or "plain", RECIPES), ALL_CONDITIONS
+    else:
         recipe, conditions = read_study_file(arguments.study)
         choices = {condition.slug: condition for condition in conditions}
     if arguments.conditions is not None:
         conditions = [_look_up(slug, choices) for slug in arguments.conditions]
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
-    try:
-        recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-    except ValueError as error:
-        raise StudyError(str(error)) from None
-    return recipe, conditions
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from s6lib.lab.launch import run_study
-    from s6lib.lab.workers import dask_executor
-
-    recipe, conditions = _read_request(arguments)
+    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     with nullcontext() if arguments.cluster is None else dask_executor(arguments.cluster) as executor:
-        study = run_study(
-            recipe,
-            conditions,
-            arguments.seeds,
-            arguments.out,
-            jobs=arguments.jobs,
-            device=arguments.device,
-            executor=executor,
-        )
+        options = {"jobs": arguments.jobs, "device": arguments.device, "executor": executor}
+        study = run_study(recipe, conditions, arguments.seeds, arguments.out, **options)
     _report(study, Path(arguments.out) / "images")
 
 
 def _report_all(arguments: argparse.Namespace) -> None:
     from s6lib.study import Study, recipes_in
 
-    folder = Path(arguments.dir)
-    own, conditions = read_study_file(arguments.study) if arguments.study is not None else (None, [])
-    for name in recipes_in(folder) or [own.name if own else RECIPE_NAMES[0]]:
+    folder, images = Path(arguments.dir), arguments.images
+    own, conditions = (None, []) if arguments.study is None else read_study_file(arguments.study)
+    for name in recipes_in(folder) or [own.name if own else "plain"]:
+        study = Study(folder, name)
         if own is not None and own.name == name:
-            slugs = {path.parents[1].name for path in (folder / name).glob("*/seed-*/run.json")}
-            given = [condition for condition in conditions if condition.slug in slugs]
-            others = sorted(slugs - {condition.slug for condition in given})
-            study = Study(folder, own, [*given, *others])
-        else:
-            study = Study(folder, name)
-        _report(study, Path(arguments.images or folder / "images"))
+            given = {condition.slug: condition for condition in conditions}
+            study = Study(folder, own, [given.get(slug, slug) for slug in study.conditions])
+        _report(study, Path(images or folder / "images"))
 
 
 def _report(study: "Study", images: Path) -> None:
@@ -191,21 +155,21 @@ def _report(study: "Study", images: Path) -> None:
 
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
-    print(f"\n{title} ({name})\n{result_table(study).to_string(index=False)}\n")
+    print(f"{title} ({name})\n{result_table(study).to_string(index=False)}\n")
     figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
     slug = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
     with suppress(StudyError):  # without --study, the user's own model has only a name
-        model, digits = study.model(slug), study.data[1]
+        model, test = study.model(slug), study.data[1]
         heading = f"{title}, {study.labels[slug]}"
-        figures[f"misclassified_{slug}"] = plots.plot_misclassified(misclassified(model, digits), digits, heading)
-    figures |= _report_comparisons(study, title)
+        figures[f"misclassified_{slug}"] = plots.plot_misclassified(misclassified(model, test), test, heading)
+    figures |= _compare(study, title)
     for kind, figure in figures.items():
         path = images / f"{name}_{kind}.png"
         plots.save(figure, path)
         print(path)
 
 
-def _report_comparisons(study: "Study", title: str) -> dict[str, Any]:
+def _compare(study: "Study", title: str) -> dict[str, Any]:
     """Print means and differences, and return their figures, if all conditions share at least two seeds."""
     from s6lib import plots
     from s6lib.statistics import condition_statistics, paired_comparisons
@@ -228,16 +192,6 @@ def _report_comparisons(study: "Study", title: str) -> dict[str, Any]:
     return figures
 
 
-def _stop_message(arguments: argparse.Namespace) -> str:
-    """Say what is kept after Ctrl-C."""
-    if getattr(arguments, "cluster", None) is None:
-        return "Every finished epoch is kept: give the same command again to go on."
-    return (
-        "Every finished run is kept; so is every finished epoch of the other runs, if the workers share this disk. "
-        "Give the same command again to go on."
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
@@ -255,15 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except RunsFailed as error:
-        print(f"python -m s6lib: these runs failed, all others are complete:\n{error}", file=sys.stderr)
-        return 1
     except (S6Error, OSError) as error:  # OSError: for example, a full disk
-        print(f"python -m s6lib: {error}", file=sys.stderr)
+        failed = "these runs failed, all others are complete:\n" if isinstance(error, RunsFailed) else ""
+        print(f"python -m s6lib: {failed}{error}", file=sys.stderr)
         return 2 if isinstance(error, StudyError) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left for a second Ctrl-C to stop
-        print(f"\nStopped. {_stop_message(arguments)}", file=sys.stderr)
+        kept = "epoch" if getattr(arguments, "cluster", None) is None else "run"
+        print(f"\nStopped. Every finished {kept} is kept: give the same command again to go on.", file=sys.stderr)
         return 130
     return 0
 

@@ -20,6 +20,7 @@ from s6lib.recipes import CONDITIONS, PLAIN
 from s6lib.study import Study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("TQDM_DISABLE", None)  # some tests follow the progress that it would switch off
 # A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

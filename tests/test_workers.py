@@ -1,11 +1,13 @@
 """Where runs go: real Dask schedulers and workers, some of them killed, and what a driver then says."""
 
+import multiprocessing
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,7 +20,7 @@ from test_study import assert_same_study
 from s6lib.__main__ import main
 from s6lib.errors import RunsFailed, StudyError
 from s6lib.lab.launch import run_study
-from s6lib.lab.workers import JobSettings, dask_executor, pack, resolve_device
+from s6lib.lab.workers import JobSettings, dask_executor, pack, resolve_device, train_here, train_packed
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
@@ -70,15 +72,6 @@ def command(cluster, out, *more):
 
 
 ONCE = replace(TINY, epochs=1, train_images=64)
-
-
-@pytest.mark.slow
-def test_a_study_on_a_cluster_equals_the_local_one(cluster, tmp_path):
-    cluster.worker("--no-nanny")
-    with dask_executor(f"tcp://{cluster.address}") as executor:
-        study = run_study(ONCE, (GBN,), 1, tmp_path / "out", executor=executor, show_progress=False)
-    assert os.getpid() not in set(study.about()["process"])
-    assert_same_study(study, run_study(ONCE, (GBN,), 1, tmp_path / "here", jobs=1, show_progress=False))
 
 
 @pytest.mark.slow
@@ -176,7 +169,7 @@ def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_stud
                 break
         printed, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130
-    assert printed.splitlines()[-1].startswith("Stopped. Every finished run is kept; so is every finished")
+    assert printed.splitlines()[-1].startswith("Stopped. Every finished run is kept: give the same")
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
     assert 1 <= len(finished) < 4
     from distributed import Client  # slow to import, so not in every worker
@@ -187,14 +180,6 @@ def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_stud
     assert main(command(cluster, out)[3:]) == 0
     assert_same_study(Study(out), tiny_study)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
-
-
-@pytest.mark.parametrize("address", ["dask://nowhere", "tcp://127.0.0.1:8786", "ray://a:1", "dask://a/b:1"])
-def test_another_form_of_address_is_a_wrong_request(address, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "--cluster", address])
-    assert stop.value.code == 2
-    assert "is not of the form dask://HOST:PORT" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -223,12 +208,16 @@ def test_an_executor_that_is_shut_down_is_a_failure_of_each_run(tmp_path):
         run_study(TINY, (GBN,), (1,), tmp_path, executor=executor, show_progress=False)
 
 
+def half(model):
+    return 0.5 + 0 * model.layers[0].weight.sum()
+
+
 @pytest.mark.slow
 def test_what_is_ones_own_travels_by_value(tmp_path):
     """To a process that knows nothing of this file, and shares no disk."""
-    run, settings = Run(ONCE, Condition("half", penalty=half), 1), JobSettings(tmp_path, "not there", "cpu", None)
+    runs = [Run(ONCE, Condition("half", penalty=half), seed) for seed in (1, 2)]
     task = tmp_path / "task"
-    task.write_bytes(pickle.dumps(("key", pack(run), settings)))
+    task.write_bytes(pickle.dumps(("study", pack(*runs), 1, JobSettings(tmp_path, "not there", "cpu", None))))
     script = (
         "import pickle, sys; from s6lib.lab.workers import train_packed\n"
         "print(round(train_packed(*pickle.load(open(sys.argv[1], 'rb'))).history[0]['penalty'], 6))"
@@ -240,8 +229,49 @@ def test_what_is_ones_own_travels_by_value(tmp_path):
     assert not (tmp_path / "plain").exists()
 
 
-def half(model):
-    return 0.5 + 0 * model.layers[0].weight.sum()
+def test_what_runs_share_is_pickled_and_read_once(monkeypatch, tmp_path):
+    images = bytes(10**6)
+    condition = Condition("own", penalty=lambda model: len(images))
+    runs = [Run(ONCE, condition, seed) for seed in (1, 2, 3)]
+    content = pack(*runs)
+    assert len(content) < 1.1 * len(images)
+    trained = []
+    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, settings: trained.append(run))
+    for number in range(3):
+        train_packed("a study", content, number, JobSettings(tmp_path, "", "cpu", None))
+    assert [run.seed for run in trained] == [1, 2, 3]
+    assert trained[0].condition is trained[2].condition is not condition
+
+
+def settings(folder, **changes):
+    return JobSettings(folder, "", "cpu", 2)._replace(**changes)
+
+
+@pytest.mark.parametrize("thing", [threading.Lock(), sys.stderr], ids=["a lock", "an open file"])
+def test_what_cannot_be_sent_is_refused_before_training(tmp_path, thing):
+    run = Run(ONCE, Condition("own", penalty=lambda model: id(thing)), 1)
+    with pytest.raises(StudyError, match=r"cannot be sent to another process \(.*\): open files and .* with jobs=1$"):
+        list(train_here([run, run], settings(tmp_path)))
+
+
+def test_a_daemon_is_told_to_use_one_job(tmp_path, monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(StudyError, match="this process is a daemon, which may not start 2 others: use jobs=1"):
+        list(train_here([], settings(tmp_path)))
+    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, settings: "in this process")
+    assert list(train_here([1], settings(tmp_path, jobs=None))) == [(1, "in this process")]
+
+
+@pytest.mark.parametrize(
+    ("device", "jobs", "processes"), [("cpu", 5, 3), ("cpu", None, 3), ("cpu", 2, 2), ("cuda", 5, 5)]
+)
+def test_cores_limit_the_jobs_on_a_cpu_alone(tmp_path, monkeypatch, device, jobs, processes):
+    started = []
+    monkeypatch.setattr("s6lib.lab.workers.cpu_count", lambda: 3)
+    monkeypatch.setattr("s6lib.lab.workers._pool", lambda number: started.append(number) or ThreadPoolExecutor())
+    monkeypatch.setattr("s6lib.lab.workers.train_with", lambda pool, runs, settings: ((run, "") for run in runs))
+    assert len(list(train_here(list(range(9)), settings(tmp_path, device=device, jobs=jobs)))) == 9
+    assert started == [processes]
 
 
 def test_auto_is_the_cpu_where_there_is_no_cuda(monkeypatch):
