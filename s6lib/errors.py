@@ -36,5 +36,4 @@ class DamagedFile(S6Error):
 class Stopped(KeyboardInterrupt):
     """A study that was interrupted, by Ctrl-C or a notebook's Stop; the message says how to continue."""
 
-    def _render_traceback_(self) -> list[str]:
-        return [f"Stopped: {self}"]
+    _render_traceback_ = S6Error._render_traceback_
