@@ -134,9 +134,9 @@ def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> It
 def _submit(executor: Executor, *task: Any) -> Future:
     try:
         return executor.submit(train_packed, *task)
-    except (BrokenExecutor, RuntimeError) as error:  # the pool has died, or was shut down
+    except RuntimeError as error:  # the pool has died, or was shut down
         future: Future = Future()
-        future.set_exception(error if isinstance(error, BrokenExecutor) else BrokenExecutor(str(error)))
+        future.set_exception(error)
         return future
 
 
