@@ -36,17 +36,18 @@ class Cluster:
         line = next(line for line in self.scheduler.stderr if "Scheduler at:" in line)
         self.address = re.search(r"tcp://(127\.0\.0\.1:\d+)", line)[1]
 
-    def start(self, kind, *options, **popen):
-        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *options, "--no-dashboard"]
+    def start(self, kind, *options, python=()):
+        module = f"distributed.cli.dask_{kind}"
+        command = [sys.executable, *(python or ("-m", module)), *options, "--no-dashboard"]
         settings = {"stderr": subprocess.PIPE, "text": True, "cwd": self.folder, "start_new_session": True}
-        self.processes.append(subprocess.Popen(command, **settings | popen))
+        self.processes.append(subprocess.Popen(command, **settings))
         return self.processes[-1]
 
-    def worker(self, *options, **popen):
+    def worker(self, *options, python=()):
         """A worker that has come to its scheduler."""
-        place = self.folder / str(len(self.processes))
-        options = (f"tcp://{self.address}", "--nthreads", "1", "--local-directory", str(place), *options)
-        worker = self.start("worker", *options, **popen)
+        place = str(self.folder / str(len(self.processes)))
+        options = (f"tcp://{self.address}", "--nthreads", "1", "--local-directory", place, *options)
+        worker = self.start("worker", *options, python=python)
         assert any("Registered to" in line for line in worker.stderr)
         return worker
 
@@ -119,11 +120,7 @@ WITHOUT = "import sys; sys.modules['s6lib'] = None; from distributed.cli.dask_wo
 
 @pytest.mark.slow
 def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
-    place = ("--local-directory", str(tmp_path / "w"), "--no-nanny", "--nthreads", "1", "--no-dashboard")
-    arguments = [sys.executable, "-c", WITHOUT, f"tcp://{cluster.address}", *place]
-    worker = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    cluster.processes.append(worker)
-    assert any("Registered to" in line for line in worker.stderr)
+    cluster.worker("--no-nanny", python=("-c", WITHOUT))
     done = subprocess.run(command(cluster, tmp_path / "out"), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert re.search(r"^python -m s6lib: worker tcp://\S+: a worker cannot import s6lib .*: install it", done.stderr)
