@@ -1,0 +1,222 @@
+"""Tables and tests that only one notebook uses. Those for any study are in s6lib.analysis and s6lib.statistics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from statsmodels.stats.contingency_tables import mcnemar
+from torch import Tensor, nn
+
+from s6lib import Condition, Recipe, Study
+from s6lib.data import CLASS_NAMES
+from s6lib.recipes import name_of
+from s6lib.statistics import CONTRADICTED, SUPPORTED, UNDECIDED, sign_flip_p, verdict
+
+
+@torch.no_grad()
+def ghost_scatter(model: nn.Module, images: Tensor, splits: Sequence[int]) -> pd.DataFrame:
+    """Measure the noise of ghost statistics: how far ghost means scatter around the batch means.
+
+    The table has one row per normalisation layer, numbered from 1, and one column per number of splits. The scatter is
+    in SDs of a channel, averaged over the layer's input channels; dead channels are left out. The model runs in
+    evaluation mode.
+
+    Args:
+        images: a batch for the model, (N, 1, 28, 28).
+    """
+    rows: list[list[float]] = []
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        channels = inputs[0].transpose(0, 1).flatten(2)  # (C, N, pixels)
+        center, scale = channels.mean((1, 2)), channels.std((1, 2))
+        means = [torch.stack([ghost.mean((1, 2)) for ghost in channels.tensor_split(count, 1)]) for count in splits]
+        rows.append([float(((each - center) / scale).square().mean(0).sqrt().nanmean()) for each in means])
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
+    try:
+        model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=list(splits))
+
+
+def condition_table(recipe: Recipe, conditions: Sequence[Condition]) -> pd.DataFrame:
+    """Tabulate the settings of each condition, one row per condition.
+
+    The settings of the recipe include the condition's changes. Every setting that some condition changes has a column,
+    and so do penalties that users define. Raises ValueError if a condition does not fit the recipe.
+    """
+    names = dict.fromkeys(["dropout", "batch_size", "learning_rate"])
+    names |= dict.fromkeys(name for condition in conditions for name in condition.changes)
+    rows = []
+    for condition in conditions:
+        row = {"condition": condition.label, "lambda 1": condition.l1, "lambda 2": condition.l2}
+        if any(other.penalty is not None for other in conditions):
+            row["penalty"] = _table_entry(condition.penalty)
+        row |= {"normalisation": _normalisation(condition), "splits": condition.num_splits or 1}
+        settings = recipe.changed_by(condition)
+        rows.append(row | {name.replace("_", " "): _table_entry(getattr(settings, name)) for name in names})
+    return pd.DataFrame(rows)
+
+
+def _normalisation(condition: Condition) -> str:
+    if condition.norm is not None:
+        return name_of(condition.norm)
+    return "BatchNorm" if condition.num_splits is None else "GhostBatchNorm"
+
+
+def _table_entry(setting: Any) -> Any:
+    """A setting as a table shows it: the name of a class or function, a dash for None."""
+    if setting is None:
+        return "-"
+    return name_of(setting) if callable(setting) else setting
+
+
+def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int = len(CLASS_NAMES)) -> np.ndarray:
+    """Count how often each class (row) was predicted as each class (column): int64 (classes, classes)."""
+    return np.bincount(classes * labels + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def confused_pairs(matrix: np.ndarray, class_names: Sequence[str] = CLASS_NAMES) -> pd.DataFrame:
+    """Rank the pairs of classes by how often a model confuses them, in either direction.
+
+    Columns: pair, errors, and share (of all errors, 0 to 1).
+    """
+    both = matrix + matrix.T
+    first, second = (side.tolist() for side in np.triu_indices(len(matrix), k=1))
+    if len(class_names) != len(matrix):
+        raise ValueError(f"class_names must be the {len(matrix)} names of the matrix's classes, not {class_names!r}")
+    names = [f"{class_names[a]} / {class_names[b]}" for a, b in zip(first, second, strict=True)]
+    pairs = pd.DataFrame({"pair": names, "errors": both[first, second]})
+    pairs["share"] = pairs["errors"] / max(1, pairs["errors"].sum())
+    return pairs.sort_values("errors", ascending=False, kind="stable", ignore_index=True)
+
+
+def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
+    """List the test images that some run of a study gets wrong, those with the most wrong runs first.
+
+    Columns: image (its number), actual (its class name), runs (how many get it wrong), and taken_for (the class name
+    that these runs predict most often).
+    """
+    class_names = study.data[1].class_names
+    votes = np.zeros((len(labels), len(class_names)), dtype=int)
+    for condition, seed in study.runs:
+        votes[np.arange(len(labels)), study.predictions(condition, seed)] += 1
+    votes[np.arange(len(labels)), labels] = 0
+    wrong = votes.sum(1)
+    images = np.argsort(-wrong, kind="stable")[: np.count_nonzero(wrong)]
+    names = [[class_names[label] for label in classes[images]] for classes in (labels, votes.argmax(1))]
+    return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
+
+
+def equal_conditions(sd: float, conditions: int = 5, studies: int = 10_000) -> tuple[np.ndarray, float]:
+    """Simulate studies of equal conditions with one run each: the share that each condition wins, and their spread.
+
+    The SD and the spread, the mean of best minus worst, are in points. Conditions that tie to 0.01 points share a win.
+    """
+    accuracies = np.random.default_rng(1).normal(99.5, sd, size=(studies, conditions)).round(2)
+    best = accuracies == accuracies.max(1, keepdims=True)
+    return (best / best.sum(1, keepdims=True)).mean(0), float(np.ptp(accuracies, axis=1).mean())
+
+
+def variance_sources(right: np.ndarray | pd.DataFrame) -> dict[str, float]:
+    """The standard error of a mean accuracy, in points, from each source: seeds, test images, and both.
+
+    Every run is scored on every image. The residual of the two-way analysis of variance is therefore part of the
+    variance of the run means and of the image means; "both" counts it once. A bootstrap over runs and over images
+    would count it three times (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007).
+
+    Args:
+        right: (seeds, images), whether each run is right on each image; or the difference of two such arrays or
+            tables. Raises ValueError if the two tables lack the same seeds.
+    """
+    points = 100 * np.asarray(right, dtype=float)
+    if len(points) < 2:
+        raise ValueError("the share of the seeds cannot be told from one run: run more seeds")
+    lacking = np.isnan(points).any(1)
+    if lacking.any():
+        seeds = right.index[lacking] if isinstance(right, pd.DataFrame) else np.flatnonzero(lacking)
+        raise ValueError(
+            f"two conditions pair by seed, and one of them lacks: {', '.join(map(str, seeds))}; leave these seeds out"
+        )
+    seeds, images = points.shape
+    by_seed, by_image = points.mean(1), points.mean(0)
+    residual = points - by_seed[:, np.newaxis] - by_image + points.mean()
+    noise = (residual**2).sum() / ((seeds - 1) * (images - 1)) / (seeds * images)
+    apart = {"seeds": by_seed.var(ddof=1) / seeds, "images": by_image.var(ddof=1) / images}
+    both = max(*apart.values(), sum(apart.values()) - noise)
+    return {source: float(variance**0.5) for source, variance in {**apart, "both": both}.items()}
+
+
+def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """The exact McNemar test of two models: images that only the first gets right, only the second, and p.
+
+    It compares these two trained models on new images, not the two methods: another seed would be another model
+    (Dietterich 1998, section 3).
+
+    Args:
+        first, second: bool (images,), whether each model is right on each image. Raises ValueError if they differ in shape, or
+            if they are classes.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.dtype != bool or second.dtype != bool:
+        raise ValueError("say of each image whether a model is right: compare its predictions with the labels first")
+    if first.shape != second.shape:
+        raise ValueError(f"both models must be scored on the same images, not on {first.shape} and {second.shape}")
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    test = mcnemar([[0, only_first], [only_second, 0]], exact=True)
+    return only_first, only_second, float(test.pvalue)
+
+
+def false_alarm_rate(runs: Sequence[float], seeds: int, comparisons: int = 1_000) -> float:
+    """Estimate how often the sign-flip test at the 5% level finds a difference where there is none (an A/A test).
+
+    Args:
+        runs: outcomes of one condition, real or simulated; both sides are drawn from them, with replacement.
+        seeds: pairs per comparison.
+    """
+    draws = np.random.default_rng(1).choice(runs, size=(2, comparisons, seeds))
+    return float(np.mean([sign_flip_p(differences) <= 0.05 for differences in draws[0] - draws[1]]))
+
+
+def stability(history: pd.DataFrame) -> pd.DataFrame:
+    """Compute the SD of each run's change of accuracy from epoch to epoch, at the first learning rate and after it.
+
+    The SD is in points. The table has one row per part ("first rate", "after") and seed, and one column per condition.
+    A part with fewer than two changes is nan or missing. The change across the first drop of the learning rate belongs
+    to neither part.
+
+    Args:
+        history: one row per epoch, from `Study.history`: condition, seed, epoch, lr, test_accuracy (0 to 1).
+    """
+    epochs = history.sort_values(["condition", "seed", "epoch"], kind="stable")
+    run = [epochs["condition"], epochs["seed"]]
+    first = (epochs["lr"] == epochs["lr"].groupby(run).transform("first")).groupby(run).cummin()
+    before = first.groupby(run).shift(fill_value=True)  # whether the previous epoch was at the first rate
+    epochs = epochs.assign(
+        change=100 * epochs["test_accuracy"].groupby(run).diff(),
+        part=np.select([first, ~before], ["first rate", "after"], ""),
+    )
+    changes = epochs[epochs["part"] != ""].groupby(["part", "seed", "condition"])["change"].std()
+    return changes.unstack().reindex(columns=history["condition"].unique())
+
+
+def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str]) -> str:
+    """Judge the claim that a condition is better than each of the others by Holm's p-values of paired comparisons.
+
+    The verdict is "supported" if every comparison supports it, "contradicted" if one contradicts it. Raises ValueError
+    if a comparison is missing, or if there are no others.
+    """
+    swapped = {"first": "second", "second": "first"}
+    both = pd.concat([comparisons, comparisons.rename(columns=swapped).assign(difference=-comparisons["difference"])])
+    rows = both[(both["first"] == best) & both["second"].isin(others)]
+    if missing := set(others) - set(rows["second"]):
+        raise ValueError(f"no comparison of {best} with {', '.join(sorted(missing))}: compare tables that hold both")
+    verdicts = {verdict(row.difference, row.p_holm) for row in rows.itertuples()}
+    if not verdicts:
+        raise ValueError(f"{best} is compared with none: name the others")
+    return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
