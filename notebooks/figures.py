@@ -4,14 +4,28 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
-from s6lib.data import Digits
-from s6lib.plots import COLORS, DOTS, STYLE, colors_of, join_words, label_of, label_rows, panel, separate_groups
+from s6lib.data import CLASS_NAMES, ImageDataset
+from s6lib.plots import (
+    COLORS,
+    DOTS,
+    INK,
+    OTHER_COLORS,
+    STYLE,
+    colors_of,
+    join_words,
+    label_ends,
+    label_of,
+    label_rows,
+    panel,
+    signed,
+)
 from s6lib.statistics import condition_statistics, mean_interval, power, seeds_needed
 
 
@@ -71,14 +85,14 @@ def plot_limits(best: tuple[float, float], limit: float = 1.0) -> Figure:
     return figure
 
 
-def plot_class_balance(train: Digits, test: Digits) -> Figure:
+def plot_class_balance(train: ImageDataset, test: ImageDataset) -> Figure:
     """Draw the number of images of each class, for training and for test."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     with rc_context(STYLE):
-        for axes, digits, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
-            counts = digits.labels.bincount(minlength=len(digits.class_names))
-            axes.bar(digits.class_names, counts.numpy(), color=COLORS["l1-bn"])
-            axes.set(title=f"{len(digits.labels):,} {name} images", ylabel="images of the class")
+        for axes, images, name in zip(figure.subplots(1, 2), (train, test), ("training", "test"), strict=True):
+            counts = images.labels.bincount(minlength=len(images.class_names))
+            axes.bar(images.class_names, counts.numpy(), color=OTHER_COLORS[0])
+            axes.set(title=f"{len(images.labels):,} {name} images", ylabel="images of the class")
             axes.tick_params("x", rotation=45)
             axes.grid(visible=False, axis="x")
     return figure
@@ -109,7 +123,7 @@ def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     with rc_context(STYLE):
         axes = figure.subplots()
-        for (name, grey), color in zip(images.items(), COLORS.values(), strict=False):
+        for (name, grey), color in zip(images.items(), OTHER_COLORS, strict=False):
             ink = grey[grey > 0].float().numpy()
             axes.hist(ink, np.arange(0, 257, 8), histtype="step", label=name, color=color, linewidth=1.8)
         axes.set(xlabel="grey level (255: full ink)", ylabel="pixels")
@@ -162,7 +176,7 @@ def plot_answers(
         axes.axvspan(-margin, margin, color="#EEEEEE", linewidth=0)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in answers.reset_index(drop=True).itertuples():
-            color = COLORS["l1-bn"]
+            color = INK
             axes.plot([row.low_95, row.high_95], [row.Index] * 2, color=color, linewidth=1.5)
             axes.plot([row.low_90, row.high_90], [row.Index] * 2, color=color, linewidth=5, solid_capstyle="butt")
             axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
@@ -224,11 +238,11 @@ def plot_power(
         needed = [seeds_needed(sd, difference, count) for count in questions]
         seeds = np.unique(np.linspace(3, 2 * max(needed), 100).astype(int))
         axes.axhline(0.8, color="#333333", linewidth=1, linestyle="--")
-        for count, enough, color in zip(questions, needed, COLORS.values(), strict=False):
+        for count, enough, grey in zip(questions, needed, np.linspace(0.1, 0.7, len(questions)), strict=True):
             name = "the only question" if count == 1 else f"one of {count} questions"
             shares = [power(sd, difference, n, count) for n in seeds]
-            axes.plot(seeds, shares, color=color, linewidth=2.2, label=f"{name}: {enough} seeds for 80%")
-            axes.plot(enough, power(sd, difference, enough, count), "o", color=color, markersize=8)
+            axes.plot(seeds, shares, color=str(grey), linewidth=2.2, label=f"{name}: {enough} seeds for 80%")
+            axes.plot(enough, power(sd, difference, enough, count), "o", color=str(grey), markersize=8)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(xlabel="seeds", ylabel="studies that find it", ylim=(0, 1.02))
         axes.legend(loc="lower right", frameon=False)
@@ -242,7 +256,7 @@ def plot_frontier(
     """Draw accuracy by number of parameters: every run, means with 95% intervals, and what others reported.
 
     Args:
-        runs: a row a run: network (of six at most), parameters, accuracy (percent).
+        runs: a row a run: network, parameters, accuracy (percent).
         reported: a row a report, of one run: parameters, accuracy (percent), kind ("last" or "best" epoch, "claim").
         goal: an accuracy in percent, drawn as a line.
     """
@@ -257,8 +271,8 @@ def plot_frontier(
         }
         for kind, (marker, label) in markers.items():
             rows = reported[reported["kind"] == kind]
-            axes.plot(rows["parameters"], rows["accuracy"], marker, color=COLORS["bn"], label=label, alpha=0.8)
-        colors = dict(zip(runs["network"].unique(), COLORS.values(), strict=False))
+            axes.plot(rows["parameters"], rows["accuracy"], marker, color=INK, label=label, alpha=0.5)
+        colors = colors_of(list(runs["network"].unique()))
         for network, rows in runs.groupby("network", sort=False):
             _draw_sizes(axes, rows, rows["parameters"], colors[network])
             smallest = rows.groupby("parameters")["accuracy"].mean().head(1)
@@ -305,30 +319,31 @@ def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
     """Draw the gain of each change: a row per mean difference with its 95% interval, from the top.
 
     Args:
-        gains: a row a change: label, group (of six at most), n (pairs), mean, low, high (points).
+        gains: a row a change: label, group, n (pairs), mean, low, high (points).
     """
-    colors = dict(zip(gains["group"].unique(), COLORS.values(), strict=False))
+    colors = colors_of(list(gains["group"].unique()))
     with rc_context(STYLE):
         axes = panel((9.5, 1.5 + 0.36 * len(gains)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in gains.reset_index(drop=True).itertuples():
             axes.plot([row.low, row.high], [row.Index] * 2, color=colors[row.group], linewidth=2)
             axes.plot(row.mean, row.Index, "D", color=colors[row.group], markeredgecolor="white", markersize=8)
-        separate_groups(axes, gains["group"])
-        beside = [f"{row.mean:+.3f}  (n = {row.n})".replace("-", "\N{MINUS SIGN}") for row in gains.itertuples()]
+        for row in np.flatnonzero(gains["group"] != gains["group"].shift())[1:]:  # a line between two groups
+            axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
+        beside = [f"{signed(row.mean)}  (n = {row.n})" for row in gains.itertuples()]
         label_rows(axes, list(gains["label"]), beside)
         axes.set_xlabel("gain in test accuracy, in points: mean of paired differences, 95% interval")
         axes.set_title(title)
     return axes.figure
 
 
-# Of docs/preregistration_when.md: name in the figures, what its strength is, and color.
+# Of docs/preregistration_when.md, by name: what the figures call it, and what its strength is.
 REGULARISERS = {
-    "rotation": ("rotation", "largest angle, degrees", "#56B4E9"),
-    "l2": ("L2", "weight of the penalty", COLORS["l2-bn"]),
-    "dropout": ("dropout", "share dropped", COLORS["l1-l2-bn"]),
-    "ghosts": ("ghost batches", "ghosts in a batch", COLORS["gbn"]),
-    "l1": ("L1", "weight of the penalty", COLORS["l1-bn"]),
+    "rotation": ("rotation", "largest angle, degrees"),
+    "l2": ("L2", "weight of the penalty"),
+    "dropout": ("dropout", "share dropped"),
+    "ghosts": ("ghost batches", "ghosts in a batch"),
+    "l1": ("L1", "weight of the penalty"),
 }
 
 
@@ -336,21 +351,20 @@ def plot_fit(summary: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
     """Draw training and test accuracy of runs at the last epoch, a row a run: the line between them is the gap.
 
     Args:
-        summary: from `Study.summary`: label, train_accuracy, accuracy.
+        summary: from `Study.summary`: condition, label, train_accuracy, test_accuracy.
     """
+    colors = colors_of(list(summary["condition"]))
     with rc_context(STYLE):
         axes = panel((9, 1.4 + 0.45 * len(summary)), ax)
         for row in summary.reset_index(drop=True).itertuples():
-            ends = [100 * row.accuracy, 100 * row.train_accuracy]
-            axes.plot(ends, [row.Index] * 2, color="#BBBBBB", linewidth=2, zorder=1)
-        rows = np.arange(len(summary))
-        axes.plot(100 * summary["accuracy"], rows, "o", color=COLORS["l1-bn"], markersize=9, label="test digits")
-        hollow = {"color": COLORS["bn"], "markerfacecolor": "white", "markersize": 9, "label": "training digits"}
-        axes.plot(100 * summary["train_accuracy"], rows, "o", **hollow)
-        label_rows(axes, list(summary["label"]), [f"{100 * accuracy:.1f}%" for accuracy in summary["accuracy"]])
+            ends, look = [100 * row.test_accuracy, 100 * row.train_accuracy], {"color": colors[row.condition]}
+            axes.plot(ends, [row.Index] * 2, linewidth=2, zorder=1, alpha=0.4, **look)
+            axes.plot(ends[0], row.Index, "o", markersize=9, **look)
+            axes.plot(ends[1], row.Index, "o", markersize=9, markerfacecolor="white", **look)
+        beside = [f"{100 * accuracy:.1f}%" for accuracy in summary["test_accuracy"]]
+        label_rows(axes, list(summary["label"]), beside, header="test")
         axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-        axes.set(xlabel="accuracy at the last epoch (beside the rows: test)", title=title)
-        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        axes.set(xlabel="accuracy at the last epoch: test filled, training hollow", title=title)
     return axes.figure
 
 
@@ -365,8 +379,8 @@ def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "
     with rc_context(STYLE):
         for axes, reach, name in zip(figure.subplots(1, 2), (None, 0.8), ("the whole range", "enlarged"), strict=True):
             axes.axhline(0, color="#333333", linewidth=1)
-            for aside, (slug, (label, _, color)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
-                look = {"color": color, "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
+            for aside, (slug, (label, _)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
+                look = {"color": COLORS[slug], "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
                 _draw_gains(axes, gains[gains["name"] == slug], 1.12**aside, look)
                 hollow = {**look, "label": None, "markerfacecolor": "white", "linestyle": "none"}
                 _draw_gains(axes, others[others["name"] == slug], 1.12**aside, hollow)
@@ -378,7 +392,7 @@ def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "
             axes.set(xlabel="training digits", title=name)
             if reach:
                 axes.set_ylim(-reach / 2, reach)
-        figure.axes[0].set_ylabel("gain over no regularisation,\npoints of test accuracy")
+        figure.axes[0].set_ylabel("gain over no regularisation, points\nof test accuracy (bars: 95% intervals)")
         figure.axes[0].legend(frameon=False)
         if len(others):
             figure.axes[1].set_xlabel("training digits (hollow: 60,000, another recipe)")
@@ -406,12 +420,10 @@ def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
         panels = figure.subplots(len(sizes), len(REGULARISERS), sharex="col", sharey="row", squeeze=False)
         for row, size in zip(panels, sizes, strict=True):
             for axes, slug in zip(row, REGULARISERS, strict=True):
-                _draw_strengths(
-                    axes, trials[(trials["name"] == slug) & (trials["size"] == size)], REGULARISERS[slug][2]
-                )
+                _draw_strengths(axes, trials[(trials["name"] == slug) & (trials["size"] == size)], COLORS[slug])
             highest = max(0.2, trials.loc[trials["size"] == size, "gain"].max())
             row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} digits\ngain, points")
-        for column, (slug, (label, strength, _)) in zip(panels.T, REGULARISERS.items(), strict=True):
+        for column, (slug, (label, strength)) in zip(panels.T, REGULARISERS.items(), strict=True):
             strengths = sorted(set(trials.loc[trials["name"] == slug, "strength"]))
             column[0].set(title=label, xscale="log")
             column[0].set_xticks(strengths)
@@ -437,20 +449,72 @@ def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) 
     """Draw training and test accuracy by the number of training digits; the gap is what regularisation can close.
 
     Args:
-        accuracies: a row a number of digits (the index); "training", "nothing" and "regularised", in percent.
+        accuracies: a row a number of digits (the index); "training", "nothing" and "rotation", in percent. The first
+            two are of training and test digits without regularisation, the last is of test digits with rotation.
     """
+    lines = {
+        "training": ("o--", COLORS["nothing"], "training digits, no regularisation"),
+        "rotation": ("o-", COLORS["rotation"], "test digits, rotation"),
+        "nothing": ("o-", COLORS["nothing"], "test digits, no regularisation"),
+    }
     with rc_context(STYLE):
         axes = panel((8, 4.6), ax)
-        axes.plot(accuracies.index, accuracies["training"], "o--", color=COLORS["bn"], label="training digits")
-        axes.plot(
-            accuracies.index, accuracies["regularised"], "o-", color=COLORS["l1-l2-bn"], label="test, regularised"
-        )
-        axes.plot(accuracies.index, accuracies["nothing"], "o-", color=COLORS["gbn"], label="test, no regularisation")
+        for column, (style, color, label) in lines.items():
+            axes.plot(accuracies.index, accuracies[column], style, color=color, label=label, linewidth=2)
         axes.fill_between(accuracies.index, accuracies["training"], accuracies["nothing"], color="#EEEEEE")
         axes.set_xscale("log")
         axes.set_xticks(list(accuracies.index), [f"{size:,}" for size in accuracies.index])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-        axes.set(xlabel="training digits", ylabel="accuracy", title=title)
+        axes.set(xlabel="training digits", ylabel="accuracy at the last epoch", title=title)
         axes.legend(frameon=False, loc="lower right")
+    return axes.figure
+
+
+def plot_pruning(
+    curve: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Plot accuracy by the share of convolution weights set to zero: every run as a dot, and the mean of the seeds.
+
+    Args:
+        curve: one row per run and share, from `pruning_curve`: condition, seed, share, accuracy.
+        labels: the conditions' names; by default their slugs.
+    """
+    colors, ends = colors_of(list(curve["condition"].unique())), []
+    with rc_context(STYLE):
+        axes = panel((9, 4.8), ax)
+        for slug, rows in curve.groupby("condition", sort=False):
+            means = rows.groupby("share")["accuracy"].mean()
+            axes.plot(rows["share"], rows["accuracy"], "o", color=colors[slug], alpha=0.35, markersize=4)
+            axes.plot(means.index, means, ":", color=colors[slug], linewidth=1.2)
+            axes.plot(means.index, means, "D", color=colors[slug], markeredgecolor="white", markersize=8)
+            ends.append((means.iloc[-1], f"{means.iloc[-1]:.0%}  {label_of(slug, labels)}", colors[slug]))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xticks(sorted(curve["share"].unique()))
+        axes.set(xlabel="share of the convolution weights set to zero, the smallest first", ylabel="test accuracy")
+        label_ends(axes, ends)
+        spread = curve.groupby(["condition", "share"])["accuracy"].agg(["min", "max"])
+        (slug, share), (low, high) = (widest := (spread["max"] - spread["min"]).idxmax()), spread.loc[widest]
+        seeds = f"a dot is a run, a diamond the mean of {curve['seed'].nunique()} seeds"
+        said = f"{label_of(slug, labels)} at {share:.0%}: {low:.0%} to {high:.0%} by seed"
+        axes.set_title(join_words(title, "\n", f"{seeds}; {said}"))
+    return axes.figure
+
+
+def plot_confusion(
+    matrix: np.ndarray, title: str = "", class_names: Sequence[str] = CLASS_NAMES, ax: Axes | None = None
+) -> Figure:
+    """Plot the errors by actual and predicted class; the diagonal, correct predictions, stays blank."""
+    with rc_context(STYLE):
+        axes = panel((7, 5.6), ax)
+        labels = {"xticklabels": class_names, "yticklabels": class_names, "cbar_kws": {"label": "errors"}}
+        # Hide the diagonal and the zeros, so that only errors remain.
+        hidden = np.eye(len(matrix), dtype=bool) | (matrix == 0)
+        shades = {"cmap": "Blues", "vmin": 0, "vmax": max(1, matrix[~hidden].max(initial=0))}
+        sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", square=True, ax=axes, **shades, **labels)
+        axes.grid(visible=False)
+        axes.set(xlabel="predicted", ylabel="actual", title=title)
+        axes.tick_params("x", rotation=45)
+        axes.tick_params("y", rotation=0)
     return axes.figure

@@ -1,5 +1,6 @@
 """Tables and tests that only one notebook uses. Those for any study are in s6lib.analysis and s6lib.statistics."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,8 +160,8 @@ def mcnemar_p(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
     (Dietterich 1998, section 3).
 
     Args:
-        first, second: bool (images,), whether each model is right on each image. Raises ValueError if they differ in shape, or
-            if they are classes.
+        first, second: bool (images,), whether each model is right on each image. Raises ValueError for classes, and if
+            they differ in shape.
     """
     first, second = np.asarray(first), np.asarray(second)
     if first.dtype != bool or second.dtype != bool:
@@ -220,3 +221,14 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
     if not verdicts:
         raise ValueError(f"{best} is compared with none: name the others")
     return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
+
+
+def describe_plan(plan: str) -> str:
+    """Say in words what layers a trial of studies/frontier_search.csv has: "c10 P t24 t24 R" becomes full convolution
+    to 10, maximum, 2 separable to 24, the last again.
+    """
+    kinds = {"c": "full convolution, padded, to", "v": "full convolution to", "t": "separable convolution to"}
+    names = {"P": "maximum", "R": "the same again"}
+    words = [names.get(code) or f"{kinds[code[0]]} {code[1:]}" for code in plan.split()]
+    runs = [(word, len(list(same))) for word, same in itertools.groupby(words)]
+    return ", ".join(word if count == 1 else f"{count} x {word}" for word, count in runs)

@@ -1,8 +1,10 @@
 """Figures for any study, one function each; each returns a `matplotlib.figure.Figure`, and `save` writes it."""
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -13,24 +15,32 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from s6lib.data import CLASS_NAMES, Digits
-from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_means
+from s6lib.data import ImageDataset
+from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_means, sign_flip_p
 
-# Okabe and Ito's palette for colour-blind readers; a condition has the same colour in every figure.
+if TYPE_CHECKING:
+    from s6lib.study import Study
+
+History: TypeAlias = "pd.DataFrame | Study | list[dict[str, Any]]"
+
+# Okabe and Ito's colours for colour-blind readers, and a dark brown. One colour has one meaning in every figure: a
+# regulariser and the condition that uses it alone share theirs, and no colour of COLORS means anything else.
 COLORS = {
+    "bn": "#666666",  # no penalty, BatchNorm
     "l1-bn": "#0072B2",
     "l2-bn": "#E69F00",
     "l1-l2-bn": "#009E73",
     "gbn": "#D55E00",
     "l1-l2-gbn": "#CC79A7",
-    "bn": "#666666",
+    "dropout": "#661100",
+    "rotation": "#56B4E9",
 }
-STYLE = {
-    **sns.axes_style("whitegrid"),
-    **sns.plotting_context("notebook"),
-    "grid.color": "#E6E6E6",
-    "axes.edgecolor": "#999999",
-}
+COLORS |= {"nothing": COLORS["bn"], "l1": COLORS["l1-bn"], "l2": COLORS["l2-bn"], "ghosts": COLORS["gbn"]}
+COLORS |= {"l1-l2": COLORS["l1-l2-bn"], "together": COLORS["l1-l2-gbn"]}  # every regulariser of a study at once
+OTHER_COLORS = ("#332288", "#44AA99", "#999933", "#882255", "#117733", "#AA4499")  # of everything else, in this order
+INK, QUIET = "#222222", "#AAAAAA"  # what stands out and what does not, where the colour means no condition
+STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook"), "grid.color": "#E6E6E6"}
+STYLE["axes.edgecolor"] = "#999999"
 MOST_BANDS = 2  # the bands of more conditions cover each other
 DOTS = "a dot is a run, a diamond the mean with its 95% interval"
 
@@ -41,118 +51,178 @@ def save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
-def colors_of(slugs: Sequence[str]) -> dict[str, str]:
-    """Choose a colour for each condition: the one in COLORS, or one that no other has."""
-    more = iter(sns.color_palette("husl", max(1, len(slugs))).as_hex())
-    return {slug: COLORS.get(slug) or next(more) for slug in slugs}
+def colors_of(names: Sequence[str]) -> dict[str, str]:
+    """Choose a colour for each condition or other thing: the one in COLORS, or one that no other has.
+
+    "300-l1" and "l1-0.006" have the colour of "l1", unless something before them has it.
+    """
+    more = iter([*OTHER_COLORS, *sns.color_palette("husl", len(names) + 1).as_hex()])
+    colors = {name: COLORS[name] for name in names if name in COLORS}
+    for name in names:
+        known = COLORS.get(re.sub(r"^\d+-|-[\d.e+-]+$", "", name))
+        if name not in colors:
+            colors[name] = next(more) if known is None or known in colors.values() else known
+    return colors
 
 
-def plot_accuracy(history: pd.DataFrame, title: str = "") -> Figure:
+def plot_accuracy(history: History, title: str = "") -> Figure:
     """Plot the test accuracy of every condition by epoch, and the second half of training enlarged.
 
     Several seeds of a condition appear as their mean. Up to two conditions have a band from the lowest seed to the
     highest; with more, one grey bar shows how much the runs of one condition differ.
 
     Args:
-        history: one row per epoch, from `Study.history`: condition, label, epoch, lr, val_accuracy.
+        history: a study, or its `history()`, one row per epoch: condition, label, seed, epoch, lr, test_accuracy.
     """
-    return _plot_curves(history, "val_accuracy", join_words(title, ": ", "test accuracy"), "{:.2%}".format)
+    return _plot_curves(history, "test_accuracy", join_words(title, ": ", "test accuracy"), "{:.2%}".format)
 
 
-def plot_loss(history: pd.DataFrame, title: str = "") -> Figure:
-    """Plot the test cross-entropy (val_loss), without penalties, of every condition by epoch, as `plot_accuracy`."""
-    name = join_words(title, ": ", "test loss (cross-entropy without penalty)")
-    return _plot_curves(history, "val_loss", name, "{:.4f}".format)
+def plot_loss(history: History, title: str = "") -> Figure:
+    """Plot the test cross-entropy (test_loss), without penalties, of every condition by epoch, as `plot_accuracy`."""
+    name = join_words(title, ": ", "test loss, cross-entropy without penalty")
+    return _plot_curves(history, "test_loss", name, "{:.4f}".format)
 
 
-def _plot_curves(history: pd.DataFrame, column: str, title: str, formatted: Callable[[float], str]) -> Figure:
-    epochs, accuracy = int(history["epoch"].max()), column.endswith("accuracy")
-    first = epochs // 2 + 1
-    second_half = f"epochs {first} to {epochs}" if first < epochs else f"epoch {epochs}"
-    figure = Figure(figsize=(10, 5), layout="constrained")
+def plot_learning_curves(
+    history: History, title: str = "", epochs: int | None = None, ax: Axes | None = None
+) -> Figure:
+    """Plot training accuracy (dashed) and test accuracy (solid) by epoch, a panel per condition, with the gap shaded.
+
+    Lines are means over the seeds, with bands from the lowest to the highest. Training accuracy is that logged during
+    training, with dropout and augmentation. A notebook that trains can draw its figure anew after each epoch:
+
+        rows = []
+        view = display(plot_learning_curves(rows, epochs=20), display_id=True)
+        for epoch in range(1, 21):
+            ...
+            rows.append({"epoch": epoch, "train_accuracy": training.accuracy, "test_accuracy": accuracy})
+            view.update(plot_learning_curves(rows, epochs=20))
+
+    Args:
+        history: a study, its `history()`, or rows: epoch, train_accuracy and test_accuracy (0 to 1) and, for several
+            runs, condition, label and seed.
+        epochs: the last epoch on the axis; by default that of the history.
+        ax: the panel to draw on. Raises ValueError if there are several conditions.
+    """
+    table = _read_history(history, ("epoch", "train_accuracy", "test_accuracy"))
+    conditions = dict(list(table.groupby("condition", sort=False))) or {"": table}
+    if ax is not None and len(conditions) > 1:
+        raise ValueError(f"ax has room for one condition, not for {len(conditions)}: leave it out")
+    colors = colors_of(list(conditions))
+    lowest = min([0.98, *table["train_accuracy"], *table["test_accuracy"]]) if len(table) else 0
     with rc_context(STYLE):
+        grid = panels(9 if len(conditions) > 1 else 6.5, 3, len(conditions), title) if ax is None else [ax]
+        for axes, (slug, rows) in zip(grid, conditions.items(), strict=True):
+            axes.set(xlabel="epoch", xlim=(0.8, max(2, epochs or 0, *table["epoch"])))
+            axes.set(ylabel="accuracy (dashed: training)", ylim=(math.floor(50 * lowest) / 50, 1.01))
+            axes.set_title(title if ax else next(iter(rows["label"]), ""))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.label_outer()
+            if len(rows):
+                _draw_gap(axes, rows, colors[slug])
+    return _figure_of(grid[0])
+
+
+def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
+    """Draw training and test accuracy of one condition, shade what is between them, and name all three."""
+    training = _draw_line(axes, rows, "train_accuracy", color, "--")
+    test = _draw_line(axes, rows, "test_accuracy", color)
+    axes.fill_between(test.index, training, test, color=color, alpha=0.12, linewidth=0)
+    high, low = training.iloc[-1], test.iloc[-1]
+    gap = f"gap {signed(100 * (high - low), decimals=1).lstrip('+')} points"
+    ends = [(high, f"training {high:.1%}", color), ((high + low) / 2, gap, INK)]
+    label_ends(axes, [*ends, (low, f"test {low:.1%}", color)])
+
+
+def _draw_line(
+    axes: Axes, rows: pd.DataFrame, column: str, color: str, dash: str = "-", band: bool = True
+) -> pd.Series:
+    """Draw and return the mean over the seeds by epoch, with a band from the lowest seed to the highest."""
+    seeds = rows.groupby("epoch")[column]
+    mean = seeds.mean()
+    axes.plot(mean.index, mean, dash, color=color, linewidth=2, marker="o" if len(mean) == 1 else None)
+    if band:
+        axes.fill_between(mean.index, seeds.min(), seeds.max(), color=color, alpha=0.15, linewidth=0)
+    return mean
+
+
+def _read_history(history: History, columns: Sequence[str]) -> pd.DataFrame:
+    """Return a history with condition, label and seed. Raises ValueError if a column of `columns` is missing."""
+    table = pd.DataFrame(history) if isinstance(history, pd.DataFrame | list) else history.history()
+    if len(table) and (missing := [column for column in columns if column not in table]):
+        raise ValueError(f"a history to draw has the columns {', '.join(columns)}; this one lacks {', '.join(missing)}")
+    defaults = {**dict.fromkeys(columns), "condition": "", "seed": 1, "label": table.get("condition", "")}
+    return table.assign(**{name: value for name, value in defaults.items() if name not in table})
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write the name of each line right of the panel, at the height of its end or below the name above.
+
+    Args:
+        ends: value, text and colour of each line.
+    """
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    step = (high - low) * min(0.072, 1 / len(ends))
+    place = high + step
+    for below, (value, text, color) in reversed(list(enumerate(sorted(ends, key=lambda end: end[0])))):
+        place = max(low + below * step, min(value, place - step))
+        axes.text(1.015, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10.5, color=color)
+
+
+def _plot_curves(history: History, column: str, title: str, formatted: Callable[[float], str]) -> Figure:
+    table = _read_history(history, ("epoch", "lr", column))
+    epochs, seeds = int(table["epoch"].max()), table["seed"].nunique()
+    first, colors = epochs // 2 + 1, colors_of(list(table["condition"].unique()))
+    second_half = f"epochs {first} to {epochs}, enlarged" if first < epochs else f"epoch {epochs}"
+    bands = seeds > 1 and len(colors) <= MOST_BANDS
+    runs = table[table["epoch"] == table.groupby("condition")["epoch"].transform("max")].groupby(
+        "condition", sort=False
+    )
+    means, labels, sd = runs[column].mean(), runs["label"].first(), runs[column].var().mean() ** 0.5
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
         whole, close = figure.subplots(1, 2, width_ratios=(3, 2))
         for axes, start, name in ((whole, 1, "all epochs"), (close, first, second_half)):
-            _draw_curves(axes, history[history["epoch"] >= start], column)
-            axes.set(title=name, xlabel="epoch", ylabel="")
-            step = max(1, epochs // 5)
-            axes.set_xticks([start, *range(step * (start // step + 1), epochs + 1, step)])
-            axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-            if accuracy:
+            for slug, rows in table[table["epoch"] >= start].groupby("condition", sort=False):
+                _draw_line(axes, rows, column, colors[slug], band=bands)
+            axes.set(title=name, xlabel="epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if column == "test_accuracy":
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
-        _mark_new_rates((whole, close), (1, first), history, height=0.12 if accuracy else 0.88)
-        if history["condition"].nunique() > MOST_BANDS:
-            _draw_spread(close, history[history["epoch"] == epochs], column)
-        conditions = history.groupby("condition", sort=False)
-        ends = conditions.apply(lambda rows: rows.loc[rows["epoch"] == rows["epoch"].max(), column].mean())
-        labels = [f"{rows['label'].iloc[0]}\n{formatted(ends[slug])}" for slug, rows in conditions]
-        seeds = _describe_seeds(history, bands=len(labels) <= MOST_BANDS)
-        name = f"condition, and its value at the last epoch ({seeds})"
-        columns = min(6 if len(labels) <= 6 else 5, len(labels))
-        lines = whole.get_lines()[: len(labels)]
-        figure.legend(lines, labels, title=name, loc="outside lower center", ncols=columns, frameon=False)
-        figure.suptitle(title)
+            _mark_new_rates(axes, table, start)
+        whole.set_ylabel(f"{column.replace('_', ' ')} (the axis does not start at 0)")
+        if not bands and sd > 0:
+            close.errorbar(1.02 * epochs, means.mean(), sd, color="#888888", elinewidth=4)
+            close.set_title(f"{second_half}\ngrey bar: \N{PLUS-MINUS SIGN}1 SD of runs of one condition")
+        label_ends(close, [(mean, f"{formatted(mean)}  {labels[slug]}", colors[slug]) for slug, mean in means.items()])
+        spread = ", band: lowest to highest" if bands else ""
+        figure.suptitle(f"{title} (mean of {seeds} seeds{spread})" if seeds > 1 else f"{title} (1 seed)")
     return figure
 
 
-def _draw_curves(axes: Axes, history: pd.DataFrame, column: str) -> None:
-    colors = colors_of(list(history["condition"].unique()))
-    bar = ("pi", 100) if len(colors) <= MOST_BANDS else None
-    for slug, rows in history.groupby("condition", sort=False):
-        line = {"color": colors[slug], "linestyle": "--" if "GBN" in rows["label"].iloc[0] else "-", "linewidth": 1.8}
-        marker = "o" if rows["epoch"].nunique() == 1 else None
-        band = {"alpha": 0.12, "linewidth": 0}
-        sns.lineplot(rows, x="epoch", y=column, errorbar=bar, err_kws=band, marker=marker, ax=axes, **line)
-
-
-def _draw_spread(axes: Axes, ends: pd.DataFrame, column: str) -> None:
-    """Draw a bar right of the curves: one SD of the runs of one condition to both sides, as an interval of the middle.
-
-    Args:
-        ends: the rows of the last epoch.
-    """
-    runs = ends.groupby("condition")[column]
-    middle, sd = runs.mean().mean(), runs.var().mean() ** 0.5
-    if not sd > 0:  # one seed, or equal ones
-        return
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.14 * (high - low))
-    place = high + 0.03 * (high - low)
-    axes.vlines(place, middle - sd, middle + sd, color="#888888", linewidth=4)
-    text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 10, "color": "#444444"}
-    beside, name = high + 0.09 * (high - low), "runs of one condition: \N{PLUS-MINUS SIGN}1 SD"
-    axes.text(beside, 0.5, name, transform=axes.get_xaxis_transform(), **text)
-
-
-def _mark_new_rates(panels: Sequence[Axes], starts: Sequence[int], history: pd.DataFrame, height: float) -> None:
-    """Draw a dotted line where the learning rate of every run changes, and explain it once, in the first panel.
-
-    Args:
-        starts: the first epoch of each panel.
-        height: of the explanation, from 0 at the bottom of the panel to 1.
-    """
+def _mark_new_rates(axes: Axes, history: pd.DataFrame, start: int) -> None:
+    """Draw a dotted line where the learning rate of every run changes after the epoch `start`, and explain it."""
     before = history.groupby(["condition", "seed"])["lr"].shift()
     changes = (before.notna() & (history["lr"] != before)).groupby(history["epoch"]).all()
     epochs = changes.index[changes]
-    if not 0 < len(epochs) <= len(changes) / 2:  # a rate that changes at every epoch has no steps to show
-        return
-    for axes, start in zip(panels, starts, strict=True):
+    if 0 < len(epochs) <= len(changes) / 2:  # a rate that changes at every epoch has no steps to show
         places = [epoch - 0.5 for epoch in epochs if epoch > start]
         axes.vlines(places, 0, 1, "#888888", ":", transform=axes.get_xaxis_transform(), linewidth=1.2)
-    factors = (history["lr"] / before)[history["epoch"].isin(epochs)].round(6).unique()
-    change = f"learning rate \N{MULTIPLICATION SIGN} {factors[0]:g}" if len(factors) == 1 else "new learning rate"
-    panels[0].annotate(
-        f"dotted: {change}",
-        (epochs[0] - 0.5, height),
-        xytext=(22, 0),
-        xycoords=panels[0].get_xaxis_transform(),
-        textcoords="offset points",
-        arrowprops={"arrowstyle": "->", "color": "#666666"},
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        va="center",
-        fontsize=10,
-        color="#444444",
-    )
+        axes.set_xlabel("epoch (dotted: new learning rate)")
+
+
+def panels(width: float, height: float, count: int, title: str = "") -> list[Axes]:
+    """Return the panels of a new figure of this width, each of this height (inches), up to three in a row."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.axis("off")
+    return list(grid[:count])
 
 
 def plot_digits(
@@ -165,34 +235,33 @@ def plot_digits(
     if len(titles) != len(images):
         raise ValueError(f"{len(images)} images need as many titles, not {len(titles)}")
     count = max(1, -(-len(images) // columns))
-    lines = 1 + max((text.count("\n") for text in titles), default=0)
-    figure = Figure(
-        figsize=(1.6 * columns, count * (1.35 + 0.2 * lines) + 0.35 * title.count("\n") + 0.4), layout="constrained"
-    )
+    lines = [line for text in titles for line in text.splitlines()]
+    height, width = 1 + max((text.count("\n") for text in titles), default=0), min(1.6, 10 / columns)
+    size = max(7.0, min(12.0, 110 * width / max([8, *map(len, lines)])))  # points: as large as the column allows
+    high = count * (0.85 * width + 0.019 * size * height) + 0.35 * title.count("\n") + 0.5
+    figure = Figure(figsize=(width * columns, high), layout="constrained")
     with rc_context(STYLE):
-        grid = figure.subplots(count, columns, squeeze=False).ravel()
-        for axes in grid:
-            axes.axis("off")
+        bare: dict[str, Any] = {"frame_on": False, "xticks": [], "yticks": []}
+        grid = figure.subplots(count, columns, squeeze=False, subplot_kw=bare).ravel()
         for axes, name in zip(grid[::columns], rows, strict=False):
             axes.text(-0.1, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=10)
         for axes, image, text in zip(grid, images, titles, strict=False):
             axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
-            axes.set_title(text, fontsize=10)
+            axes.set_title(text, fontsize=size)
         figure.suptitle(title if len(images) else f"{title}\nno images to show".strip())
     return figure
 
 
-def plot_misclassified(wrong: pd.DataFrame, digits: Digits, title: str = "", count: int = 25) -> Figure:
+def plot_misclassified(wrong: pd.DataFrame, images: ImageDataset, title: str = "", count: int = 25) -> Figure:
     """Draw the first `count` images that a model gets wrong: actual and predicted class, and its confidence.
 
     Args:
-        wrong: one row per error of the model on `digits`, from `misclassified`.
+        wrong: one row per error of the model on `images`, from `misclassified`.
     """
     first = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in first.itertuples()]
-    share = f"{len(first)} of its {len(wrong)} errors on {len(digits.labels):,} images"
-    heading = f"{join_words(title, ': ', share)}\nactual class, taken for predicted class (confidence)"
-    return plot_digits(digits.images[first["image"].tolist()], titles, columns=5, title=heading)
+    share = f"{len(first)} of its {len(wrong)} errors on {len(images.labels):,} images (confidence in brackets)"
+    return plot_digits(images.images[first["image"].tolist()], titles, columns=5, title=join_words(title, ": ", share))
 
 
 def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
@@ -204,89 +273,16 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
         labels: the conditions' names; by default their slugs.
     """
     slugs = [name.partition(" ")[0] for name in weights]
-    colors, bins = colors_of(list(dict.fromkeys(slugs))), np.linspace(-0.3, 0.3, 61)
-    columns = min(3, len(weights))
-    rows = -(-len(weights) // columns)
-    figure = Figure(figsize=(10, 0.6 + 2.3 * rows), layout="constrained")
+    colors, bins = colors_of(list(dict.fromkeys(slugs))), np.linspace(-0.3, 0.3, 61).tolist()
     with rc_context(STYLE):
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(weights) :]:
-            axes.axis("off")
+        grid = panels(10, 2.3, len(weights), title)
         for axes, slug, (name, values) in zip(grid, slugs, weights.items(), strict=False):
             axes.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colors[slug])
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_title(f"{label_of(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
-        figure.supxlabel("weight", fontsize=12)
-        figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
-        figure.suptitle(title)
-    return figure
-
-
-def plot_pruning(
-    curve: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
-) -> Figure:
-    """Plot accuracy by the share of convolution weights set to zero: the seeds' mean, lowest and highest.
-
-    The shares are equally far apart, and the dots of one share stand side by side, so that equal conditions show.
-
-    Args:
-        curve: one row per run and share, from `pruning_curve`: condition, seed, share, accuracy.
-        labels: the conditions' names; by default their slugs.
-    """
-    conditions = dict(list(curve.groupby("condition", sort=False)))
-    colors = colors_of(list(conditions))
-    asides = 0.5 * (np.arange(len(conditions)) - (len(conditions) - 1) / 2) / len(conditions)
-    shares, ends = sorted(curve["share"].unique()), {}
-    with rc_context(STYLE):
-        axes = panel((8.5, 4.6), ax)
-        for aside, (slug, rows) in zip(asides, conditions.items(), strict=True):
-            by_share = rows.groupby("share")["accuracy"].agg(["mean", "min", "max"])
-            ends[label_of(slug, labels)] = float(by_share["mean"].iloc[-1]), colors[slug]
-            places, dash = np.arange(len(shares)) + aside, "--" if "gbn" in slug else "-"
-            axes.plot(places, by_share["mean"], dash, color=colors[slug], linewidth=1, marker="o", markersize=6)
-            axes.vlines(places, by_share["min"], by_share["max"], color=colors[slug], alpha=0.4, linewidth=4)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
-        axes.set_xticks(np.arange(len(shares) - 1) + 0.5, minor=True)  # lines between the shares
-        axes.grid(visible=False, axis="x", which="major")
-        axes.grid(visible=True, axis="x", which="minor")
-        axes.set(xlabel="share of the convolution weights set to zero, the smallest first", ylabel="test accuracy")
-        _label_ends(axes, ends, "{:.0%}".format)
-        axes.set_title(join_words(title, "\n", _describe_seeds(curve)))
-    return _figure_of(axes)
-
-
-def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]], formatted: Callable[[float], str]) -> None:
-    """Write the last value and the name of each line right of the panel, at its height or below the one above.
-
-    Args:
-        ends: the last value and the colour of each line, by name.
-    """
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    place = high
-    for name, (value, color) in sorted(ends.items(), key=lambda end: end[1][0], reverse=True):
-        place = min(value, place - 0.062 * (high - low))
-        text = f"{formatted(value)}  {name}"
-        axes.text(1.015, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=11, color=color)
-
-
-def plot_confusion(
-    matrix: np.ndarray, title: str = "", class_names: Sequence[str] = CLASS_NAMES, ax: Axes | None = None
-) -> Figure:
-    """Plot the errors by actual and predicted class; the diagonal, correct predictions, stays blank."""
-    with rc_context(STYLE):
-        axes = panel((7, 5.6), ax)
-        labels = {"xticklabels": class_names, "yticklabels": class_names, "cbar_kws": {"label": "errors"}}
-        # Hide the diagonal and the zeros, so that only errors remain.
-        hidden = np.eye(len(matrix), dtype=bool) | (matrix == 0)
-        shades = {"cmap": "Blues", "vmin": 0, "vmax": max(1, matrix[~hidden].max(initial=0))}
-        sns.heatmap(matrix, mask=hidden, annot=True, fmt="d", square=True, ax=axes, **shades, **labels)
-        axes.grid(visible=False)
-        axes.set(xlabel="predicted", ylabel="actual", title=title)
-        axes.tick_params("x", rotation=45)
-        axes.tick_params("y", rotation=0)
-    return _figure_of(axes)
+        grid[0].figure.supxlabel("weight", fontsize=12)
+        grid[0].figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
+    return _figure_of(grid[0])
 
 
 def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
@@ -319,144 +315,86 @@ def plot_replication(
             axes.plot(outcomes[row.condition], below, "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=3, solid_capstyle="butt")
             axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=2))
-        axes.set_xlabel("accuracy on the 10,000 test digits at the last epoch")
+        axes.set_xlabel("test accuracy at the last epoch")
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
         label_rows(axes, [label_of(slug, labels) for slug in outcomes], means)
-        _draw_scale(axes)
         axes.set_title(join_words(title, "\n", f"{len(outcomes)} seeds: {DOTS}"))
     return _figure_of(axes)
 
 
-def _draw_scale(axes: Axes) -> None:
-    """Draw a bar as long as 5 of the 10,000 test digits at the lower left, or 50 or 500 if that were a mere dot."""
-    low, high = axes.get_xlim()
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom + 0.5, top)
-    start, middle = low + 0.02 * (high - low), bottom + 0.15
-    axes.set_xlim(low, high)
-    count = next((count for count in (5, 50) if count / 100 >= 0.02 * (high - low)), 500)
-    end = start + count / 100
-    axes.plot([start, end], [middle] * 2, color="#333333", linewidth=2, marker="|", markersize=8)
-    name = f"{count} test digits"
-    axes.text(end + 0.01 * (high - low), middle, name, va="center", fontsize=10, color="#333333")
-
-
 def plot_differences(
-    outcomes: pd.DataFrame,
-    labels: Mapping[str, str] | None = None,
-    title: str = "",
-    groups: Mapping[str, str] | None = None,
-    ax: Axes | None = None,
+    outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
 ) -> Figure:
-    """Draw a forest plot of the paired differences, in groups and by size.
+    """Draw a forest plot of the paired differences, the largest on top.
 
-    Differences that are significant after Holm's correction are in colour. The bars are uncorrected 95% t intervals,
+    Differences that are significant after Holm's correction are black. The bars are uncorrected 95% t intervals,
     which match "p alone"; p after Holm's correction is beside it.
 
-    Args: as in `plot_replication`, and
-        groups: the group of each condition. The pairs across two groups come first.
+    Args: as in `plot_replication`.
     """
-    comparisons = _by_group(outcomes, groups or dict.fromkeys(outcomes, ""))
+    comparisons = paired_comparisons(outcomes).sort_values("difference", ascending=False, ignore_index=True)
+    names, beside = [], []
     with rc_context(STYLE):
         axes = panel((10, 1.5 + 0.36 * len(comparisons)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in comparisons.itertuples():
-            color = COLORS["gbn"] if row.p_holm <= 0.05 else COLORS["bn"]
+            color = INK if row.p_holm <= 0.05 else QUIET
             axes.plot([row.low, row.high], [row.Index] * 2, color=color, linewidth=2)
             axes.plot(row.difference, row.Index, "s", color=color, markersize=6)
-        separate_groups(axes, comparisons["group"])
-        names = [
-            f"{label_of(row.first, labels)}  minus  {label_of(row.second, labels)}" for row in comparisons.itertuples()
-        ]
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.set_xlabel("mean paired difference of accuracy, in points (right of 0: the first is better)")
-        label_rows(axes, names, ())
-        points = [f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}") for difference in comparisons["difference"]]
-        _write_column(axes, 50, "points", points)
-        _write_column(axes, 105, "p alone", [f"{p:.3f}" for p in comparisons["p"]])
-        _write_column(axes, 170, f"among {len(names)}", [f"{p:.2f}" for p in comparisons["p_holm"]])
+            names.append(f"{label_of(row.first, labels)}  minus  {label_of(row.second, labels)}")
+            beside.append(f"{signed(row.difference)}    {row.p:.3f}    {row.p_holm:.2f}")
+        label_rows(axes, names, beside, header=f"points    p alone    among {len(names)}")
+        axes.set_xlabel("mean paired difference and 95% interval, points of accuracy (right of 0: the first is better)")
         count = (comparisons["p_holm"] <= 0.05).sum()
-        result = f"{len(outcomes)} seeds: {count} of {len(names)} differences stand (corrected p at most 0.05)"
-        axes.set_title(join_words(title, ", ", result), pad=30)
+        result = f"{len(comparisons)} differences from {comparisons['n'].max()} seeds: {count} stand after correction"
+        axes.set_title(join_words(title, ", ", result), pad=28)  # above the header
     return _figure_of(axes)
 
 
-def _write_column(axes: Axes, right: float, header: str, texts: Sequence[str]) -> None:
-    """Write a header above the panel and a text beside each row, flush right, so many points right of the panel."""
-    look: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10, "textcoords": "offset points"}
-    edge = axes.get_yaxis_transform()
-    axes.annotate(header, (1, 1), (right, 10), xycoords="axes fraction", color="#555555", **look)
-    for row, text in enumerate(texts):
-        axes.annotate(text, (1, row), (right, 0), xycoords=edge, **look)
+def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | None = None) -> Figure:
+    """Plot the means of paired differences under random signs, and the observed mean.
 
-
-def _by_group(outcomes: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
-    """Sort the comparisons: across groups first, then within each; in both, the largest difference first."""
-    order = list(dict.fromkeys(groups.values()))
-    comparisons = paired_comparisons(outcomes[sorted(outcomes, key=lambda slug: order.index(groups[slug]))])
-    first, second = (comparisons[side].map(groups) for side in ("first", "second"))
-    comparisons["group"] = np.where(first == second, first.map(order.index) + 1, 0)
-    return comparisons.sort_values(["group", "difference"], ascending=[True, False], ignore_index=True)
-
-
-def _describe_seeds(table: pd.DataFrame, bands: bool = True) -> str:
-    seeds = table["seed"].nunique()
-    if seeds == 1:
-        return "1 seed"
-    return f"{seeds} seeds: mean, lowest and highest" if bands else f"mean of {seeds} seeds"
+    Means at least as far from zero as the observed one are black: their share is the p-value of `sign_flip_p`.
+    """
+    flips, mean = sign_flip_means(differences), float(np.mean(differences))
+    border = max(0.0, abs(mean) - 2e-6 * float(np.abs(differences).sum()))  # the means are rounded
+    reach = max(1.02 * flips.index.max(), 1.01 * abs(mean)) or 1.0
+    width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
+    outer = np.linspace(border, reach, 2 + int((reach - border) / width))
+    inner = np.linspace(-border, border, 2 + int(2 * border / width))  # no bar has means of both kinds
+    with rc_context(STYLE):
+        axes = panel((9, 4), ax)
+        axes.margins(y=0.2)
+        for edges, color in ((-outer[::-1], INK), (inner, QUIET), (outer, INK)):
+            axes.hist(
+                flips.index, np.unique(edges).tolist(), weights=flips, color=color, edgecolor="white", linewidth=0.5
+            )
+        axes.axvline(mean, color=INK, linewidth=1.5, linestyle="--", label=f"found: {signed(mean)}")
+        axes.legend(frameon=False, loc="upper left" if mean > 0 else "upper right")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
+        share = f"{sign_flip_p(differences):.1%} of all {2 ** len(differences):,} flips"
+        axes.set_title(join_words(title, "\n", f"black: at least as far from 0 as the mean found, {share}"))
+    return _figure_of(axes)
 
 
 def join_words(title: str, mark: str, text: str) -> str:
     return f"{title}{mark}{text}" if title else text
 
 
+def signed(points: float, decimals: int = 3) -> str:
+    return f"{round(points, decimals) + 0.0:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def label_of(slug: str, labels: Mapping[str, str] | None) -> str:
     return (labels or {}).get(slug, slug)
 
 
-def label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
-    """Label each row, the first on top, with a name on the left and a text right of the panel."""
+def label_rows(axes: Axes, names: Sequence[str], texts: Sequence[str], header: str = "") -> None:
+    """Label each row, the first on top, with a name on the left and a text right of the panel, under a header."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    for row, text in enumerate(texts):
+    for row, text in enumerate([header, *texts], start=-1):
         axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
-
-
-def separate_groups(axes: Axes, groups: pd.Series) -> None:
-    """Draw a line between the rows of one group and the next."""
-    for row in np.flatnonzero(groups != groups.shift())[1:]:
-        axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
-
-
-def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | None = None) -> Figure:
-    """Plot the means of paired differences under random signs, and the observed mean.
-
-    Means at least as far from zero as the observed one are in colour: their share is the p-value of `sign_flip_p`.
-    """
-    flips, mean = sign_flip_means(differences), float(np.mean(differences))
-    reach = 1.02 * max(abs(mean), flips.index.max())
-    bins = min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars, or they make a comb
-    edges = np.linspace(-reach, reach, bins + 1).tolist()
-    far = np.abs(flips.index) >= abs(mean) - 2e-6 * np.abs(differences).sum()  # the means are rounded
-    with rc_context(STYLE):
-        axes = panel((9, 4), ax)
-        parts = [flips.index[~far], flips.index[far]]
-        axes.hist(parts, edges, weights=[flips[~far], flips[far]], stacked=True, color=["#BBBBBB", COLORS["gbn"]])
-        axes.axvline(mean, color="#222222", linewidth=1.5)
-        axes.annotate(
-            f"found: {mean:+.3f}".replace("-", "\N{MINUS SIGN}"),
-            (mean, 0.9),
-            xytext=(-10 if mean > 0 else 10, 0),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            ha="right" if mean > 0 else "left",
-        )
-        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
-        share = f"{flips[far].sum():.1%} of all {2 ** len(differences):,}"
-        axes.set_title(join_words(title, "\n", f"in colour: at least as far from 0 as the mean found, {share}"))
-    return _figure_of(axes)
