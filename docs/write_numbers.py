@@ -26,7 +26,6 @@ from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, MARGIN, PENALTIES, P
 from s6lib.recipes import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, SPLIT_SWEEP, Condition, Recipe
 from s6lib.statistics import (
     condition_statistics,
-    equal_conditions,
     friedman_p,
     mean_interval,
     paired_comparisons,
@@ -235,7 +234,7 @@ def few_digits() -> str:
 def readme_more() -> str:
     """What luck does."""
     sd = run_sd(ten_seeds())
-    two_runs, five_variants = 2 / math.sqrt(math.pi) * sd, equal_conditions(sd)[1]  # mean distances of normal values
+    two_runs, five_variants = 2 / math.sqrt(math.pi) * sd, 2.326 * sd  # mean distances of normal values
     luck = f"""
         Two runs of the *same* variant, with different random numbers, differ by about
         {100 * two_runs:.0f} digits, and the best and worst of five *equal* variants by about
@@ -356,7 +355,7 @@ def scatter() -> str:
     return paragraph(f"""
         With ten seeds and fifteen comparisons, a study can hardly find anything, and the number of seeds was not fixed
         in writing. Runs of the same condition scatter with an SD of {sd:.3f} points, so the best and the worst of five
-        *equal* conditions, one run each, would lie {equal_conditions(sd)[1]:.2f} points apart on average.""")
+        *equal* conditions, one run each, would lie {2.326 * sd:.2f} points apart on average.""")
 
 
 def seeds_for_more() -> str:

@@ -223,12 +223,20 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
     return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
 
 
+LAYERS = {
+    "c": "3x3 convolution to {}, padded",
+    "v": "3x3 convolution to {}",
+    "s": "separable convolution to {}, padded",
+    "t": "separable convolution to {}",
+    "R": "the last convolution again",
+    "M": "a new depthwise kernel before the last mix",
+    "P": "2x2 maximum",
+    "p": "3x3 convolution to {}, padded, with 2x2 maximum",
+}
+
+
 def describe_plan(plan: str) -> str:
-    """Say in words what layers a trial of studies/frontier_search.csv has: "c10 P t24 t24 R" becomes full convolution
-    to 10, maximum, 2 separable to 24, the last again.
-    """
-    kinds = {"c": "full convolution, padded, to", "v": "full convolution to", "t": "separable convolution to"}
-    names = {"P": "maximum", "R": "the same again"}
-    words = [names.get(code) or f"{kinds[code[0]]} {code[1:]}" for code in plan.split()]
-    runs = [(word, len(list(same))) for word, same in itertools.groupby(words)]
-    return ", ".join(word if count == 1 else f"{count} x {word}" for word, count in runs)
+    """Say in words what layers a trial of studies/frontier_search.csv has, such as "c24 P t24 t24"."""
+    words = [LAYERS[code[0]].format(code[1:]) for code in plan.split()]
+    counts = [(word, len(list(same))) for word, same in itertools.groupby(words)]
+    return ", ".join(word if count == 1 else f"{count} x {word}" for word, count in counts)

@@ -115,7 +115,7 @@ def plot_learning_curves(
         for axes, (slug, rows) in zip(grid, conditions.items(), strict=True):
             axes.set(xlabel="epoch", xlim=(0.8, max(2, epochs or 0, *table["epoch"])))
             axes.set(ylabel="accuracy (dashed: training)", ylim=(math.floor(50 * lowest) / 50, 1.01))
-            axes.set_title(title if ax else next(iter(rows["label"]), ""))
+            axes.set_title(title if ax else next(iter(rows["label"]), ""), loc="left")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.label_outer()
@@ -215,7 +215,7 @@ def _mark_new_rates(axes: Axes, history: pd.DataFrame, start: int) -> None:
 
 def panels(width: float, height: float, count: int, title: str = "") -> list[Axes]:
     """Return the panels of a new figure of this width, each of this height (inches), up to three in a row."""
-    columns = min(3, count)
+    columns = 2 if count == 4 else min(3, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
     figure.suptitle(title)
@@ -237,7 +237,7 @@ def plot_digits(
     count = max(1, -(-len(images) // columns))
     lines = [line for text in titles for line in text.splitlines()]
     height, width = 1 + max((text.count("\n") for text in titles), default=0), min(1.6, 10 / columns)
-    size = max(7.0, min(12.0, 110 * width / max([8, *map(len, lines)])))  # points: as large as the column allows
+    size = max(7.0, min(12.0, 140 * width / max([8, *map(len, lines)])))  # points: as large as the column allows
     high = count * (0.85 * width + 0.019 * size * height) + 0.35 * title.count("\n") + 0.5
     figure = Figure(figsize=(width * columns, high), layout="constrained")
     with rc_context(STYLE):
