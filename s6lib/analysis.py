@@ -70,17 +70,15 @@ def pruned(model: nn.Module, share: float) -> nn.Module:
     """
     if not 0 <= share <= 1:
         raise SettingError(f"a share is from 0 to 1, not {share!r}")
-    copy = deepcopy(model)
-    layers = {name: layer for name, layer in copy.named_modules() if isinstance(layer, nn.Conv2d)}
-    if not layers:
-        raise SettingError(f"{type(model).__name__} has no 2d convolution, so it cannot be pruned")
-    for name, layer in layers.items():
-        if "weight" not in layer._parameters:
+    convolution_weights(model)  # raises SettingError where there are none
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and "weight" not in layer._parameters:
             raise SettingError(
                 f"{name} computes its weight, so it cannot be pruned: make it a plain weight first, with "
                 "remove_parametrizations or remove_weight_norm"
             )
-    weights = [(layer, "weight") for layer in layers.values()]
+    copy = deepcopy(model)
+    weights = [(layer, "weight") for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
     prune.global_unstructured(weights, prune.L1Unstructured, amount=float(share))
     for layer, name in weights:
         prune.remove(layer, name)

@@ -1,6 +1,8 @@
 """Statistics against closed forms, scipy and statsmodels, on numbers where the answer is known."""
 
+import io
 import itertools
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -12,11 +14,7 @@ from statsmodels.stats.power import TTestPower
 
 from s6lib.statistics import (
     condition_statistics,
-    equal_conditions,
-    equivalent,
-    false_alarm_rate,
     friedman_p,
-    mcnemar_p,
     mean_interval,
     paired_comparisons,
     power,
@@ -24,9 +22,7 @@ from s6lib.statistics import (
     seeds_needed,
     sign_flip_means,
     sign_flip_p,
-    variance_sources,
     verdict,
-    verdict_on_best,
     wilson_interval,
 )
 
@@ -34,6 +30,7 @@ VALUES = st.lists(st.integers(-99, 99), min_size=2, max_size=12).map(lambda whol
 TABLES = st.integers(3, 7).flatmap(
     lambda seeds: st.lists(st.lists(st.integers(0, 60), min_size=4, max_size=4), min_size=seeds, max_size=seeds)
 )
+OF_TABLES = pytest.mark.parametrize("function", [condition_statistics, paired_comparisons, run_sd, friedman_p])
 
 
 def table_of(**columns):
@@ -46,31 +43,95 @@ def percents(rows):
     return pd.DataFrame(99.4 + np.array(rows) / 100, columns=list("abcd")).round(2)
 
 
-# --- tables that are not complete ------------------------------------------------------------------------------------
+# --- other people's tables -------------------------------------------------------------------------------------------
 
-OF_TABLES = pytest.mark.parametrize("function", [condition_statistics, paired_comparisons, run_sd, friedman_p])
+PEOPLES = table_of(a=[99.1, 99.3, 99.2, 99.4], b=[99.0, 99.1, 99.15, 99.2], c=[99.2, 99.1, 99.3, 99.0])
 
 
-@OF_TABLES
-def test_missing_runs_are_named(function):
-    outcomes = table_of(a=[99.44, 99.51, 99.5], b=[99.5, None, np.inf], c=[99.4, 99.5, 99.6])
-    with pytest.raises(ValueError, match="these outcomes are missing: b seed 2, b seed 3; run them"):
-        function(outcomes)
+def read_back(table, **options):
+    return pd.read_csv(io.StringIO(table.to_csv(**options)))
 
 
 @OF_TABLES
-def test_one_seed_is_too_few(function):
-    with pytest.raises(ValueError, match="at least two seeds, and the table has 1: run more"):
-        function(table_of(a=[99.5], b=[99.4], c=[99.3]))
+@pytest.mark.parametrize(
+    "same",
+    [
+        read_back(PEOPLES),
+        read_back(PEOPLES.rename_axis("Seed")),
+        read_back(PEOPLES.rename_axis(None)),
+        read_back(PEOPLES.reset_index()),
+        read_back(PEOPLES, index=False),
+        PEOPLES.reset_index(),
+        PEOPLES.to_dict("list"),
+        PEOPLES.to_dict(),
+        PEOPLES.astype(str),
+        PEOPLES.astype(object),
+        PEOPLES.astype("Float64"),
+        PEOPLES.map(Decimal),
+        PEOPLES.rename_axis(columns="condition"),
+    ],
+)
+def test_a_table_means_the_same_however_it_came(function, same):
+    expected, found = function(PEOPLES), function(same)
+    if isinstance(expected, float):
+        assert found == expected
+    else:
+        pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize("plain", [PEOPLES.to_numpy(), PEOPLES.to_numpy().tolist()])
+def test_the_columns_of_an_array_are_numbered(plain):
+    comparisons = paired_comparisons(plain)
+    assert comparisons[["first", "second"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert comparisons["difference"].tolist() == paired_comparisons(PEOPLES)["difference"].tolist()
+
+
+LONG = PEOPLES.reset_index().melt("seed", var_name="condition", value_name="test_accuracy")
+WRONG = {
+    "long": (LONG, "pivot a table that has one row per run"),
+    "long, indexed": (LONG.set_index("condition")[["test_accuracy"]], "pivot a table that has one row per run"),
+    "transposed": (PEOPLES.T, "transpose one with a row per condition"),
+    "transposed, read back": (read_back(PEOPLES.rename_axis(None).T), "transpose one with a row per condition"),
+    "levels": (pd.concat({"x": PEOPLES}, axis=1), "several levels of names"),
+    "levels of rows": (PEOPLES.stack(), "several levels of names"),
+    "percents": (PEOPLES.astype(str) + "%", "make every outcome a number first: .*99.1%"),
+    "commas": (PEOPLES.astype(str).replace(r"[.]", ",", regex=True), "make every outcome a number first: .*99,1"),
+    "complex": (PEOPLES.astype(complex), "make every outcome a number first"),
+    "dates": (PEOPLES.map(lambda value: pd.Timestamp("2026")), "make every outcome a number first"),
+    "huge": (PEOPLES.map(lambda value: 10**400), "make every outcome a number first"),
+    "ragged": ({"a": [1, 2, 3], "b": [1, 2]}, "one column per condition, and this dict has not"),
+    "scalars": ({"a": 99.1, "b": 99.2, "c": 99.3}, "one column per condition, and this dict has not"),
+    "text": ("results", "one column per condition, and this str has not"),
+    "number": (99.1, "one column per condition, and this float has not"),
+    "cube": (np.zeros((2, 3, 4)), "one column per condition, and this ndarray has not"),
+    "nothing": (None, r"conditions or more, and the table has \[\]: add columns"),
+    "empty": (PEOPLES.iloc[:0], "at least two seeds, and the table has 0: run more"),
+    "one seed": (PEOPLES.iloc[:1], "at least two seeds, and the table has 1: run more"),
+    "missing": (PEOPLES.where(PEOPLES < 99.4), "run a seed 4, or leave these seeds out"),
+    "infinite": (PEOPLES.replace({"b": {99.1: np.inf, 99.15: None}}), "run b seed 2, b seed 3, or leave"),
+    "seed twice": (PEOPLES.rename(index={2: 1}), "seed 1 occurs twice"),
+    "condition twice": (PEOPLES.rename(columns={"b": "a"}), "condition a occurs twice"),
+}
 
 
 @OF_TABLES
-def test_what_occurs_twice_is_refused(function):
-    outcomes = table_of(a=[99.5, 99.4], b=[99.4, 99.5], c=[99.4, 99.5])
-    with pytest.raises(ValueError, match="occur twice: seed 1"):
-        function(outcomes.rename(index={2: 1}))
-    with pytest.raises(ValueError, match="occur twice: condition a"):
-        function(outcomes.rename(columns={"b": "a"}))
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_table_of_outcomes_is_refused_in_one_sentence(function, kind):
+    table, sentence = WRONG[kind]
+    with pytest.raises(ValueError, match=sentence) as error:
+        function(table)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_conditions_are_refused():
+    with pytest.raises(ValueError, match=r"needs 2 conditions or more, and the table has \['a'\]"):
+        paired_comparisons(PEOPLES["a"])
+    with pytest.raises(ValueError, match=r"needs 3 conditions or more, and the table has \['a', 'b'\]"):
+        friedman_p(PEOPLES[["a", "b"]])
+
+
+def test_yes_and_no_are_outcomes_too():
+    assert condition_statistics(PEOPLES > 99.15)["mean"].tolist() == [0.75, 0.25, 0.5]
 
 
 @OF_TABLES
@@ -81,21 +142,12 @@ def test_the_table_given_is_left_as_it_was(function):
     pd.testing.assert_frame_equal(outcomes, before)
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("hits", "images"), [(9945, 10_000), (10_000, 10_000), (0, 20), (81, 263)])
 def test_wilson_interval_is_the_closed_form(hits, images):
     z, p = scipy.stats.norm.ppf(0.975), hits / images
     center = (p + z * z / (2 * images)) / (1 + z * z / images)
     half = z / (1 + z * z / images) * (p * (1 - p) / images + z * z / (4 * images**2)) ** 0.5
     assert wilson_interval(p, images) == pytest.approx((center - half, center + half), abs=1e-12)
-
-
-@pytest.mark.parametrize("percent", [99.5, -0.1, float("nan")])
-def test_an_accuracy_in_percent_is_refused(percent):
-    with pytest.raises(ValueError, match="divide percents by 100"):
-        wilson_interval(percent)
 
 
 @given(VALUES, st.sampled_from([0.90, 0.95, 0.99]))
@@ -105,57 +157,6 @@ def test_mean_interval_is_scipys(values, level):
     else:
         expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(level)
     assert mean_interval(values, level) == pytest.approx(tuple(expected), abs=1e-9)
-
-
-@given(VALUES, st.floats(0.01, 100), st.floats(-100, 100))
-def test_mean_interval_moves_and_stretches_with_its_values(values, scale, shift):
-    low, high = mean_interval(values)
-    expected = (scale * low + shift, scale * high + shift)
-    assert mean_interval(scale * values + shift) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize(("n", "level"), [(2, 0.95), (3, 0.90), (10, 0.95)])
-def test_mean_interval_covers_as_it_says(n, level):
-    samples = np.random.default_rng(0).normal(size=(2_000, n))
-    covered = [low <= 0 <= high for low, high in (mean_interval(sample, level) for sample in samples)]
-    assert np.mean(covered) == pytest.approx(level, abs=0.02)  # three standard errors
-
-
-@pytest.mark.parametrize("level", [0, 1, 95, float("nan")])
-def test_a_level_in_percent_is_refused(level):
-    with pytest.raises(ValueError, match=r"between 0 and 1, not .*: 0.95 for 95%"):
-        mean_interval([1, 2], level)
-
-
-@given(VALUES.filter(lambda values: np.ptp(values) > 0), st.floats(0.1, 30))
-def test_equivalence_is_that_both_one_sided_tests_reject(values, margin):
-    above = scipy.stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-    below = scipy.stats.ttest_1samp(values, margin, alternative="less").pvalue
-    assert equivalent(values, margin) == (max(above, below) < 0.05)
-
-
-def test_what_is_equivalent_is_so_from_both_sides_and_needs_data():
-    differences = [0.02, 0.01, 0.03, 0.02, 0.02]
-    assert equivalent(differences, 0.05)
-    assert equivalent([-value for value in differences], 0.05)
-    assert not equivalent(differences, 0.02)
-    assert not equivalent([0.1, -0.1], 0.05)  # a mean of zero is no proof
-
-
-@pytest.mark.parametrize("margin", [0, -0.05, float("nan")])
-def test_equivalence_needs_a_margin(margin):
-    with pytest.raises(ValueError, match="the margin must be above 0"):
-        equivalent([0.01, 0.02], margin)
-
-
-@pytest.mark.parametrize("bad", [[], [1.0], [1.0, float("nan")], [[1.0, 2.0]]])
-def test_too_little_data_is_refused(bad):
-    for function in (mean_interval, sign_flip_p, lambda values: equivalent(values, 1)):
-        with pytest.raises(ValueError, match="at least two finite numbers"):
-            function(bad)
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_condition_statistics_are_in_the_unit_of_the_table():
@@ -171,6 +172,24 @@ def test_run_sd_is_that_of_runs_of_one_condition():
     assert run_sd(table_of(a=[99.4, 99.5, 99.6], b=[99.0, 99.0, 99.0])) == pytest.approx(0.1 / 2**0.5)
 
 
+@pytest.mark.parametrize("percent", [99.5, -0.1, float("nan")])
+def test_an_accuracy_in_percent_is_refused(percent):
+    with pytest.raises(ValueError, match="divide percents by 100"):
+        wilson_interval(percent)
+    with pytest.raises(ValueError, match=r"between 0 and 1, not .*: 0.95 for 95%"):
+        mean_interval([1, 2], percent)
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [1.0], [1.0, np.nan], [[1.0, 2.0]], ["a", "b"], [1j, 2], [[1], [2, 3]], {1, 2}, 5, None, PEOPLES]
+)
+def test_too_little_data_is_refused(bad):
+    for function in (mean_interval, sign_flip_p, sign_flip_means):
+        with pytest.raises(ValueError, match="a list of at least two finite numbers, not") as error:
+            function(bad)
+        assert "\n" not in str(error.value)
+
+
 def test_paired_comparisons_of_known_differences():
     a = np.array([99.40, 99.50, 99.45, 99.55, 99.41, 99.49])
     b = a - np.array([5, 6, 4, 7, 5, 3]) / 100
@@ -180,14 +199,11 @@ def test_paired_comparisons_of_known_differences():
     assert table.loc[("a", "b"), ["low", "high"]].tolist() == pytest.approx(mean_interval(a - b))
     assert table.loc[("a", "b"), "p"] == pytest.approx(2 / 64)
     assert table.loc[("a", "c"), "p"] == 1
-    p = sorted(table["p"])
-    assert sorted(table["p_holm"])[0] == pytest.approx(min(1, 3 * p[0]))
+    assert table["p_holm"].min() == pytest.approx(3 * table["p"].min())
     assert (table["p_holm"] >= table["p"]).all()
-    assert (table["seeds_0.02"] >= table["seeds_0.05"]).all()
-    assert list(table["seeds_0.03"]) == [seeds_needed(sd, 0.03, comparisons=3) for sd in table["sd"]]
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(TABLES, st.randoms(use_true_random=False))
 def test_comparisons_are_paired_by_seed_in_whatever_order(rows, random):
     outcomes = percents(rows)
@@ -196,7 +212,7 @@ def test_comparisons_are_paired_by_seed_in_whatever_order(rows, random):
     assert friedman_p(shuffled) == pytest.approx(friedman_p(outcomes))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(TABLES)
 def test_swapped_conditions_differ_by_the_opposite(rows):
     outcomes = percents(rows)[["a", "b"]]
@@ -205,7 +221,7 @@ def test_swapped_conditions_differ_by_the_opposite(rows):
     assert (back.p, back.sd) == pytest.approx((there.p, there.sd))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(TABLES, st.sampled_from([0.01, 100, 1 / 3]), st.sampled_from([0, -99.4, 1000]))
 def test_p_values_do_not_depend_on_the_unit(rows, scale, shift):
     outcomes = percents(rows)
@@ -217,7 +233,7 @@ def test_p_values_do_not_depend_on_the_unit(rows, scale, shift):
     assert friedman_p(moved) == pytest.approx(friedman_p(outcomes))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(TABLES)
 def test_percents_in_floats_give_the_p_of_whole_digits(rows):
     whole = pd.DataFrame(np.array(rows) + 9940, columns=list("abcd"))
@@ -247,14 +263,6 @@ def test_friedmans_p_is_that_of_the_formula():
     assert friedman_p(pd.DataFrame(np.add(np.exp(ranks), [[10], [20], [5], [1], [7]]))) == pytest.approx(expected)
 
 
-def test_friedmans_test_of_two_is_refused():
-    with pytest.raises(ValueError, match=r"at least three conditions, and the table has a, b: .*paired_comparisons"):
-        friedman_p(table_of(a=[99.4, 99.5], b=[99.3, 99.4]))
-
-
-# --- tests -----------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=40)
 @given(st.lists(st.integers(-9, 9), min_size=2, max_size=9))
 def test_sign_flip_is_the_count_over_all_signs(differences):
@@ -278,7 +286,7 @@ def test_sign_flip_sees_ties_of_decimals():
     assert sign_flip_p([99.34 - 99.30, 99.28 - 99.32, 99.34 - 99.30, 99.28 - 99.32]) == 1.0
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(VALUES)
 def test_sign_flip_means_are_those_of_all_signs(differences):
     signs = np.array(list(itertools.product([-1, 1], repeat=len(differences))))
@@ -288,12 +296,6 @@ def test_sign_flip_means_are_those_of_all_signs(differences):
         assert means[np.abs(means.index - mean) < near].sum() == pytest.approx(np.mean(np.abs(expected - mean) < near))
 
 
-@given(VALUES, st.sampled_from([-3, 0.01, 1 / 3]))
-def test_sign_flip_knows_no_unit_and_no_side(differences, scale):
-    assert sign_flip_p(scale * differences) == pytest.approx(sign_flip_p(differences))
-    assert sign_flip_p(differences[::-1]) == pytest.approx(sign_flip_p(differences))
-
-
 @pytest.mark.parametrize("n", [24, 122])
 def test_sign_flip_is_exact_for_many_seeds(n):
     """Of n ones and some minus ones, the sum is binomial."""
@@ -301,18 +303,6 @@ def test_sign_flip_is_exact_for_many_seeds(n):
     differences[: n // 3] = -1
     expected = scipy.stats.binomtest(n // 3, n).pvalue
     assert sign_flip_p(differences) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("comparisons", [1, 15])
-@pytest.mark.parametrize(("sd", "difference"), [(0.05, 0.05), (0.05, 0.02), (0.035, 0.03)])
-def test_seeds_needed_reach_the_power_and_one_fewer_does_not(sd, difference, comparisons):
-    def power(n):
-        noncentrality = difference / sd * n**0.5
-        limit = scipy.stats.t.isf(0.025 / comparisons, n - 1)
-        return scipy.stats.nct.sf(limit, n - 1, noncentrality) + scipy.stats.nct.cdf(-limit, n - 1, noncentrality)
-
-    n = seeds_needed(sd, difference, comparisons)
-    assert power(n) >= 0.8 > power(n - 1)
 
 
 @pytest.mark.parametrize("comparisons", [1, 15])
@@ -333,22 +323,12 @@ def test_power_is_statsmodels(effect, n, comparisons):
     assert power(0.05, 0.05 * effect, n, comparisons) == pytest.approx(expected)
 
 
-def test_power_is_how_often_the_t_test_finds_the_difference():
-    samples = np.random.default_rng(0).normal(0.03, 0.05, size=(4_000, 12))
-    found = scipy.stats.ttest_1samp(samples, 0, axis=1).pvalue <= 0.05
-    assert found.mean() == pytest.approx(power(0.05, 0.03, 12), abs=0.025)
-
-
 @given(st.floats(-9, 9), st.integers(2, 10_000), st.integers(1, 45))
 def test_power_is_a_chance_however_large_the_effect(magnitude, n, comparisons):
     """scipy's noncentral t is nan here and there."""
     found = power(1.0, 10.0**magnitude, n, comparisons)
     assert 0.05 / comparisons <= found + 1e-9 <= 1 + 1e-6
     assert power(1.0, 2 * 10.0**magnitude, n, comparisons) >= found - 1e-6
-
-
-def test_power_without_spread_is_certain():
-    assert power(0, 0.01, 2) == 1
 
 
 @settings(max_examples=40)
@@ -359,74 +339,26 @@ def test_as_many_seeds_as_needed_have_the_power(sd, difference, comparisons):
     assert power(sd, difference, n - 1, comparisons) < 0.8 or sign_flip_p([1] * (n - 1)) > 0.05 / comparisons
 
 
+def test_sign_flip_is_exact_for_differences_of_all_sizes():
+    assert sign_flip_p([1e7] + [1.0] * 9) == 2 / 1024
+    assert sign_flip_p([1e7, -1.0] + [1.0] * 8) == 20 / 1024  # of the ones, none or one has the other sign
+
+
+def test_an_enormous_sd_ends_at_once():
+    assert seeds_needed(1e8, 0.02) == pytest.approx(1.962e20, rel=1e-3)
+    assert seeds_needed(6.001, 0.02) == pytest.approx(seeds_needed(5.999, 0.02), rel=1e-3)  # from t to normal
+    with pytest.raises(ValueError, match="the SD must be at least 0 and finite"):
+        seeds_needed(float("inf"), 0.02)
+
+
 @pytest.mark.parametrize("bad", [(-1, 0.05), (0.05, 0), (float("nan"), 0.05), (0.05, 0.05, 0)])
 def test_power_for_nothing_is_refused(bad):
-    with pytest.raises(ValueError, match="the SD must be at least 0, the difference above 0"):
-        seeds_needed(*bad)
-    with pytest.raises(ValueError, match="the SD must be at least 0, the difference above 0"):
-        power(*bad[:2], 10, *bad[2:])
+    for function, n in ((seeds_needed, ()), (power, (10,))):
+        with pytest.raises(ValueError, match="the SD must be at least 0 and finite, the difference above 0"):
+            function(*bad[:2], *n, *bad[2:])
     with pytest.raises(ValueError, match="at least two seeds"):
         power(0.05, 0.05, 1)
-
-
-def test_variance_sources_are_told_apart():
-    generator = np.random.default_rng(0)
-    images = 4_000
-    same = np.tile(generator.random(images) < 0.9, (5, 1))
-    only_images = variance_sources(same)  # every run right on the same images: seeds add nothing
-    binomial = 100 * (same[0].mean() * (1 - same[0].mean()) / (images - 1)) ** 0.5
-    assert only_images == {"seeds": 0, "images": pytest.approx(binomial), "both": pytest.approx(binomial)}
-
-    only_seeds = variance_sources(np.tile([[80], [85], [90], [95]], images) / 100)
-    expected = np.std([80, 85, 90, 95], ddof=1) / 2
-    assert only_seeds == pytest.approx({"seeds": expected, "images": 0, "both": expected})
-    with pytest.raises(ValueError, match="run more seeds"):
-        variance_sources(same[:1])
-    assert variance_sources(pd.DataFrame(same, index=[3, 1, 7, 5, 9])) == only_images
-
-
-def test_conditions_of_different_seeds_have_no_difference():
-    first = pd.DataFrame(np.random.default_rng(0).random((3, 50)) < 0.9, index=[1, 2, 3])
-    second = first.set_axis([4, 3, 2])
-    for difference in (first.astype(int) - second, second.astype(int) - first.astype(int)):
-        with pytest.raises(ValueError, match="pair by seed, and one of them lacks: 1, 4; leave these seeds out"):
-            variance_sources(difference)
-    assert variance_sources(first.astype(int) - first[::-1]) == {"seeds": 0, "images": 0, "both": 0}
-
-
-def test_variance_sources_count_what_is_neither_the_runs_nor_the_images_once():
-    """Against the variance by which the mean really varies, for known components, over 400 studies."""
-    seeds, images, study = 6, 100, np.random.default_rng(0)
-    of_seed, of_image, of_neither = 0.1, 0.5, 1.0
-    found, means = [], []
-    for _ in range(400):
-        scores = of_seed * study.normal(size=(seeds, 1)) + of_image * study.normal(size=images)
-        scores = scores + of_neither * study.normal(size=(seeds, images))
-        means.append(100 * scores.mean())
-        found.append(variance_sources(scores)["both"] ** 2)
-    expected = 1e4 * (of_seed**2 / seeds + of_image**2 / images + of_neither**2 / (seeds * images))
-    assert np.var(means) == pytest.approx(expected, rel=0.2)
-    assert np.mean(found) == pytest.approx(expected, rel=0.2)  # counted three times: 1.57 times it
-
-
-def test_mcnemar_is_the_binomial_test():
-    first, second = (np.zeros(100, dtype=bool) for _ in range(2))
-    first[:40], second[27:40] = True, True
-    second[40:47] = True
-    assert mcnemar_p(first, second) == (27, 7, pytest.approx(scipy.stats.binomtest(7, 34).pvalue))
-    assert mcnemar_p(first, first) == (0, 0, 1)
-    assert mcnemar_p(first.astype(int), second.astype(int)) == mcnemar_p(first, second)
-    with pytest.raises(ValueError, match=r"the same images, not on \(100,\) and \(99,\)"):
-        mcnemar_p(first, second[1:])
-
-
-def test_the_method_does_not_cry_wolf():
-    normal = np.random.default_rng(0).normal(9950, 6, size=5_000).round()
-    # 500 comparisons of a condition with itself: 5% within three standard errors, and less for the ties.
-    assert 0.02 <= false_alarm_rate(normal, seeds=10, comparisons=500) <= 0.08
-    assert false_alarm_rate(normal, seeds=5, comparisons=200) == 0  # the least p of five pairs is 2/32
-    with pytest.raises(ValueError, match="at least two finite numbers"):
-        false_alarm_rate([9950], seeds=10)
+    assert power(0, 0.01, 2) == 1
 
 
 def test_a_verdict_needs_evidence():
@@ -434,36 +366,3 @@ def test_a_verdict_needs_evidence():
     assert verdict(-0.03, 0.05) == "contradicted"
     assert verdict(0.03, 0.051) == "cannot be told at this n"
     assert verdict(0.03, float("nan")) == "cannot be told at this n"
-
-
-@pytest.mark.parametrize(
-    ("p_over_b", "p_over_c", "a_is_best", "c_is_best"),
-    [
-        (0.01, 0.02, "supported", "contradicted"),
-        (0.01, 0.30, "cannot be told at this n", "cannot be told at this n"),
-        (0.30, 0.02, "cannot be told at this n", "contradicted"),
-    ],
-)
-def test_the_best_must_beat_every_other(p_over_b, p_over_c, a_is_best, c_is_best):
-    rows = [("a", "b", 0.03, p_over_b), ("c", "a", -0.05, p_over_c), ("b", "c", 9, 0.9)]
-    comparisons = pd.DataFrame(rows, columns=["first", "second", "difference", "p_holm"])
-    assert verdict_on_best(comparisons, "a", ["b", "c"]) == a_is_best
-    assert verdict_on_best(comparisons, "c", ["a", "b"]) == c_is_best
-
-
-def test_what_was_not_compared_has_no_verdict():
-    with pytest.raises(ValueError, match="a comparison needs two conditions, and the table has a alone"):
-        paired_comparisons(table_of(a=[99.4, 99.5]))
-    comparisons = paired_comparisons(table_of(a=[99.4, 99.5], b=[99.5, 99.4]))
-    for best, other in (("a", "c"), ("c", "b")):
-        with pytest.raises(ValueError, match=f"no comparison of {best} with {other}"):
-            verdict_on_best(comparisons, best, [other])
-    with pytest.raises(ValueError, match="a is compared with none"):
-        verdict_on_best(comparisons, "a", [])
-
-
-def test_equal_conditions_win_by_turns():
-    shares, spread = equal_conditions(0.035)
-    assert shares.sum() == pytest.approx(1)
-    assert shares == pytest.approx([0.2] * 5, abs=0.02)
-    assert spread == pytest.approx(0.035 * 2.326, abs=0.003)  # the mean range of five normal values
