@@ -62,7 +62,7 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
         known = COLORS.get(re.sub(r"^\d+-|-[\d.e+-]+$", "", name))
         if name not in colors:
             colors[name] = next(more) if known is None or known in colors.values() else known
-    return colors
+    return {name: colors[name] for name in names}
 
 
 def plot_accuracy(history: History, title: str = "") -> Figure:
@@ -194,7 +194,7 @@ def _plot_curves(history: History, column: str, title: str, formatted: Callable[
             _mark_new_rates(axes, table, start)
         whole.set_ylabel(f"{column.replace('_', ' ')} (the axis does not start at 0)")
         if not bands and sd > 0:
-            close.errorbar(1.02 * epochs, means.mean(), sd, color="#888888", elinewidth=4)
+            close.errorbar(1.02 * epochs, means.mean(), sd, fmt="none", ecolor="#888888", elinewidth=4)
             close.set_title(f"{second_half}\ngrey bar: \N{PLUS-MINUS SIGN}1 SD of runs of one condition")
         label_ends(close, [(mean, f"{formatted(mean)}  {labels[slug]}", colors[slug]) for slug, mean in means.items()])
         spread = ", band: lowest to highest" if bands else ""
@@ -237,7 +237,7 @@ def plot_digits(
     count = max(1, -(-len(images) // columns))
     lines = [line for text in titles for line in text.splitlines()]
     height, width = 1 + max((text.count("\n") for text in titles), default=0), min(1.6, 10 / columns)
-    size = max(7.0, min(12.0, 140 * width / max([8, *map(len, lines)])))  # points: as large as the column allows
+    size = max(7.0, min(12.0, 125 * width / max([8, *map(len, lines)])))  # points: as large as the column allows
     high = count * (0.85 * width + 0.019 * size * height) + 0.35 * title.count("\n") + 0.5
     figure = Figure(figsize=(width * columns, high), layout="constrained")
     with rc_context(STYLE):
@@ -362,14 +362,13 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     reach = max(1.02 * flips.index.max(), 1.01 * abs(mean)) or 1.0
     width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
     outer = np.linspace(border, reach, 2 + int((reach - border) / width))
-    inner = np.linspace(-border, border, 2 + int(2 * border / width))  # no bar has means of both kinds
+    edges = np.unique([*-outer, *np.linspace(-border, border, 2 + int(2 * border / width)), *outer])
+    shares, _ = np.histogram(flips.index, edges, weights=flips)
+    colors = [INK if abs(middle) >= border else QUIET for middle in (edges[:-1] + edges[1:]) / 2]
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
         axes.margins(y=0.2)
-        for edges, color in ((-outer[::-1], INK), (inner, QUIET), (outer, INK)):
-            axes.hist(
-                flips.index, np.unique(edges).tolist(), weights=flips, color=color, edgecolor="white", linewidth=0.5
-            )
+        axes.bar(edges[:-1], shares, np.diff(edges), align="edge", color=colors, edgecolor="white", linewidth=0.5)
         axes.axvline(mean, color=INK, linewidth=1.5, linestyle="--", label=f"found: {signed(mean)}")
         axes.legend(frameon=False, loc="upper left" if mean > 0 else "upper right")
         axes.yaxis.set_major_formatter(PercentFormatter(1))

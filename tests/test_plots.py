@@ -1,20 +1,28 @@
+"""Figures for any study, from tables written here: what they show, not how."""
+
+import itertools
+from types import SimpleNamespace
+
 import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from s6lib.analysis import misclassified
+from s6lib.data import ImageDataset
 from s6lib.plots import (
     COLORS,
+    INK,
+    OTHER_COLORS,
+    colors_of,
     plot_accuracy,
-    plot_confusion,
     plot_differences,
     plot_digits,
+    plot_learning_curves,
     plot_loss,
     plot_misclassified,
-    plot_pruning,
     plot_replication,
     plot_sign_flips,
     plot_weights,
@@ -22,282 +30,247 @@ from s6lib.plots import (
 )
 from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_p
 
-
-@pytest.mark.parametrize(("plot", "column"), [(plot_accuracy, "val_accuracy"), (plot_loss, "val_loss")])
-def test_curves_show_every_condition_with_its_colour_and_dash(tiny_study, plot, column):
-    figure = plot(tiny_study.history(), "PlainNet")
-    whole, close = figure.axes
-    assert [text.get_text().splitlines()[0] for text in figure.legends[0].get_texts()] == ["L1 + BN", "GBN"]
-    for line, slug, dash in zip(whole.get_lines(), ("l1-bn", "gbn"), ("-", "--"), strict=True):
-        assert line.get_color() == COLORS[slug]
-        assert line.get_linestyle() == dash
-        means = tiny_study.history()[tiny_study.history()["condition"] == slug].groupby("epoch")[column].mean()
-        assert line.get_ydata().tolist() == pytest.approx(means.tolist())
-    assert len(close.get_lines()) == 2
-    last = tiny_study.history().query("epoch == 2 and condition == 'gbn'")[column].mean()
-    shown = figure.legends[0].get_texts()[1].get_text().splitlines()[1]
-    assert shown == (f"{last:.2%}" if column == "val_accuracy" else f"{last:.4f}")
+MINUS = "\N{MINUS SIGN}"
+OUTCOMES = pd.DataFrame({"l1-bn": [99.1, 99.3, 99.2], "gbn": [99.0, 99.2, 99.15]}, index=[1, 2, 3])
+LABELS = {"l1-bn": "L1 + BN", "gbn": "GBN"}
 
 
-def test_misclassified_names_both_classes_of_25_digits(tiny_study, mnist):
-    wrong = misclassified(tiny_study.model("gbn"), mnist[1])
-    figure = plot_misclassified(wrong, mnist[1], "GBN")
-    titles = [axes.get_title() for axes in figure.axes]
-    assert len(titles) == 25
-    assert all(", taken for\n" in title and title.endswith("%)") for title in titles)
-    assert "25 of its" in figure.get_suptitle()
-
-
-def test_saved_figures_are_sharp_and_the_same_each_time(tiny_study, tmp_path):
-    for name in ("a", "b"):
-        save(plot_accuracy(tiny_study.history()), tmp_path / "new" / f"{name}.png")
-    a, b = (tmp_path / "new" / f"{name}.png" for name in ("a", "b"))
-    assert a.read_bytes() == b.read_bytes()
-    assert matplotlib.image.imread(a).shape[:2] == (1000, 2000)
-
-
-def test_weights_are_shown_with_the_share_that_is_almost_zero():
-    weights = {"l1-bn": np.array([0, 0.0009, -0.0009, 0.1]), "bn": np.array([0.05, -0.05, 0.1])}
-    first, second, *_ = plot_weights(weights, {"bn": "BN"}).axes
-    assert (first.get_title(), second.get_title()) == ("l1-bn: 75% below 0.001", "BN: 0% below 0.001")
-    assert sum(bar.get_height() for bar in first.patches) == pytest.approx(1)
-
-
-def test_pruning_shows_the_mean_of_the_seeds():
-    curve = pd.DataFrame(
-        {"condition": "bn", "seed": [1, 1, 2, 2], "share": [0, 0.5] * 2, "accuracy": [1, 0.5, 0.9, 0.3]}
-    )
-    (axes,) = plot_pruning(curve, {"bn": "BN"}, "Net").axes
-    (line,) = axes.get_lines()
-    assert line.get_xydata().tolist() == [[0, 0.95], [1, 0.4]]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["0%", "50%"]
-    assert axes.collections[0].get_segments()[1][:, 1].tolist() == [0.3, 0.5]
-    assert axes.get_title() == "Net\n2 seeds: mean, lowest and highest"
-
-
-def test_pruning_shows_conditions_that_are_equal():
-    curve = pd.DataFrame({"condition": ["a", "a", "b", "b"], "seed": 1, "share": [0, 0.5] * 2, "accuracy": 0.9})
-    (axes,) = plot_pruning(curve).axes
-    a, b = (line.get_xdata() for line in axes.get_lines())
-    assert (a < b).all()
-    first, second = (text for text in axes.texts if text.get_text().startswith("90%  "))
-    assert first.get_position()[1] - second.get_position()[1] > 0.05 * np.ptp(axes.get_ylim())
-
-
-@pytest.mark.parametrize("differences", [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20)])
-def test_the_coloured_share_of_the_sign_flips_is_p(differences):
-    (axes,) = plot_sign_flips(differences).axes
-    grey, coloured = (sum(bar.get_height() for bar in bars) for bars in axes.containers)
-    assert coloured == pytest.approx(sign_flip_p(differences))
-    assert grey + coloured == pytest.approx(1)
-
-
-def test_rows_of_digits_have_their_names(mnist):
-    figure = plot_digits(mnist[1].images[:4], [""] * 4, columns=2, rows=("first", "second"))
-    assert [axes.texts[0].get_text() for axes in figure.axes if axes.texts] == ["first", "second"]
-
-
-def test_confusion_shows_errors_alone():
-    matrix = np.diag([90] * 10)
-    matrix[4, 9] = 7
-    axes = plot_confusion(matrix, "title").axes[0]
-    assert [text.get_text() for text in axes.texts] == ["7"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "actual")
-
-
-def test_replication_shows_every_run_and_the_means_with_their_intervals(tiny_study):
-    (axes,) = plot_replication(tiny_study.outcomes(), tiny_study.labels).axes
-    outcomes = tiny_study.outcomes()
-    statistics = condition_statistics(outcomes)
-    lines = axes.get_lines()
-    for row in statistics.itertuples():
-        dots, interval, mean = lines[3 * row.Index : 3 * row.Index + 3]
-        assert dots.get_xdata().tolist() == outcomes[row.condition].tolist()
-        assert list(interval.get_xdata()) == [row.low, row.high]
-        assert mean.get_xdata() == [row.mean]
-        assert {line.get_color() for line in (dots, interval, mean)} == {COLORS[row.condition]}
-        assert axes.texts[row.Index].get_text() == f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN", "GBN"]
-    assert "2 seeds" in axes.get_title()
-    assert np.ptp(lines[6].get_xdata()) == pytest.approx(0.05)  # the bar of 5 digits
-    assert axes.texts[-1].get_text() == "5 test digits"
-
-
-def test_a_condition_without_a_colour_of_its_own_has_one_all_the_same(tiny_study, monkeypatch):
-    monkeypatch.delitem(COLORS, "gbn")
-    (axes,) = plot_replication(tiny_study.outcomes(), tiny_study.labels).axes
-    assert len({line.get_color() for line in axes.get_lines()[3:6]}) == 1
-
-
-def test_differences_are_those_of_the_comparisons(tiny_study):
-    (axes,) = plot_differences(tiny_study.outcomes(), tiny_study.labels).axes
-    (row,) = paired_comparisons(tiny_study.outcomes()).itertuples()
-    _, interval, mean = axes.get_lines()
-    assert list(interval.get_xdata()) == [row.low, row.high]
-    assert mean.get_xdata() == [row.difference]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN  minus  GBN"]
-    assert "0 of 1 differences stand" in axes.get_title()
-    beside = [text.get_text().replace("\N{MINUS SIGN}", "-") for text in axes.texts]
-    assert beside == ["points", f"{row.difference:+.3f}", "p alone", f"{row.p:.3f}", "among 1", f"{row.p_holm:.2f}"]
-
-
-def test_differences_across_groups_come_first_and_each_group_by_size():
-    outcomes = pd.DataFrame(np.arange(12).reshape(4, 3) % 5, columns=["x", "y", "z"]) + np.array([0, 1, 5])
-    (axes,) = plot_differences(outcomes, groups={"x": "one", "y": "two", "z": "one"}).axes
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names[-1] == "x  minus  z"
-    assert set(names[:2]) == {"x  minus  y", "z  minus  y"}
-    differences = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "s"]
-    assert differences[0] > differences[1]
-
-
-def test_a_figure_of_no_images_says_so(mnist):
-    none = mnist[1].images[:0]
-    assert plot_digits(none, [], columns=5, title="Errors").get_suptitle() == "Errors\nno images to show"
-    wrong = pd.DataFrame({"image": [], "actual": [], "predicted": [], "confidence": []}).astype({"image": int})
-    assert "0 of its 0 errors" in plot_misclassified(wrong, mnist[1]).get_suptitle()
-
-
-def test_images_need_a_title_each(mnist):
-    with pytest.raises(ValueError, match="3 images need as many titles, not 2"):
-        plot_digits(mnist[1].images[:3], ["seven", "two"], columns=3)
-
-
-def test_a_matrix_without_errors_is_drawn():
-    figure = plot_confusion(np.diag([90] * 10))
-    figure.canvas.draw()
-    assert not figure.axes[0].texts
-
-
-def history_of(rates, slugs=("mine", "yours", "bn"), seeds=(1, 2)):
-    """A history whose learning rates are given, by epoch."""
+def history_of(rates, slugs=("l1-bn", "gbn"), seeds=(1, 2)):
+    """A history with these learning rates: every condition 0.9 at first, and a little more with each epoch and seed."""
+    columns = ("condition", "label", "seed", "epoch", "lr", "train_accuracy", "test_accuracy", "test_loss")
     rows = [
-        {"condition": slug, "label": slug, "seed": seed, "epoch": epoch, "lr": rate, "val_accuracy": 0.9}
+        (
+            slug,
+            LABELS.get(slug, slug),
+            seed,
+            epoch,
+            rate,
+            0.9 + 0.002 * epoch,
+            0.9 + 0.001 * (epoch + 2 * seed),
+            1 / epoch,
+        )
         for slug in slugs
         for seed in seeds
         for epoch, rate in enumerate(rates, 1)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=columns)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 25])
-def test_curves_of_any_length_and_of_ones_own_conditions(epochs, tmp_path):
-    figure = plot_accuracy(history_of([0.1] * epochs), "Own")
-    save(figure, tmp_path / "own.png")
-    for axes in figure.axes:
-        lines = axes.get_lines()
-        assert len({line.get_color() for line in lines}) == 3
-        assert all(len(line.get_xdata()) > 1 or line.get_marker() == "o" for line in lines)  # a point is seen
-        assert axes.get_xticks()[[0, -1]].tolist() == [lines[0].get_xdata()[0], epochs]
-    assert figure.axes[1].get_title() == {1: "epoch 1", 2: "epoch 2", 25: "epochs 13 to 25"}[epochs]
+def texts_of(figure):
+    """Every word that a figure shows."""
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]
 
 
-def test_a_dozen_conditions_of_ones_own_have_a_colour_each():
-    slugs = [f"mine-{number}" for number in range(12)]
-    lines = plot_accuracy(history_of([0.1] * 3, [*COLORS, *slugs])).axes[0].get_lines()
-    assert len({line.get_color() for line in lines}) == len(COLORS) + 12
+def lines_of(axes, color):
+    return [line for line in axes.get_lines() if line.get_color() == color]
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_colour_has_one_meaning():
+    alike = [{"bn", "nothing"}, {"l1-bn", "l1"}, {"l2-bn", "l2"}, {"l1-l2-bn", "l1-l2"}, {"gbn", "ghosts"}]
+    alike += [{"l1-l2-gbn", "together"}, {"dropout"}, {"rotation"}]
+    by_color = {color: {name for name in COLORS if COLORS[name] == color} for color in COLORS.values()}
+    assert sorted(map(sorted, by_color.values())) == sorted(map(sorted, alike))
+    assert not set(OTHER_COLORS) & set(COLORS.values())
+
+
+def test_conditions_have_a_colour_each_and_strengths_that_of_their_kind():
+    names = ["300-l1", "l2-0.006", "gbn-8", "gbn", "mine", "1000-l1", *(f"mine-{number}" for number in range(12))]
+    colors = colors_of(names)
+    assert list(colors) == names
+    assert len(set(colors.values())) == len(names)
+    assert (colors["300-l1"], colors["l2-0.006"], colors["gbn"]) == (COLORS["l1"], COLORS["l2"], COLORS["gbn"])
+    assert not {colors["gbn-8"], colors["mine"], colors["1000-l1"]} & set(COLORS.values())
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rates", "changes", "said"),
+    ("plot", "column", "said"), [(plot_accuracy, "test_accuracy", "91.30%"), (plot_loss, "test_loss", "0.1000")]
+)
+def test_curves_show_the_mean_of_every_condition_and_name_it(plot, column, said):
+    history = history_of([0.1] * 10)
+    figure = plot(history, "PlainNet")
+    for slug, label in LABELS.items():
+        assert f"{said}  {label}" in texts_of(figure)
+        means = history[history["condition"] == slug].groupby("epoch")[column].mean()
+        (line,) = lines_of(figure.axes[0], COLORS[slug])
+        assert line.get_ydata().tolist() == pytest.approx(means.tolist())
+        assert lines_of(figure.axes[1], COLORS[slug])[0].get_xdata().tolist() == [6, 7, 8, 9, 10]
+    assert figure.axes[0].get_ylabel().startswith(column.replace("_", " "))
+    assert figure.get_suptitle().startswith("PlainNet: test ")
+    assert "2 seeds" in figure.get_suptitle()
+
+
+def test_a_study_is_drawn_as_its_history_is(tmp_path):
+    history = history_of([0.1] * 3)
+    for plot in (plot_accuracy, plot_loss, plot_learning_curves):
+        for name, given in {"a": history, "b": SimpleNamespace(history=lambda: history)}.items():
+            save(plot(given), tmp_path / "new" / f"{name}.png")
+        a, b = (tmp_path / "new" / f"{name}.png" for name in ("a", "b"))
+        assert a.read_bytes() == b.read_bytes()  # the same figure gives the same file
+    assert matplotlib.image.imread(a).shape[1] == 9 * 200
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 25])
+@pytest.mark.parametrize("plot", [plot_accuracy, plot_learning_curves])
+def test_curves_of_any_length_are_seen(plot, epochs, tmp_path):
+    figure = plot(history_of([0.1] * epochs, slugs=("mine", "yours", "bn")))
+    save(figure, tmp_path / "own.png")
+    lines = [line for axes in figure.axes for line in axes.get_lines() if len(line.get_xdata())]
+    assert all(len(line.get_xdata()) > 1 or line.get_marker() not in ("", "None") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("rates", "marked"),
     [
-        ([0.1] * 6 + [0.01] * 6 + [0.001] * 2, [6.5, 12.5], "dotted: learning rate \N{MULTIPLICATION SIGN} 0.1"),
-        ([0.1, 0.1, 0.05, 0.05, 0.01, 0.01], [2.5, 4.5], "dotted: new learning rate"),
-        ([0.1, 0.2, 0.2], [1.5], "dotted: learning rate \N{MULTIPLICATION SIGN} 2"),
-        ([0.1] * 5, [], None),
-        ([1 / epoch for epoch in range(1, 20)], [], None),
+        ([0.1] * 6 + [0.01] * 6 + [0.001] * 2, [6.5, 12.5]),
+        ([0.1, 0.2, 0.2], [1.5]),
+        ([0.1] * 5, []),
+        ([1 / epoch for epoch in range(1, 20)], []),
     ],
 )
-def test_new_learning_rates_are_marked_and_explained_once(rates, changes, said):
-    whole, close = plot_accuracy(history_of(rates)).axes
-    assert [text.get_text() for text in whole.texts] == ([said] if said else [])
-    assert not close.texts
-    marks = [collection for collection in whole.collections if collection.get_linestyle() != [(0, None)]]
-    assert [path[0][0] for mark in marks for path in mark.get_segments()] == changes
+def test_new_learning_rates_are_marked_and_explained(rates, marked):
+    whole = plot_accuracy(history_of(rates, seeds=(1,))).axes[0]
+    assert [path[0][0] for lines in whole.collections for path in lines.get_segments()] == marked
+    assert ("dotted: new learning rate" in whole.get_xlabel()) == bool(marked)
+    alone = pd.concat([history_of(rates, ["a"], (1,)), history_of([0.1] * len(rates), ["b"], (1,))])
+    assert "dotted" not in plot_accuracy(alone).axes[0].get_xlabel()
 
 
-def test_a_learning_rate_of_one_condition_alone_is_not_marked_for_all():
-    history = pd.concat([history_of([0.1] * 8, ["a"]), history_of([0.1] * 4 + [0.01] * 4, ["b"])])
-    assert not plot_accuracy(history).axes[0].texts
+def test_many_conditions_have_one_bar_for_the_spread_of_their_runs():
+    whole, close = plot_accuracy(history_of([0.1] * 4, ["a", "b", "c"])).axes
+    assert not whole.collections
+    (bar,) = close.collections
+    low, high = bar.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * np.std([0.906, 0.908], ddof=1))
+    assert "1 SD of runs" in close.get_title()
 
 
-def test_figures_without_a_title_have_no_stray_marks(tiny_study):
-    outcomes, history = tiny_study.outcomes(), tiny_study.history()
-    assert plot_accuracy(history).get_suptitle() == "test accuracy"
-    assert plot_accuracy(history, "Net").get_suptitle() == "Net: test accuracy"
-    for plot, mark in ((plot_replication, "\n"), (plot_differences, ", ")):
-        assert plot(outcomes).axes[0].get_title().startswith("2 seeds: ")
-        assert plot(outcomes, title="Net").axes[0].get_title().startswith(f"Net{mark}2 seeds: ")
+def test_learning_curves_show_training_and_test_and_name_the_gap():
+    figure = plot_learning_curves(history_of([0.1] * 10), "few")
+    assert [axes.get_title("left") for axes in figure.axes] == ["L1 + BN", "GBN"]
+    for axes, slug in zip(figure.axes, LABELS, strict=True):
+        ends = {line.get_linestyle(): line.get_ydata()[-1] for line in lines_of(axes, COLORS[slug])}
+        assert ends == {"--": pytest.approx(0.92), "-": pytest.approx(0.913)}
+        assert {text.get_text() for text in axes.texts} == {"training 92.0%", "gap 0.7 points", "test 91.3%"}
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
 
-def test_conditions_without_a_label_show_their_name(tiny_study):
-    (axes,) = plot_replication(tiny_study.outcomes(), {"gbn": "ghosts"}).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["l1-bn", "ghosts"]
+def test_learning_curves_grow_while_a_run_trains():
+    rows = []
+    for epoch in range(4):
+        (axes,) = plot_learning_curves(rows, "live", epochs=20).axes
+        assert axes.get_xlim()[1] == 20
+        assert len(axes.texts) == (3 if rows else 0)
+        rows.append({"epoch": epoch + 1, "train_accuracy": 0.8 + 0.05 * epoch, "test_accuracy": 0.9})
+    assert plot_learning_curves(rows).axes[0].get_xlim()[1] == 4
+    assert f"gap {MINUS}5.0 points" in texts_of(plot_learning_curves(rows[:2]))
 
 
-def test_a_difference_that_stands_is_counted():
-    outcomes = pd.DataFrame({"a": np.arange(12) / 100 + 1, "b": np.arange(12) / 100})
-    (axes,) = plot_differences(outcomes).axes
-    assert [text.get_text() for text in axes.texts[1::2]] == ["+1.000", "0.000", "0.00"]
-    assert "1 of 1 differences stand" in axes.get_title()
+def test_learning_curves_need_their_columns_and_a_panel_each():
+    with pytest.raises(ValueError, match="this one lacks test_accuracy"):
+        plot_learning_curves([{"epoch": 1, "train_accuracy": 0.5}])
+    with pytest.raises(ValueError, match="ax has room for one condition, not for 2"):
+        plot_learning_curves(history_of([0.1]), ax=Figure().subplots())
+
+
+# --- outcomes --------------------------------------------------------------------------------------------------------
+
+
+def test_replication_shows_every_run_and_the_means_with_their_intervals():
+    (axes,) = plot_replication(OUTCOMES, {"l1-bn": "L1 + BN"}, "Net").axes
+    for row in condition_statistics(OUTCOMES).itertuples():
+        shown = [sorted(line.get_xdata()) for line in lines_of(axes, COLORS[row.condition])]
+        assert sorted(OUTCOMES[row.condition]) in shown
+        assert [row.low, row.high] in shown
+        assert [row.mean] in shown
+        assert f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" in texts_of(axes)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN", "gbn"]
+    assert axes.get_title().startswith("Net\n3 seeds: ")
+    assert plot_replication(OUTCOMES).axes[0].get_title().startswith("3 seeds: ")
+
+
+def test_differences_are_those_of_the_comparisons_the_largest_on_top():
+    outcomes = pd.DataFrame({"a": np.arange(8) / 100, "b": np.arange(8) / 100 + 1, "c": [0.0, 0.1] * 4})
+    (axes,) = plot_differences(outcomes, {"a": "A"}, "Net").axes
+    comparisons = paired_comparisons(outcomes).sort_values("difference", ascending=False)
+    names = [f"{row.first}  minus  {row.second}".replace("a ", "A ") for row in comparisons.itertuples()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    beside = [f"{row.difference:+.3f}    {row.p:.3f}    {row.p_holm:.2f}" for row in comparisons.itertuples()]
+    assert set(beside) <= {text.replace(MINUS, "-") for text in texts_of(axes)}
+    assert len(lines_of(axes, INK)) == 2 * (comparisons["p_holm"] <= 0.05).sum() > 0
+    assert "2 stand" in axes.get_title()
+
+
+@pytest.mark.parametrize("differences", [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20)])
+def test_the_black_share_of_the_sign_flips_is_p(differences):
+    (axes,) = plot_sign_flips(differences).axes
+    heights = {"black": 0.0, "grey": 0.0}
+    for bar in axes.patches:
+        black = matplotlib.colors.to_hex(bar.get_facecolor()) == INK
+        heights["black" if black else "grey"] += bar.get_height()
+        middle = abs(bar.get_x() + bar.get_width() / 2)
+        assert black == (middle >= abs(np.mean(differences)) - 1e-3)
+    assert heights["black"] == pytest.approx(sign_flip_p(differences))
+    assert sum(heights.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
     "plot",
     [
-        plot_replication,
-        plot_differences,
-        lambda outcomes, ax: plot_sign_flips(outcomes["l1-bn"] - outcomes["gbn"], ax=ax),
-        lambda outcomes, ax: plot_confusion(np.ones((10, 10), dtype=int), ax=ax),
+        lambda ax: plot_replication(OUTCOMES, ax=ax),
+        lambda ax: plot_differences(OUTCOMES, ax=ax),
+        lambda ax: plot_sign_flips([1, 2, -1], ax=ax),
+        lambda ax: plot_learning_curves(history_of([0.1] * 3, ["bn"]), ax=ax),
     ],
 )
-def test_a_panel_may_be_given(tiny_study, plot):
+def test_a_panel_may_be_given(plot):
     figure = Figure()
     other, panel = figure.subplots(1, 2)
-    assert plot(tiny_study.outcomes(), ax=panel) is figure
+    assert plot(panel) is figure
     assert panel.has_data()
     assert not other.has_data()
 
 
-def test_weights_of_several_epochs_have_the_colour_of_their_condition():
-    weights = {f"{slug} {epoch}": np.zeros(3) for slug in ("bn", "l1-bn") for epoch in (0, 1)}
-    drawn = [axes.patches[0].get_facecolor() for axes in plot_weights(weights).axes if axes.patches]
-    assert [matplotlib.colors.to_hex(color).upper() for color in drawn] == [
-        COLORS[s] for s in ("bn",) * 2 + ("l1-bn",) * 2
-    ]
+# --- images and weights ----------------------------------------------------------------------------------------------
+
+IMAGES = torch.arange(4 * 9, dtype=torch.uint8).reshape(4, 3, 3)
 
 
-def test_more_than_two_conditions_are_lines_and_one_bar_shows_how_much_runs_differ():
-    history = history_of([0.1] * 4)
-    history["val_accuracy"] += 0.01 * history["seed"]  # 1 and 2: an SD of 0.01 / sqrt(2)
-    figure = plot_accuracy(history)
-    whole, close = figure.axes
-    assert not whole.collections
-    (bar,) = close.collections
-    ((low, high),) = (path[:, 1] for path in bar.get_segments())
-    assert (low, high) == pytest.approx((0.915 - 0.01 / 2**0.5, 0.915 + 0.01 / 2**0.5))
-    assert close.texts[0].get_text() == "runs of one condition: \N{PLUS-MINUS SIGN}1 SD"
-    assert figure.legends[0].get_title().get_text().endswith("(mean of 2 seeds)")
-    two = plot_accuracy(history[history["condition"] != "bn"])
-    assert [len(axes.collections) for axes in two.axes] == [2, 2]
+def test_images_have_a_title_each_and_rows_a_name():
+    figure = plot_digits(IMAGES, ["seven\nas one", "two", "", ""], columns=2, rows=("first", "second"))
+    assert {"seven\nas one", "two", "first", "second"} <= set(texts_of(figure))
+    assert plot_digits(IMAGES[:0], [], columns=5, title="Errors").get_suptitle() == "Errors\nno images to show"
+    with pytest.raises(ValueError, match="4 images need as many titles, not 2"):
+        plot_digits(IMAGES, ["seven", "two"], columns=3)
 
 
-def test_the_texts_of_the_differences_do_not_touch(tiny_study):
-    figure = plot_differences(tiny_study.outcomes(), title="A name as long as the figure")
+def test_titles_fit_into_their_columns():
+    figure = plot_digits(IMAGES[[0] * 20], ["seven as three\n12 of 60"] * 20, columns=10)
     figure.draw_without_rendering()
-    (axes,) = figure.axes
-    boxes = [text.get_window_extent() for text in (axes.title, *axes.texts)]
-    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
-    assert [box.x1 for box in boxes[1::2]] == pytest.approx([box.x1 for box in boxes[2::2]], abs=1)
+    boxes = [axes.title.get_window_extent() for axes in figure.axes[:10]]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert figure.get_figwidth() <= 10  # at the width of a notebook, its letters keep their size
+    assert figure.axes[0].title.get_fontsize() > 8
 
 
-@pytest.mark.parametrize(("spread", "digits"), [(0.1, 5), (10, 50), (50, 500)])
-def test_the_bar_of_test_digits_is_long_enough_to_see(spread, digits):
-    (axes,) = plot_replication(pd.DataFrame({"a": [50.0, 50.0 + spread] * 10, "b": 50.0})).axes
-    assert axes.texts[-1].get_text() == f"{digits} test digits"
-    assert np.ptp(axes.get_lines()[-1].get_xdata()) == pytest.approx(digits / 100)
+def test_misclassified_names_both_classes_and_the_confidence():
+    wrong = pd.DataFrame({"image": [2, 3], "actual": "one", "predicted": "seven", "confidence": [0.9, 0.51]})
+    dataset = ImageDataset(IMAGES, torch.zeros(4, dtype=torch.long))
+    figure = plot_misclassified(wrong, dataset, "GBN", count=1)
+    assert "one, taken for\nseven (90%)" in texts_of(figure)
+    assert figure.get_suptitle().startswith("GBN: 1 of its 2 errors on 4 images")
+    assert "0 of its 0 errors" in plot_misclassified(wrong[:0], dataset).get_suptitle()
 
 
-def test_few_sign_flips_are_drawn_in_few_bars():
-    bars = [len(plot_sign_flips(np.arange(1, n + 1)).axes[0].containers[0]) for n in (2, 6, 10)]
-    assert bars == [3, 9, 33]
+def test_weights_are_shown_with_the_share_that_is_almost_zero():
+    weights = {"l1-bn 0": np.array([0, 0.0009, -0.0009, 0.1]), "bn 0": np.array([0.05, 0.1]), "l1-bn 1": np.ones(3)}
+    axes = plot_weights(weights, {"bn 0": "BN"}).axes
+    assert [each.get_title() for each in axes[:2]] == ["l1-bn 0: 75% below 0.001", "BN: 0% below 0.001"]
+    assert sum(bar.get_height() for bar in axes[0].patches) == pytest.approx(1)
+    colors = [matplotlib.colors.to_hex(each.patches[0].get_facecolor()).upper() for each in axes]
+    assert colors == [COLORS[slug] for slug in ("l1-bn", "bn", "l1-bn")]
