@@ -1,249 +1,216 @@
-"""Figures that one notebook alone draws."""
+"""Figures and tables that one notebook alone uses."""
 
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from s6lib.data import PROJECT
-from s6lib.preregistered import answer
-from s6lib.statistics import condition_statistics, mean_interval, power, seeds_needed
+from s6lib.recipes import CONDITIONS, PLAIN, Condition, build_model
+from s6lib.statistics import paired_comparisons, seeds_needed
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
-from figures import (
-    REGULARISERS,
-    plot_answers,
-    plot_class_balance,
-    plot_fit,
-    plot_frontier,
-    plot_gains,
-    plot_gains_by_size,
-    plot_gap,
-    plot_ghost_scatter,
-    plot_grey_levels,
-    plot_limits,
-    plot_penalties,
-    plot_power,
-    plot_split_sweep,
-    plot_strengths,
-    plot_winners,
-)
+import figures
+import lesson_tables as tables
+
+OUTCOMES = pd.DataFrame({"bn": [2.0, 1.0, 3.0], "gbn": [1.0, 1.0, 2.0]}, index=[1, 2, 3])
+ENDS = {"low_90": -0.1, "high_90": 0.1, "low_95": -0.2, "high_95": 0.2, "mean": 0.0, "low": -0.2, "high": 0.2, "n": 9}
+NAMES = list(figures.REGULARISERS)
+RUNS = pd.DataFrame({"network": ["A"] * 4 + ["B"] * 2, "parameters": [100, 100, 900, 900, 890, 890]})
+REPORTED = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
+CURVE = {"condition": ["bn"] * 4 + ["l1-bn"] * 4, "seed": [1, 1, 2, 2] * 2, "share": [0, 0.5] * 4}
+FIT = {"condition": ["bn", "l2"], "label": ["none", "L2"], "train_accuracy": [1.0, 0.9], "test_accuracy": [0.8, 0.854]}
+GAPS = {"training": [100.0, 99.0], "nothing": [80.0, 98.0], "rotation": [90.0, 98.5]}
 
 
-def test_winners_are_ringed_and_ties_share():
-    outcomes = pd.DataFrame({"a": [2.0, 1.0, 3.0], "b": [1.0, 1.0, 2.0], "c": [0.0, 0.5, 1.0]}, index=[1, 2, 3])
-    (axes,) = plot_winners(outcomes).axes
-    ringed = [len(line.get_xdata()) for line in axes.get_lines() if line.get_markerfacecolor() == "none"]
-    assert ringed == [3, 1, 0]
-    assert axes.get_title() == "3 studies, 2 of 3 conditions win one (ringed)"
+def by_size(*sizes):
+    return pd.DataFrame([{"name": name, "size": size, **ENDS} for name in NAMES for size in sizes])
 
 
-def test_answers_have_both_intervals_and_what_is_said():
-    rng = np.random.default_rng(1)
-    right = pd.DataFrame(
-        rng.integers(9940, 9960, (32, 6)), columns=["bn", "l1-l2-bn", "gbn", "l1-l2-gbn", "l1-bn", "l2-bn"]
-    )
-    found = answer(right, right)
-    (axes,) = plot_answers(found, 0.05, {"G": "what GBN costs"}, "answers").axes
-    lines = axes.get_lines()[1:]
-    for place, row in enumerate(found.itertuples()):
-        assert list(lines[3 * place].get_xdata()) == [row.low_95, row.high_95]
-        assert list(lines[3 * place + 1].get_xdata()) == [row.low_90, row.high_90]
-        assert axes.texts[place].get_text() == row.said
-    assert axes.get_yticklabels()[0].get_text() == "what GBN costs (n = 32)"
-    assert axes.get_title() == "answers"
-    (band,) = axes.patches
-    box = band.get_extents().transformed(axes.transData.inverted())
-    assert (box.x0, box.x1) == pytest.approx((-0.05, 0.05))
+def trials():
+    rows = [(1, 1, 0.5), (1, 2, 0.5), (2, 1, 1.0), (2, 2, 0.0), (3, 1, 2.0)]
+    columns = ["name", "size", "strength", "seed", "gain"]
+    return pd.DataFrame([(name, size, *row) for name in NAMES for size in (100, 300) for row in rows], columns=columns)
 
 
-def test_class_balance_shows_the_counts(mnist):
-    train, test = plot_class_balance(*mnist).axes
-    assert [bar.get_height() for bar in train.patches] == mnist[0].labels.bincount().tolist()
-    assert [bar.get_height() for bar in test.patches] == mnist[1].labels.bincount().tolist()
+DRAWINGS = {
+    "plot_winners": ((OUTCOMES,), ["3 studies, 2 of 2 conditions win one (ringed)", "gbn"]),
+    "plot_answers": ((pd.DataFrame([{"question": "G", **ENDS, "said": "none"}]), 0.05), ["none", "G (n = 9)"]),
+    "plot_ghost_scatter": ((pd.DataFrame({4: [0.1, 0.2], 16: [0.2, 0.4]}, index=[1, 2]),), ["4 splits", "16 splits"]),
+    "plot_split_sweep": ((OUTCOMES, {"bn": 1, "gbn": 4}, 64), ["1\n(64)", "4\n(16)"]),
+    "plot_power": ((0.06, 0.05, (1, 15)), [f"the only question: {seeds_needed(0.06, 0.05)} seeds for 80%"]),
+    "plot_frontier": ((RUNS.assign(accuracy=np.arange(6) + 93), REPORTED, 99.4), ["A", "B\n890", "99.4%"]),
+    "plot_gains": ((pd.DataFrame([{"label": "more", "group": "a", **ENDS}]),), ["more", "+0.000  (n = 9)"]),
+    "plot_fit": ((pd.DataFrame(FIT),), ["none", "L2", "80.0%", "85.4%"]),
+    "plot_gap": ((pd.DataFrame(GAPS, index=[100, 10_000]),), ["test digits, rotation", "10,000"]),
+    "plot_pruning": (
+        (pd.DataFrame(CURVE).assign(accuracy=[1, 0.5, 1, 0.3, 1, 0.9, 1, 0.9]), {"bn": "BN"}),
+        ["40%  BN", "90%  l1-bn", "a dot is a run, a diamond the mean of 2 seeds; BN at 50%: 30% to 50% by seed"],
+    ),
+    "plot_confusion": ((np.diag([90, 90]) + np.array([[0, 7], [0, 0]]), "", ["x", "y"]), ["7", "predicted", "actual"]),
+    "plot_gains_by_size": (
+        (by_size(100, 300), by_size(60_000)),
+        ["60,000", *(figures.REGULARISERS[n][0] for n in NAMES)],
+    ),
+    "plot_strengths": ((trials(),), ["100 digits\ngain, points", "largest angle, degrees"]),
+    "plot_class_balance": (None, ["10,000 test images", "60,000 training images", "seven"]),
+    "plot_grey_levels": (({"dark": torch.tensor([[[0, 9], [9, 255]]])},), ["dark", "pixels"]),
+    "plot_limits": (((1.6, 0.4),), ["L1: a diamond\nbest weights within it: 1.00 and 0.00"]),
+    "plot_penalties": ((2e-4, 1e-4), ["alike at |w| = 1"]),
+}
 
 
-def test_the_scatter_of_ghosts_has_a_line_a_number_of_splits():
-    table = pd.DataFrame({4: [0.1, 0.2], 16: [0.2, 0.4]}, index=[1, 2])
-    (axes,) = plot_ghost_scatter(table).axes
-    assert [line.get_label() for line in axes.get_lines()] == ["4 splits", "16 splits"]
-    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.1, 0.2], [0.2, 0.4]]
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_figures_show_what_they_name(name, mnist):
+    arguments, texts = DRAWINGS[name]
+    plot = getattr(figures, name)
+    figure = plot(*(arguments or mnist))
+    figure.draw_without_rendering()
+    shown = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+    assert set(texts) <= {line for text in shown for line in (text, *text.splitlines()[-1:])}
+    if "ax" in plot.__annotations__:
+        other, panel = Figure().subplots(1, 2)
+        assert plot(*arguments, ax=panel) is panel.figure
+        assert panel.has_data()
+        assert not other.has_data()
 
 
-def test_grey_levels_leave_out_the_background():
-    images = {"a": torch.tensor([[[0, 0], [9, 255]]]), "b": torch.tensor([[[0, 9], [9, 9]]])}
-    (axes,) = plot_grey_levels(images).axes
-    first, second = (patch.get_xy() for patch in axes.patches)
-    assert first[:, 1].max() == 1
-    assert second[:, 1].max() == 3
+def test_every_figure_is_tested():
+    assert set(DRAWINGS) == {name for name in vars(figures) if name.startswith("plot_")}
 
 
-def test_split_sweep_is_in_the_order_of_the_splits(tiny_study):
-    (axes,) = plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1, "gbn": 4}, 64).axes
-    means = condition_statistics(tiny_study.outcomes()).set_index("condition")["mean"]
-    curve = axes.containers[0].lines[0]
-    assert curve.get_xdata().tolist() == [1, 4]
-    assert curve.get_ydata().tolist() == [means["l1-bn"], means["gbn"]]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n(64)", "4\n(16)"]
+def test_pruning_stands_at_its_shares():
+    (axes,) = figures.plot_pruning(*DRAWINGS["plot_pruning"][0]).axes
+    assert {place for line in axes.get_lines() for place in line.get_xdata()} == {0, 0.5}
 
 
-def test_a_sweep_needs_the_splits_of_every_condition(tiny_study):
-    with pytest.raises(ValueError, match="splits lacks the number of ghost batches of gbn"):
-        plot_split_sweep(tiny_study.outcomes(), {"l1-bn": 1}, 64)
-
-
-def test_power_grows_with_the_seeds_and_falls_with_the_questions():
-    (axes,) = plot_power(0.06, 0.05, (1, 15), "sizes").axes
-    curves = [line for line in axes.get_lines() if line.get_linewidth() == 2.2]
-    for curve, count in zip(curves, (1, 15), strict=True):
-        seeds, shares = curve.get_xdata(), curve.get_ydata()
-        assert shares == pytest.approx([power(0.06, 0.05, n, count) for n in seeds])
-        assert seeds[np.argmax(np.array(shares) >= 0.8)] == seeds_needed(0.06, 0.05, count)
-    assert axes.get_legend().get_texts()[0].get_text() == f"the only question: {seeds_needed(0.06, 0.05)} seeds for 80%"
-    assert axes.get_title() == "sizes, a true difference of 0.05 points"
-
-
-def test_the_frontier_shows_every_run_the_means_and_what_was_reported():
-    runs = pd.DataFrame(
-        {
-            "network": ["Net"] * 5 + ["Other"] * 2,
-            "parameters": [100, 100, 100, 900, 900, 850, 850],
-            "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6, 99.7, 99.8],
-        }
-    )
-    reported = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
-    (axes,) = plot_frontier(runs, reported, 99.4, "sizes").axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    dots = [line for line in axes.get_lines() if line.get_alpha() == 0.3]
-    assert [line.get_ydata().tolist() for line in dots] == [[99.0, 99.1, 99.3, 99.5, 99.6], [99.7, 99.8]]
-    assert [line.get_xdata().tolist() for line in dots] == [[100, 100, 100, 900, 900], [850, 850]]
-    assert lines["reported, one run, last epoch"].get_xdata().tolist() == [50]
-    assert lines["claimed, without a log"].get_ydata().tolist() == [98.5]
-    net, other = axes.containers
-    assert net.lines[0].get_ydata().tolist() == pytest.approx([297.4 / 3, 99.55])
-    assert other.lines[0].get_xydata().tolist() == [[850, pytest.approx(99.75)]]
-    assert [text.get_text() for text in axes.texts] == ["99.4%", "Net", "Other"]
-    assert not axes.child_axes
-    low, high = (point[1] for point in net.lines[2][0].get_segments()[0])
-    assert (low, high) == pytest.approx(mean_interval([99.0, 99.1, 99.3]))
-    assert any(line.get_ydata() == [99.4, 99.4] for line in axes.get_lines())
-
-
-def test_networks_of_almost_one_size_are_enlarged_side_by_side():
-    sizes = {"network": ["Net"] * 4 + ["Other"] * 2, "parameters": [100, 100, 900, 900, 890, 890]}
-    runs = pd.DataFrame({**sizes, "accuracy": [99.0, 99.1, 99.3, 99.5, 99.6, 99.8]})
-    reported = pd.DataFrame({"parameters": [], "accuracy": [], "kind": []})
-    (corner,) = plot_frontier(runs, reported, 99.4).axes[0].child_axes
-    assert [text.get_text() for text in corner.get_xticklabels()] == ["Net\n900", "Other\n890"]
-    dots = [line.get_xydata().tolist() for line in corner.get_lines() if line.get_alpha() == 0.3]
-    assert dots == [[[0, 99.3], [0, 99.5]], [[1, 99.6], [1, 99.8]]]
-
-
-def test_gains_stand_in_rows_with_their_intervals_and_a_line_between_groups():
-    gains = pd.DataFrame(
-        [
-            ("more", "change", 5, 0.1, 0.05, 0.15),
-            ("less", "change", 5, -0.1, -0.2, 0.0),
-            ("other", "b", 9, 0, -1, 1),
-        ],
-        columns=["label", "group", "n", "mean", "low", "high"],
-    )
-    (axes,) = plot_gains(gains, "gains").axes
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["more", "less", "other"]
-    assert [text.get_text() for text in axes.texts] == [
-        "+0.100  (n = 5)",
-        "\N{MINUS SIGN}0.100  (n = 5)",
-        "+0.000  (n = 9)",
-    ]
-    bars = [list(line.get_xdata()) for line in axes.get_lines() if line.get_linewidth() == 2]
-    assert bars == [[0.05, 0.15], [-0.2, 0.0], [-1, 1]]
-    edges = [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
-    assert edges == [1.5]
-
-
-def test_penalties_and_their_pulls_are_those_of_autograd():
-    left, right = plot_penalties(2e-4, 1e-4).axes
-    for lines, penalty in zip(
-        zip(left.get_lines(), right.get_lines(), strict=True),
-        (lambda w: 2e-4 * w.abs(), lambda w: 1e-4 * w**2),
-        strict=True,
+def test_the_pulls_of_the_penalties_are_those_of_autograd():
+    left, right = figures.plot_penalties(2e-4, 1e-4).axes
+    for value, pull, penalty in zip(
+        left.get_lines(), right.get_lines(), (lambda w: 2e-4 * w.abs(), lambda w: 1e-4 * w**2), strict=True
     ):
-        weights = torch.tensor(lines[0].get_xdata(), requires_grad=True)
-        value = penalty(weights)
-        value.sum().backward()
-        assert lines[0].get_ydata() == pytest.approx(value.detach().numpy())
+        weights = torch.tensor(value.get_xdata(), requires_grad=True)
+        penalty(weights).sum().backward()
         nonzero = weights.detach().numpy() != 0  # at zero |w| has no gradient
-        assert lines[1].get_ydata()[nonzero] == pytest.approx(weights.grad.abs().numpy()[nonzero])
-    assert right.texts[0].get_text() == "alike at |w| = 1"
+        assert pull.get_ydata()[nonzero] == pytest.approx(weights.grad.abs().numpy()[nonzero])
 
 
-@pytest.mark.parametrize(
-    "plot",
-    [plot_winners, lambda outcomes, ax: plot_split_sweep(outcomes, {"l1-bn": 1, "gbn": 4}, 64, ax=ax)],
-)
-def test_a_panel_may_be_given(tiny_study, plot):
-    figure = Figure()
-    other, panel = figure.subplots(1, 2)
-    assert plot(tiny_study.outcomes(), ax=panel) is figure
-    assert panel.has_data()
-    assert not other.has_data()
+def test_a_sweep_needs_the_splits_of_every_condition():
+    with pytest.raises(ValueError, match="splits lacks the number of ghost batches of gbn"):
+        figures.plot_split_sweep(OUTCOMES, {"bn": 1}, 64)
 
 
-def test_l1_is_touched_at_a_corner_and_l2_beside_the_axis():
-    figure = plot_limits(best=(1.6, 0.4))
-    touched = [line.get_xydata()[0] for axes in figure.axes for line in axes.get_lines() if line.get_marker() == "o"]
-    assert touched[0] == pytest.approx([1, 0], abs=1e-3)
-    assert touched[1] == pytest.approx(np.array([1.6, 0.4]) / np.hypot(1.6, 0.4), abs=1e-3)
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def gain_rows(sizes):
-    rows = [(name, size, 100 / size, 50 / size, 150 / size) for name in REGULARISERS for size in sizes]
-    return pd.DataFrame(rows, columns=["name", "size", "mean", "low", "high"])
+def test_condition_table_has_the_settings_and_what_conditions_change():
+    table = tables.condition_table(PLAIN, CONDITIONS).set_index("condition")
+    assert table.loc["L1 + L2 + GBN"].tolist() == [2e-4, 1e-4, "GhostBatchNorm", 4, 0.04, 64, 0.01]
+    own = Condition("own", norm=nn.InstanceNorm2d, penalty=nn.Flatten(), changes={"batch_size": 256})
+    row = tables.condition_table(PLAIN, (CONDITIONS[0], own)).iloc[1]
+    assert row[["normalisation", "penalty", "batch size"]].tolist() == ["InstanceNorm2d", "Flatten", 256]
 
 
-def test_gains_by_size_have_a_line_a_regulariser_and_hollow_markers_for_another_recipe():
-    figure = plot_gains_by_size(gain_rows([100, 300]), gain_rows([60_000]), "gains")
-    for axes in figure.axes:
-        lines = [container.lines[0] for container in axes.containers]
-        assert [line.get_ydata().tolist() for line in lines[::2]] == [[1.0, 1 / 3]] * 5
-        assert {line.get_markerfacecolor() for line in lines[1::2]} == {"white"}
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "300", "60,000"]
-    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert names == [label for label, *_ in REGULARISERS.values()]
+def test_confusions_of_known_predictions():
+    labels, predictions = np.array([4, 4, 9, 9, 1, 7, 0]), np.array([9, 4, 4, 9, 7, 7, 0])
+    matrix = tables.confusion_matrix(predictions, labels)
+    assert (matrix.sum(), matrix[4, 9], matrix[9, 4], matrix[1, 7], matrix[7, 1]) == (7, 1, 1, 1, 0)
+    pairs = tables.confused_pairs(matrix)
+    assert pairs.iloc[:2].to_numpy().tolist() == [["four / nine", 2, 2 / 3], ["one / seven", 1, 1 / 3]]
+    with pytest.raises(ValueError, match="class_names must be the 3 names"):
+        tables.confused_pairs(np.zeros((3, 3), dtype=int))
 
 
-def test_strengths_star_the_best_of_those_with_most_seeds():
-    strengths = [
-        (1, 1, 0.5),
-        (1, 2, 0.5),
-        (2, 1, 1.0),
-        (2, 2, 0.0),
-        (3, 1, 2.0),
-    ]  # 3 has one seed, though it gains most
-    rows = [(name, size, *trial) for name in REGULARISERS for size in (100, 300) for trial in strengths]
-    trials = pd.DataFrame(rows, columns=["name", "size", "strength", "seed", "gain"])
-    axes = plot_strengths(trials).axes
-    assert len(axes) == 10
-    for panel in axes:
-        (star,) = [line for line in panel.get_lines() if line.get_marker() == "*"]
-        assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [0.5])
+def test_errors_by_digit_count_the_runs_that_are_wrong(tiny_study, mnist):
+    labels = mnist[1].labels.numpy()
+    wrong = np.array([tiny_study.predictions(*run) != labels for run in tiny_study.runs]).sum(0)
+    table = tables.errors_by_digit(tiny_study, labels)
+    assert table["runs"].tolist() == sorted(wrong[wrong > 0], reverse=True)
+    assert table["runs"].tolist() == wrong[table["image"]].tolist()
+    assert (table["actual"] != table["taken_for"]).all()
 
 
-def test_the_gap_lies_between_training_and_test():
-    lines = {"training": [100.0, 99.0], "nothing": [80.0, 98.0], "regularised": [90.0, 99.0]}
-    (axes,) = plot_gap(pd.DataFrame(lines, index=[100, 10_000])).axes
-    assert [list(line.get_ydata()) for line in axes.get_lines()] == [lines[k] for k in lines if k != "nothing"] + [
-        lines["nothing"]
-    ]
-    edges = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (edges.min(), edges.max()) == (80.0, 100.0)
+def test_ghosts_scatter_as_their_means_do(mnist):
+    model, images = build_model(PLAIN, CONDITIONS[3]), torch.rand(64, 1, 28, 28)
+    table = tables.ghost_scatter(model, images, (1, 4, 16))
+    assert table[1].abs().max() < 1e-5
+    before = model.layers[:2](images)  # what the first normalisation is given
+    ghosts = torch.stack([ghost.mean((0, 2, 3)) for ghost in before.tensor_split(4)])
+    expected = ((ghosts - before.mean((0, 2, 3))) / before.std((0, 2, 3))).square().mean(0).sqrt().mean()
+    assert table[4][1] == pytest.approx(expected.item(), rel=1e-4)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
-def test_the_fit_of_a_run_is_a_line_from_test_to_training():
-    summary = pd.DataFrame({"label": ["a", "b"], "train_accuracy": [1.0, 0.9], "accuracy": [0.8, 0.85]})
-    (axes,) = plot_fit(summary).axes
-    assert [list(line.get_xdata()) for line in axes.get_lines()[:2]] == [[80.0, 100.0], [85.0, 90.0]]
-    assert [text.get_text() for text in axes.texts] == ["80.0%", "85.0%"]
+def test_stability_is_the_deviation_of_changes_at_the_first_rate_and_after_it():
+    accuracies, rates = [0.90, 0.92, 0.91, 0.93, 0.96, 0.97, 0.95], [0.1] * 4 + [0.01] * 2 + [0.1]
+    run = {"condition": "bn", "seed": 1, "epoch": range(1, 8), "lr": rates, "test_accuracy": accuracies}
+    table, points = tables.stability(pd.DataFrame(run)[::-1])["bn"], 100 * np.diff(accuracies)
+    assert table["first rate", 1] == pytest.approx(points[:3].std(ddof=1))
+    assert table["after", 1] == pytest.approx(points[4:].std(ddof=1))  # and no change across the drop
+
+
+def test_variance_sources_count_what_is_neither_the_runs_nor_the_images_once():
+    """Against the variance by which the mean really varies, for known components, over 400 studies."""
+    seeds, images, study = 6, 100, np.random.default_rng(0)
+    of_seed, of_image, of_neither = 0.1, 0.5, 1.0
+    found, means = [], []
+    for _ in range(400):
+        scores = of_seed * study.normal(size=(seeds, 1)) + of_image * study.normal(size=images)
+        scores = scores + of_neither * study.normal(size=(seeds, images))
+        means.append(100 * scores.mean())
+        found.append(tables.variance_sources(scores)["both"] ** 2)
+    expected = 1e4 * (of_seed**2 / seeds + of_image**2 / images + of_neither**2 / (seeds * images))
+    assert np.var(means) == pytest.approx(expected, rel=0.2)
+    assert np.mean(found) == pytest.approx(expected, rel=0.2)  # counted three times: 1.57 times it
+
+
+def test_conditions_of_different_seeds_have_no_difference():
+    first = pd.DataFrame(np.eye(3, 50), index=[1, 2, 3])
+    with pytest.raises(ValueError, match="pair by seed, and one of them lacks: 1, 4; leave these seeds out"):
+        tables.variance_sources(first - first.set_axis([4, 3, 2]))
+    with pytest.raises(ValueError, match="run more seeds"):
+        tables.variance_sources(first[:1])
+
+
+def test_mcnemar_is_the_binomial_test():
+    first, second = (np.isin(np.arange(100), range(*ends)) for ends in ((0, 40), (27, 47)))
+    assert tables.mcnemar_p(first, second) == (27, 7, pytest.approx(scipy.stats.binomtest(7, 34).pvalue))
+    with pytest.raises(ValueError, match=r"the same images, not on \(100,\) and \(99,\)"):
+        tables.mcnemar_p(first, second[1:])
+    with pytest.raises(ValueError, match="compare its predictions with the labels first"):
+        tables.mcnemar_p(np.array([3, 1]), np.array([3, 0]))
+
+
+def test_equal_conditions_differ_by_chance_alone():
+    normal = np.random.default_rng(0).normal(9950, 6, size=5_000).round()
+    # 500 comparisons of a condition with itself: 5% within three standard errors, and less for the ties.
+    assert 0.02 <= tables.false_alarm_rate(normal, seeds=10, comparisons=500) <= 0.08
+    assert tables.false_alarm_rate(normal, seeds=5, comparisons=200) == 0  # the least p of five pairs is 2/32
+    shares, spread = tables.equal_conditions(0.035)
+    assert shares == pytest.approx([0.2] * 5, abs=0.02)
+    assert spread == pytest.approx(0.035 * 2.326, abs=0.003)  # the mean range of five normal values
+
+
+def test_the_best_must_beat_every_other():
+    rows = [("a", "b", 0.03, 0.01), ("c", "a", -0.05, 0.02), ("b", "c", 9, 0.9)]
+    comparisons = pd.DataFrame(rows, columns=["first", "second", "difference", "p_holm"])
+    assert tables.verdict_on_best(comparisons, "a", ["b", "c"]) == "supported"
+    assert tables.verdict_on_best(comparisons, "c", ["a", "b"]) == "contradicted"
+    assert tables.verdict_on_best(comparisons.assign(p_holm=0.3), "a", ["b"]) == "cannot be told at this n"
+    for best, others, sentence in (("a", ["d"], "no comparison of a with d"), ("a", [], "a is compared with none")):
+        with pytest.raises(ValueError, match=sentence):
+            tables.verdict_on_best(paired_comparisons(OUTCOMES.rename(columns={"bn": "a"})), best, others)
+
+
+def test_every_trial_of_the_search_is_said_in_words():
+    plans = pd.read_csv(PROJECT / "studies" / "frontier_search.csv")["plan"]
+    assert all(tables.describe_plan(plan) for plan in plans)
+    assert (
+        tables.describe_plan("c24 P t24 t24")
+        == "3x3 convolution to 24, padded, 2x2 maximum, 2 x separable convolution to 24"
+    )
