@@ -1,14 +1,29 @@
-"""Point badges and first cells to another repository: `python notebooks/set_address.py OWNER/NAME`.
+"""Point badges and first cells to the repository that this clone came from: `python notebooks/set_address.py`.
 
-The address is kept in pyproject.toml, under [project.urls]. This rewrites it there, in FILES and in the notebooks.
+`python notebooks/set_address.py OWNER/NAME` points them to another one. The address is kept in pyproject.toml, under
+[project.urls]. This rewrites it there, in FILES and in the notebooks.
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 FILES = ("pyproject.toml", "README.md", "CITATION.cff")
+
+
+def read_address(project: Path = PROJECT) -> str:
+    """Read OWNER/NAME from the remote "origin" of a clone. Raises ValueError if there is none on GitHub."""
+    command = ["git", "-C", str(project), "remote", "get-url", "origin"]
+    remote = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    found = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$", remote)
+    if not found:
+        raise ValueError(
+            f"the remote origin of {project} is {remote or 'missing'}, and not a repository on github.com: give the "
+            "address as OWNER/NAME"
+        )
+    return found[1]
 
 
 def set_address(address: str, project: Path = PROJECT) -> list[Path]:
@@ -27,8 +42,16 @@ def set_address(address: str, project: Path = PROJECT) -> list[Path]:
     return changed
 
 
+def main(*arguments: str) -> None:
+    if len(arguments) > 1:
+        sys.exit("usage: python notebooks/set_address.py [OWNER/NAME]")
+    try:
+        changed = set_address(*arguments or [read_address()])
+    except ValueError as error:
+        sys.exit(str(error))
+    for path in changed:
+        print(path.relative_to(PROJECT))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python notebooks/set_address.py OWNER/NAME")
-    for changed_path in set_address(sys.argv[1]):
-        print(changed_path.relative_to(PROJECT))
+    main(*sys.argv[1:])
