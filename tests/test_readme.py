@@ -13,6 +13,7 @@ import torch
 from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
+from s6lib.recipes import PLAIN
 from s6lib.statistics import paired_comparisons
 from s6lib.study import Study
 
@@ -24,26 +25,14 @@ import set_address
 import write_numbers as numbers
 
 README = (PROJECT / "README.md").read_text()
+# Their words, in one line, where a number of them is set by hand
+FIRST, RESULTS = (" ".join(re.sub(r"<!--.*?-->", "", page.read_text()).split()) for page in numbers.PAGES)
 DOCS = sorted((PROJECT / "docs").glob("*.md"))
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *DOCS]
 LAYER = (PROJECT / "docs" / "ghost_batch_norm.md").read_text()
-# What a page may say of numbers without a marker: units, margins, settings, versions, and what it quotes.
-BY_HAND = {
-    "0.01",
-    "0.05",
-    "0.2",
-    "0.0002",
-    "0.0001",
-    "0.1",
-    "0.8",
-    "0.11",
-    "3.10",
-    "99.4",
-    "2.14.1",
-    "2.15.0",
-    "3.11.7",
-    "3.0",
-}
+# What a page may say of numbers without a marker: units, margins, strengths and quotes; versions and a licence
+SETTINGS = {"0.01", "0.05", "0.2", "0.0002", "0.0001", "99.4", "0.1", "0.8", "0.11"}
+VERSIONS = {"3.10", "3.11.7", "2.14.1", "2.15.0", "3.0"}
 
 
 @pytest.mark.parametrize("page", numbers.PAGES, ids=lambda page: page.stem)
@@ -56,7 +45,7 @@ def test_the_numbers_of_a_page_are_those_of_the_results(page):
 def test_no_result_is_typed_by_hand(page):
     text = numbers.MARKED.sub("", page.read_text())
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv:\S+", "", text, flags=re.DOTALL)
-    assert set(re.findall(r"\d+(?:\.\d+)+", prose)) <= BY_HAND
+    assert set(re.findall(r"\d+(?:\.\d+)+", prose)) <= SETTINGS | VERSIONS
 
 
 @pytest.mark.parametrize("page", numbers.PAGES, ids=lambda page: page.stem)
@@ -96,12 +85,16 @@ def test_the_claims_about_the_preregistered_runs_hold():
     ends = re.findall(r"([+\N{MINUS SIGN}]0\.\d+) to ([+\N{MINUS SIGN}]0\.\d+)", numbers.answer_table())
     assert len(ends) == 15  # 95%, 90%, and 90% over seeds and images
     assert all(abs(float(end.replace("\N{MINUS SIGN}", "-"))) < 0.05 for pair in ends[2::3] for end in pair)
-    assert (len(FACTORIAL_SEEDS), len(PENALTY_SEEDS)) == (32, 20)
+    (first, last), (_, last_of_e) = ((seeds[0], seeds[-1]) for seeds in (FACTORIAL_SEEDS, PENALTY_SEEDS))
+    assert f"seeds {first} to {last} ({first} to {last_of_e} for E)" in RESULTS
+    many, few = len(FACTORIAL_SEEDS), len(PENALTY_SEEDS)
+    assert f"{few} to {many} fresh seeds" in FIRST
+    assert re.findall(r"\*\* \(n = (\d+)", FIRST) == [str(many), str(many), str(few)]
     runs = pd.concat(
         Study(PROJECT / "results", "plain", conditions, seeds).about()
         for conditions, seeds in ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
     ).drop_duplicates(["condition", "seed"])
-    assert len(runs) == 168
+    assert f"These are {len(runs)} runs" in RESULTS
     assert set(runs["processor"]) == {"AMD EPYC (AVX512)"}
     older = runs["torch"].str.startswith("2.14.1")
     assert older.equals((runs["seed"] >= 43) | (older & (runs["seed"] <= 22)))
@@ -113,6 +106,7 @@ def test_the_claims_about_what_others_reported_hold():
     reported = pd.read_csv(PROJECT / "data" / "reported.csv").pivot(index="repository", columns="condition")
     last = reported["last"].dropna()
     assert len(reported) == 10
+    assert "[Ten public repositories]" in FIRST
     assert set(last.eq(last.max(axis=1), axis=0).any().loc[lambda wins: wins].index) == set(numbers.SIX[:5])
 
 
@@ -148,7 +142,7 @@ def test_the_claims_about_fewer_images_hold():
     share, sizes, names = few_images.share_removed, few_images.SIZES, tuple(few_images.NAMES)
     on_300 = [share(300, name)[0] for name in names]
     assert 24.5 < min(on_300) < max(on_300) < 50  # a quarter to a half
-    assert few_images.errors(300).shape[0] == 16
+    assert f"12% (n = {len(few_images.errors(10_000))})" in FIRST
     assert [name for name in names if share(10_000, name)[1] > 0] == ["l2"]
     assert all(few_images.gains(size)[name].mean() > 5 for size in (100,) for name in names)
     assert all(few_images.gains(3_000)[name].mean() < 0.5 for name in names)
@@ -167,16 +161,17 @@ def test_the_claims_about_settings_on_fewer_images_hold():
     recipe, _conditions = read_study_file(str(PROJECT / "studies" / "when.py"))
     study = sys.modules["s6lib_study_when"]
     strengths = study.STRENGTHS
-    assert strengths[300]["l1"] / 2e-4 == pytest.approx(30)
-    assert strengths[300]["l2"] / 1e-4 == pytest.approx(300)
-    assert strengths[10_000]["l2"] / 1e-4 == pytest.approx(30)
-    assert [recipe.epochs * study.PASSES[size] for size in (100, 300, 10_000)] == [250, 100, 10]
+    l1, l2, l2_on_many = strengths[300]["l1"] / 2e-4, strengths[300]["l2"] / 1e-4, strengths[10_000]["l2"] / 1e-4
+    assert f"L1 is {l1:.0f} times and L2 {l2:.0f} times as strong as in the exercise" in RESULTS
+    assert f"at a strength {l2_on_many:.0f} times that of the exercise" in RESULTS
+    seen = [f"{recipe.epochs * study.PASSES[size]} times ({size:,} images)" for size in (100, 300, 10_000)]
+    assert f"{seen[0]}, {seen[1]} or {seen[2]}, against {PLAIN.epochs} times (60,000 images)" in RESULTS
     for name in few_images.NAMES:  # question 6
         chosen = [strengths[size][name] for size in few_images.SIZES[:-1]]
         assert chosen == sorted(chosen, reverse=True)
         assert chosen[-1] < chosen[0]
     runs = Study(few_images.WHEN, "when").about()
-    assert len(runs) == 364
+    assert f"All {len(runs)} runs" in RESULTS
     assert {version.split("+")[0] for version in runs["torch"]} == {"2.14.1"}
     assert set(runs["python"]) == {"3.11.7"}
     assert set(runs["processor"]) == {"AMD EPYC (AVX512)"}
@@ -184,15 +179,14 @@ def test_the_claims_about_settings_on_fewer_images_hold():
 
 def test_the_claims_about_the_page_of_the_second_study_hold():
     page = " ".join((PROJECT / "docs" / "preregistration_when.md").read_text().split())
-    results = " ".join((PROJECT / "docs" / "results.md").read_text().split())
-    quotes = re.findall(r'\*"([^"]+)"', results[results.index("## What turned out wrong") :])
+    quotes = re.findall(r'\*"([^"]+)"', RESULTS[RESULTS.index("## What turned out wrong") :])
     assert len(quotes) == 5
     assert all(quoted.rstrip(".?") in page for quoted in quotes)
     planned = {size: few_images.power(size)[:2] for size in few_images.SIZES}
     assert len(few_images.planned()) == 5
     assert [size for size, (before, found) in planned.items() if found < before] == [10_000]
     large = few_images.clean().query("images == 60_000")
-    assert ((large["gap"] > 0).sum(), len(large)) == (31, 32)
+    assert f"above zero in {(large['gap'] > 0).sum()} of {len(large)} seeds" in RESULTS
     assert large["gap"].mean() < float(numbers.VALUES["bn-margin"]())
     assert few_images.errors(10_000)["nothing"].mean() == pytest.approx(1, abs=0.1)
 
