@@ -6,11 +6,12 @@ import json
 import sys
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -185,8 +186,34 @@ def _pickles(run: Run) -> dict[str, bytes]:
     for name, part in run.parts.items():
         if not is_library(part) and name != "data":
             with suppress(Exception):  # a lock, for example: what cannot be pickled cannot be watched
-                pickles[name] = cloudpickle.dumps(part)
+                pickles[name] = pack(part, [part])
     return pickles
+
+
+def pack(content: Any, parts: Iterable[Any]) -> bytes:
+    """Pickle something for any process with s6lib, with the user's code in `parts`, be it in a file or a notebook."""
+    modules = {sys.modules.get(_module_of(part)) for part in parts if callable(part) and not is_library(part)}
+    by_value = {module for module in modules if module is not None and not _is_installed(module)}
+    for module in by_value:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(content)
+    finally:
+        for module in by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _module_of(thing: Any) -> str:
+    while isinstance(thing, partial):
+        thing = thing.func
+    return getattr(thing, "__module__", None) or type(thing).__module__
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Return whether a worker can import a module: one of Python's, __main__, or an installed package's."""
+    file = getattr(module, "__file__", None) or ""
+    package = module.__name__.partition(".")[0]
+    return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

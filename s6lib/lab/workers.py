@@ -11,21 +11,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import cloudpickle
 import torch
 from loky import ProcessPoolExecutor, cpu_count
 
 from s6lib.errors import RunError, S6Error, StudyError
-from s6lib.lab.record import is_library
+from s6lib.lab.record import has_user_code
 from s6lib.lab.run import RunResult, train_run
-from s6lib.recipes import Run
+from s6lib.lab.trial import first_steps, pack
+from s6lib.recipes import Run, load_images
 
 Outcome = RunResult | str  # of a run: its result, or the reason why it failed
 POOLS = 3  # one worker may die by chance; after three, assume that memory is short
@@ -111,7 +109,7 @@ def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> It
 
     Raises StudyError if the user's code cannot be sent to a worker.
     """
-    study, content = uuid4().hex, pack(*runs)
+    study, content = uuid4().hex, _packed(runs)
     _STUDIES[study] = tuple(runs)
     todo, pending = iter(enumerate(runs)), dict[Future, Run]()
     try:
@@ -129,6 +127,18 @@ def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> It
         for future in pending:  # for example, after Ctrl-C
             future.cancel()
         _STUDIES.pop(study, None)
+
+
+def _packed(runs: list[Run]) -> bytes:
+    """Pickle runs, and what they share, such as images that a function sees, once. Raises StudyError if it cannot."""
+    parts = [part for run in runs for part in (*vars(run.recipe).values(), *run.parts.values())]
+    try:
+        return pack(tuple(runs), parts)
+    except Exception as error:  # whatever the user's objects raise
+        raise StudyError(
+            f"your code cannot be sent to another process ({error}): open files and make locks inside the function "
+            "that uses them, or train in this process, with jobs=1"
+        ) from None
 
 
 def _submit(executor: Executor, *task: Any) -> Future:
@@ -154,43 +164,6 @@ def _outcome(run: Run, future: Future) -> Outcome:
         return kind(f"{run}: given up by the executor, {type(error).__name__}: {reason}")
 
 
-def pack(*runs: Run) -> bytes:
-    """Pickle runs for any process with s6lib, together with the user's code, be it in a file or a notebook cell.
-
-    What several runs share, such as images that a function sees, is pickled once. Raises StudyError if something of
-    the user's cannot be pickled.
-    """
-    parts = [part for run in runs for thing in (run.recipe, run.condition) for part in vars(thing).values()]
-    parts += [part for run in runs for part in run.condition.changes.values()]
-    modules = {sys.modules.get(_module_of(part)) for part in parts if callable(part) and not is_library(part)}
-    by_value = {module for module in modules if module is not None and not _is_installed(module)}
-    for module in by_value:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        return cloudpickle.dumps(runs)
-    except Exception as error:  # whatever the user's objects raise
-        raise StudyError(
-            f"your code cannot be sent to another process ({error}): open files and make locks inside the function "
-            "that uses them, or train in this process, with jobs=1"
-        ) from None
-    finally:
-        for module in by_value:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _module_of(thing: Any) -> str:
-    while isinstance(thing, partial):
-        thing = thing.func
-    return getattr(thing, "__module__", None) or type(thing).__module__
-
-
-def _is_installed(module: ModuleType) -> bool:
-    """Return whether a worker can import a module: one of Python's, __main__, or an installed package's."""
-    file = getattr(module, "__file__", None) or ""
-    package = module.__name__.partition(".")[0]
-    return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
-
-
 def train_packed(study: str, content: bytes, number: int, settings: JobSettings) -> Outcome:
     """Train one of a study's packed runs in whatever process or thread an executor calls this.
 
@@ -212,7 +185,8 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
     """
     try:
         folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
-        return train_run(run, folder, resolve_device(settings.device))
+        steps = first_steps(run, load_images(run.recipe)) if has_user_code(run) else None
+        return train_run(run, folder, resolve_device(settings.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
     return message if message.startswith(str(run)) else f"{run}: {message}"
