@@ -18,17 +18,15 @@ from s6lib.lab.files import RESULTS, is_complete, read_about, read_result
 from s6lib.lab.record import (
     COLUMNS,
     DIFFERENT_TRAINING,
-    condition_entry,
     differences,
     has_user_code,
     read_condition,
     read_recipe,
-    recipe_entry,
     run_folders,
+    settings_of,
 )
 from s6lib.recipes import (
     ALL_CONDITIONS,
-    CONDITIONS,
     RECIPES,
     SLUG,
     Condition,
@@ -50,14 +48,12 @@ def recipes_in(folder: str | Path) -> list[str]:
     return [name for name in RECIPES if name in names] + sorted(names - RECIPES.keys())
 
 
-class _RecordedRun(NamedTuple):
-    """A complete run, as described by its run.json."""
+class _Record(NamedTuple):
+    """A complete run: its folder, the entries of its run.json, and the run that they describe."""
 
     folder: Path
     about: dict[str, Any]
-    recipe: Recipe
-    condition: Condition
-    seed: int
+    run: Run
 
 
 class Study:
@@ -89,23 +85,29 @@ class Study:
         name = _recipe_name(self.folder, recipe)
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
+        slugs = [_slug(condition) for condition in conditions or ()]
+        chosen = set(seeds) if isinstance(seeds, Iterable) else {seeds}
         records = [_read_run(run) for run in run_folders(self.folder / name) if is_complete(run)]
-        runs = _select(records, conditions, seeds)
-        if not runs:
-            there = ", ".join(sorted({f"{run.condition.slug} {run.seed}" for run in records})) or "none"
+        order = list(dict.fromkeys([*slugs, *ALL_CONDITIONS, *sorted(one.run.condition.slug for one in records)]))
+        records.sort(key=lambda one: (order.index(one.run.condition.slug), one.run.seed))
+        self._records = {
+            (one.run.condition.slug, one.run.seed): one
+            for one in records
+            if (conditions is None or one.run.condition.slug in slugs) and (seeds is None or one.run.seed in chosen)
+        }
+        if not self._records:
+            there = ", ".join(sorted(f"{one.run.condition.slug} {one.run.seed}" for one in records)) or "none"
             raise StudyError(
                 f"no complete {name} run of those asked for in {folder} (there are: {there}); train some with "
                 "run_study or python -m s6lib run"
             )
         given = {condition.slug: condition for condition in conditions or () if isinstance(condition, Condition)}
-        _require_one_training(runs, recipe, given)
-        slugs = [_slug(condition) for condition in conditions or ()]
-        order = list(dict.fromkeys([*slugs, *ALL_CONDITIONS, *sorted(run.condition.slug for run in runs)]))
-        runs.sort(key=lambda run: (order.index(run.condition.slug), run.seed))
-        self.recipe = recipe if isinstance(recipe, Recipe) else runs[0].recipe
-        self.conditions = {run.condition.slug: run.condition for run in runs}
-        self.conditions.update({slug: given[slug] for slug in self.conditions if slug in given})
-        self._records = {(run.condition.slug, run.seed): run for run in runs}
+        self.recipe = recipe if isinstance(recipe, Recipe) else next(iter(self._records.values())).run.recipe
+        self.conditions = {slug: given.get(slug, record.run.condition) for (slug, _), record in self._records.items()}
+        for (slug, seed), record in self._records.items():  # as the first of its condition, or as the caller's
+            phrases = differences(record.about, settings_of(Run(self.recipe, self.conditions[slug], seed)))
+            if phrases:
+                raise StudyError(DIFFERENT_TRAINING.format(folder=record.folder, differences="; ".join(phrases[:3])))
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -171,12 +173,8 @@ class Study:
 
     def about(self) -> pd.DataFrame:
         """One row per run with the entries of run.json: device, processor, versions, seconds and so on."""
-        omitted = {"recipe", "condition", "seed", "first_steps", "sha256"}
-        rows = [
-            {"condition": slug, "seed": seed, **{k: v for k, v in record.about.items() if k not in omitted}}
-            for (slug, seed), record in self._records.items()
-        ]
-        return pd.DataFrame(rows)
+        runs = [{"condition": slug, "seed": seed, **record.about} for (slug, seed), record in self._records.items()]
+        return pd.DataFrame(runs).drop(columns=["recipe", "first_steps", "sha256"], errors="ignore")
 
     @cached_property
     def data(self) -> tuple[ImageDataset, ImageDataset]:
@@ -184,11 +182,8 @@ class Study:
 
         Raises StudyError if the data set is the user's and the recipe itself was not given.
         """
-        try:
-            with reproducible(CPU):
-                return load_images(self.recipe)
-        except SettingError as error:
-            raise StudyError(str(error)) from None
+        with reproducible(CPU):
+            return load_images(self.recipe)
 
     def model(self, condition: str | Condition, seed: int | None = None) -> nn.Module:
         """Load the model of a run, by default of the condition's first seed, on the CPU, in evaluation mode.
@@ -196,32 +191,27 @@ class Study:
         Raises StudyError if it needs the user's code and that was not given, or no longer gives the saved predictions.
         """
         keep_freed_memory()  # the model is about to be evaluated: a third faster with it
-        record = self._run(condition, seed)
+        record = self._record(condition, seed)
         content = read_result(record.folder, "weights.pt")
-        run = Run(self.recipe, self.conditions[record.condition.slug], record.seed)
-        try:
-            model = self._build(run)
-        except SettingError as error:
-            raise StudyError(str(error)) from None
+        run = Run(self.recipe, self.conditions[record.run.condition.slug], record.run.seed)
+        own = has_user_code(run)
+        train = self.data[0] if own else None
+        with reproducible(CPU):
+            seed_everything(run.seed, 0, CPU)  # as before training: a constant may be drawn
+            model = build_network(run, train)
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         except Exception:  # a dozen kinds, depending on what the file is
             network = name_of(self.recipe.network)
             path = record.folder / "weights.pt"
             raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from None
-        if has_user_code(run):
+        if own:
             self._require_saved_predictions(model, record)
         return model.eval()
 
-    def _build(self, run: Run) -> nn.Module:
-        """Build the network of a run as it was before training, with random numbers from the run's seed."""
-        train = self.data[0] if has_user_code(run) else None
-        with reproducible(CPU):
-            seed_everything(run.seed, 0, CPU)
-            return build_network(run, train)
-
-    def _require_saved_predictions(self, model: nn.Module, record: _RecordedRun) -> None:
-        some, saved = self.data[1].part(slice(CHECKED)), self.predictions(record.condition, record.seed)[:CHECKED]
+    def _require_saved_predictions(self, model: nn.Module, record: _Record) -> None:
+        some = self.data[1].part(slice(CHECKED))
+        saved = self.predictions(record.run.condition, record.run.seed)[:CHECKED]
         different = int((predict(model, some).numpy() != saved).sum())
         if different > 3:  # on another processor, two nearly equal logits may change places
             raise StudyError(
@@ -231,7 +221,7 @@ class Study:
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
         """Load the predicted class of each test image, uint8 (10000,), by default of the condition's first seed."""
-        folder = self._run(condition, seed).folder
+        folder = self._record(condition, seed).folder
         try:
             return np.load(read_result(folder, "predictions.npy"), allow_pickle=False)
         except (ValueError, EOFError, OSError):
@@ -247,15 +237,13 @@ class Study:
         folder = self._records[condition, seed].folder
         try:
             table = pd.read_csv(read_result(folder, "history.csv"))
-        except pd.errors.ParserError:
-            raise DamagedFile(f"{folder / 'history.csv'} is not a table") from None
-        except pd.errors.EmptyDataError:
+        except (pd.errors.ParserError, pd.errors.EmptyDataError):
             table = pd.DataFrame()
         if tuple(table.columns) != COLUMNS or table.empty:
             raise DamagedFile(f"{folder / 'history.csv'} is not a history of a run: {', '.join(COLUMNS)}")
         return table.rename(columns=lambda column: column.replace("val_", "test_"))
 
-    def _run(self, condition: str | Condition, seed: int | None) -> _RecordedRun:
+    def _record(self, condition: str | Condition, seed: int | None) -> _Record:
         slug = _slug(condition)
         seeds = [k for name, k in self._records if name == slug and seed in (None, k)]
         if not seeds:
@@ -265,28 +253,17 @@ class Study:
         return self._records[slug, seeds[0]]
 
 
-def first_runs(folder: str | Path) -> list[Study]:
-    """Open the first seed of each recipe in a folder, with those of the five conditions that it holds, or with all."""
-    studies = []
-    for name in recipes_in(folder):
-        whole = Study(folder, name)
-        five = [condition.slug for condition in CONDITIONS if condition.slug in whole.conditions]
-        studies.append(Study(folder, name, five or None, whole.seeds[0]))
-    return studies
-
-
-def _read_run(folder: Path) -> _RecordedRun:
+def _read_run(folder: Path) -> _Record:
     """Read the run.json of a folder. Raises DamagedFile if it describes another run than the folder's name."""
     about = read_about(folder)
     try:
-        recipe, condition = read_recipe(about["recipe"]), read_condition(about["condition"])
-        run = _RecordedRun(folder, about, recipe, condition, about["seed"])
+        run = Run(read_recipe(about["recipe"]), read_condition(about["condition"]), about["seed"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from None
     place = run.recipe.name, run.condition.slug, f"seed-{run.seed}"
     if place != folder.parts[-3:]:
         raise DamagedFile(f"{folder} holds another run: {', '.join(place)}")
-    return run
+    return _Record(folder, about, run)
 
 
 def _recipe_name(folder: Path, recipe: str | Recipe | None) -> str:
@@ -305,26 +282,3 @@ def _recipe_name(folder: Path, recipe: str | Recipe | None) -> str:
 
 def _slug(condition: Condition | str) -> str:
     return condition.slug if isinstance(condition, Condition) else condition
-
-
-def _select(
-    records: list[_RecordedRun], conditions: Collection[Condition | str] | None, seeds: Iterable[int] | int | None
-) -> list[_RecordedRun]:
-    slugs = None if conditions is None else {_slug(condition) for condition in conditions}
-    wanted = None if seeds is None else set(seeds) if isinstance(seeds, Iterable) else {seeds}
-    return [
-        run
-        for run in records
-        if (slugs is None or run.condition.slug in slugs) and (wanted is None or run.seed in wanted)
-    ]
-
-
-def _require_one_training(runs: list[_RecordedRun], recipe: str | Recipe | None, given: dict[str, Condition]) -> None:
-    """Raise StudyError if runs differ in the recipe or in a condition, from each other or from the caller's."""
-    wanted = recipe_entry(recipe) if isinstance(recipe, Recipe) else runs[0].about["recipe"]
-    conditions = {slug: condition_entry(condition) for slug, condition in given.items()}
-    for run in runs:
-        condition = conditions.setdefault(run.condition.slug, run.about["condition"])
-        phrases = differences(run.about, {"recipe": wanted, "condition": condition})
-        if phrases:
-            raise StudyError(DIFFERENT_TRAINING.format(folder=run.folder, differences="; ".join(phrases[:3])))

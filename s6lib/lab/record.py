@@ -206,28 +206,32 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
     """Describe how a recorded run differs from the requested one, a phrase each; none if it is that run.
 
     Both are entries of run.json: recipe, condition and seed, or those of them that matter, and `first_steps` for a run
-    with the user's code. Of that code the syntax trees are compared too, where both sources are known, since what acts
-    seldom or late does not show in three steps.
+    with the user's code. With first steps, the syntax trees of that code are compared too, where both sources are
+    known, since what acts seldom or late does not show in three steps.
     """
-    steps = {name: requested[name] for name in requested if name == "first_steps"}
-    settings = {name: requested[name] for name in requested if name in ("recipe", "condition", "seed")}
-    phrases = compare({name: recorded.get(name) for name in settings}, settings, tolerance=0)
-    if not phrases and steps and "first_steps" not in recorded:
-        return ["no record of its first steps"]
-    return phrases or compare(recorded.get("first_steps", {}), steps.get("first_steps", {}), shared=True)
+    steps = requested.get("first_steps")
+    wanted = {name: requested[name] for name in ("recipe", "condition", "seed") if name in requested}
+    phrases = compare({name: recorded.get(name) for name in wanted}, wanted, code=steps is not None, tolerance=0)
+    if phrases or steps is None:
+        return phrases
+    there = recorded.get("first_steps")
+    return ["no record of its first steps"] if there is None else compare(there, steps, shared=True)
 
 
-def compare(old: Any, new: Any, name: str = "", shared: bool = False, tolerance: float = TOLERANCE) -> list[str]:
+def compare(
+    old: Any, new: Any, name: str = "", *, code: bool = True, shared: bool = False, tolerance: float = TOLERANCE
+) -> list[str]:
     """Describe how two entries differ, a phrase for each difference.
 
     Args:
+        code: whether to compare the syntax trees of the user's code.
         shared: whether to compare only what both have: an argument that one lacks is a default, which the first steps
             compare, or is new in another version of a library.
         tolerance: the relative difference that numbers may have.
     """
     if _is_source(old) and _is_source(new):
         trees = [_syntax_tree(entry["source"] or "") for entry in (old, new)]
-        return [f"other code in {name}"] if None not in trees and trees[0] != trees[1] else []
+        return [f"other code in {name}"] if code and None not in trees and trees[0] != trees[1] else []
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
             names = sorted(old.keys() ^ new.keys())
@@ -242,7 +246,8 @@ def compare(old: Any, new: Any, name: str = "", shared: bool = False, tolerance:
         return []
     else:
         return [f"{name} = {_describe(old)}, not {_describe(new)}"]
-    return [phrase for key, was, now in parts for phrase in compare(was, now, key, shared, tolerance)]
+    options: dict[str, Any] = {"code": code, "shared": shared, "tolerance": tolerance}
+    return [phrase for key, was, now in parts for phrase in compare(was, now, key, **options)]
 
 
 def _is_close(a: Any, b: Any, tolerance: float) -> bool:
