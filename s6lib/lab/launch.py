@@ -1,7 +1,7 @@
 """run_study, the one loop over conditions and seeds."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from itertools import combinations
@@ -60,15 +60,17 @@ def run_study(
     set is missing; DamagedFile if a finished run is damaged. Raises RunsFailed if some runs fail, once all others are
     complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
     """
-    recipe, conditions, seeds = _recipe(recipe), _conditions(conditions), _seeds(seeds)
-    runs = [Run(recipe, condition, seed) for seed in seeds for condition in conditions]
-    out, jobs = Path(out).expanduser(), _jobs(jobs)
+    recipe, conditions = _built_in(recipe, RECIPES, Recipe), _conditions(conditions)
+    seeds = [_whole_number("a seed", seed, 0) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
+    runs = [Run(recipe, condition, seed) for seed in dict.fromkeys(seeds) for condition in conditions]
+    if not runs:
+        raise StudyError("conditions and seeds must name at least one each, such as CONDITIONS and (1, 2, 3), not none")
+    out, jobs = Path(out).expanduser(), None if jobs is None else _whole_number("jobs", jobs, 1)
     if executor is None:
         device = resolve_device(device)
     forget_images()
     with _only_study_in(out) as token:
-        _refuse_links(out, [run.folder(out) for run in runs])
-        _require_one_training(out / recipe.name, runs)
+        _require_one_training(out, runs)
         waiting = [run for run in runs if not is_complete(run.folder(out))]
         settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
@@ -88,51 +90,33 @@ def run_study(
     return Study(out, recipe, conditions, seeds)
 
 
-def _recipe(recipe: Recipe | str) -> Recipe:
-    """Return a recipe, or the built-in one of this name. Raises StudyError if there is none."""
-    if isinstance(recipe, str) and recipe in RECIPES:
-        return RECIPES[recipe]
-    if not isinstance(recipe, Recipe):
-        raise StudyError(f"a recipe is a Recipe or the name of a built-in one, {' or '.join(RECIPES)}, not {recipe!r}")
-    return recipe
-
-
-def _jobs(jobs: int | None) -> int | None:
-    """Return jobs as an int. Raises StudyError if it is not a number of processes."""
-    if jobs is not None and (not isinstance(jobs, Integral) or isinstance(jobs, bool) or jobs < 1):
-        raise StudyError(f"jobs must be a whole number from 1, or None for one per core, not {jobs!r}")
-    return None if jobs is None else int(jobs)
-
-
-def _seeds(seeds: int | Iterable[int]) -> list[int]:
-    """Return each seed once. Raises StudyError for an invalid seed, or for none."""
-    given = [seeds] if isinstance(seeds, Integral) or not isinstance(seeds, Iterable) else list(seeds)
-    for seed in given:
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-            raise StudyError(f"a seed is a whole number from 0, not {seed!r}")
-    if not given:
-        raise StudyError("seeds must name at least one, such as (1, 2, 3), not none")
-    return list(dict.fromkeys(int(seed) for seed in given))
+def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
+    """Return a recipe or a condition, or the built-in one of this name. Raises StudyError if there is none."""
+    found = choices.get(given) if isinstance(given, str) else given
+    if not isinstance(found, kind):
+        raise StudyError(
+            f"{given!r} is no {kind.__name__} and not the name of a built-in one, which are: {', '.join(choices)}"
+        )
+    return found
 
 
 def _conditions(conditions: Iterable[Condition | str] | Condition | str) -> list[Condition]:
-    """Return each condition once. Raises StudyError for an invalid one, for none, or for two with one folder."""
+    """Return each condition once. Raises StudyError for an invalid one, or for two with one folder."""
     distinct: list[Condition] = []
-    for condition in [conditions] if isinstance(conditions, Condition | str) else conditions:
-        if isinstance(condition, str) and condition not in ALL_CONDITIONS:
-            raise StudyError(f"{condition!r} is no built-in condition; there are: {', '.join(ALL_CONDITIONS)}")
-        if isinstance(condition, str):
-            condition = ALL_CONDITIONS[condition]
-        if not isinstance(condition, Condition):
-            raise StudyError(f"a condition is a Condition or the slug of a built-in one, not {condition!r}")
+    for given in [conditions] if isinstance(conditions, Condition | str) else conditions:
+        condition = _built_in(given, ALL_CONDITIONS, Condition)
         if condition not in distinct:
             distinct.append(condition)
     slugs = [condition.slug for condition in distinct]
     if len(set(slugs)) < len(slugs):
         raise StudyError(f"two different conditions share the name of a folder: {', '.join(slugs)}; rename one")
-    if not distinct:
-        raise StudyError("conditions must name at least one, such as CONDITIONS, not none")
     return distinct
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise StudyError(f"{name} must be a whole number from {least}, not {value!r}")
+    return int(value)
 
 
 def _save(folder: Path, run: Run, outcome: Outcome) -> str | None:
@@ -167,20 +151,17 @@ def _only_study_in(out: Path) -> Iterator[str]:
             token.unlink(missing_ok=True)
 
 
-def _refuse_links(out: Path, folders: list[Path]) -> None:
-    """Raise StudyError if a symbolic link under `out`, perhaps a stranger's, would redirect a run's files."""
-    for folder in folders:
-        if not folder.resolve().is_relative_to(out.resolve()):
-            raise StudyError(f"{folder} leads out of {out}, to {folder.resolve()}; remove the link")
-
-
-def _require_one_training(folder: Path, runs: list[Run]) -> None:
+def _require_one_training(out: Path, runs: list[Run]) -> None:
     """Compare the runs in a recipe's folder, complete or not, with those that are requested, and try the new ones.
 
     Settings identify a run; with the user's code, its first steps do too, of one seed of each condition. Raises
-    StudyError if a run was trained with different settings, and SettingError if a condition cannot be trained.
+    StudyError if a run was trained with different settings, or if a symbolic link, perhaps a stranger's, would lead a
+    run's files out of the folder; and SettingError if a condition cannot be trained.
     """
-    conditions = {run.condition.slug: run.condition for run in runs}
+    folder, conditions = out / runs[0].recipe.name, {run.condition.slug: run.condition for run in runs}
+    for place in {run.folder(out) for run in runs}:
+        if not place.resolve().is_relative_to(out.resolve()):
+            raise StudyError(f"{place} leads out of {out}, to {place.resolve()}; remove the link")
     recorded: dict[str, tuple[Path, dict[str, Any]]] = {}
     for other in run_folders(folder):
         about = read_about(other) if is_complete(other) else read_checkpoint(other)

@@ -93,7 +93,7 @@ class RunResult(NamedTuple):
     history: one row per epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
     weights: the state_dict, on the CPU, as torch.save writes it; bytes travel much faster than tensors.
     predictions: uint8 (N,), the class of each test image.
-    machines: the machines that trained it, in order: device, processor, library versions, host and process.
+    machines: the starts, in order: device, processor, library versions, host, process, commit and time.
     """
 
     first_steps: dict[str, Any] | None
@@ -211,8 +211,7 @@ def train_run(
         if _may_write_in(folder):
             _resume(folder, state, setup)
         history, machines = state["history"], state["machines"]
-        here = machine(device)
-        machines[:] = [earlier for earlier in machines if earlier != here] + [here]
+        machines.append(machine(device))
         predictions = None
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
             row, predictions = _epoch(run, epoch, setup)
