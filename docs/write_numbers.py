@@ -7,6 +7,7 @@ only for some numbers. A line of a paragraph must not begin with a marker: Markd
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -24,6 +25,9 @@ from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_S
 from s6lib.recipes import CONDITIONS, CONTROL
 from s6lib.study import Study
 from s6lib.train import evaluate
+
+sys.path.insert(0, str(PROJECT / "notebooks"))
+from lesson_tables import variance_sources
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -72,7 +76,7 @@ def answers() -> pd.DataFrame:
     rows.loc[0, gain] = -rows.loc[0, cost].to_numpy(dtype=float)
     (bn, penalised, gbn, penalised_gbn), (l1, l2, both) = right(*factorial), right(*penalties)
     g, p = (gbn + penalised_gbn - bn - penalised) / 2, (penalised + penalised_gbn - bn - gbn) / 2
-    sources = [statistics.variance_sources(difference) for difference in (g, p, l1 - l2, both - l1, both - l2)]
+    sources = [variance_sources(difference) for difference in (g, p, l1 - l2, both - l1, both - l2)]
     return rows.assign(
         both=[one["both"] for one in sources], question=rows["question"].str.replace(" - ", " minus ")
     ).set_index("question")
@@ -125,8 +129,8 @@ def six() -> dict[str, str]:
         "p": p_value(pairs["p_holm"].min()),
         "friedman": p_value(statistics.friedman_p(outcomes)),
         "sd": f"{sd:.3f}",
-        "two-runs": f"{100 * 2 / math.sqrt(math.pi) * sd:.0f}",  # the mean distance of two normal values
-        "five-runs": f"{100 * statistics.equal_conditions(sd)[1]:.0f}",
+        "two-runs": f"{100 * 1.128 * sd:.0f}",  # the mean range of two and of five normal values, in SDs
+        "five-runs": f"{100 * 2.326 * sd:.0f}",
     }
 
 
@@ -182,10 +186,8 @@ def shares(size: str, which: str) -> str:
 
 def size_table() -> str:
     """Accuracy without regularisation on training and on test images, and the gap, by the number of training images."""
-    rows = []
-    for images, part in few.clean().groupby("images"):
-        means = part[["train_accuracy", "test_accuracy", "gap"]].mean()
-        rows.append((f"{images:,}", len(part), *map("{:.2f}".format, means)))
+    columns, sizes = ["train_accuracy", "test_accuracy", "gap"], few.clean().groupby("images")
+    rows = ((f"{size:,}", len(part), *map("{:.2f}".format, part[columns].mean())) for size, part in sizes)
     return table("| training images | n | accuracy on these, % | on test images, % | gap, points |", rows)
 
 
@@ -212,15 +214,13 @@ def power_table() -> str:
     return table("| images | SD of a gain, planned | as it came out | finds, planned | as it came out |", rows)
 
 
-# --- the pages -------------------------------------------------------------------------------------------------------
-
 TABLES = (answer_table, summary_table, size_table, question_table, power_table)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, said, pruned, difference, nothing, shares)},
     "gain_table": lambda: by_size(gain_cell, ["*accuracy without*", *map(nothing, few.SIZES)]),
     "share_table": lambda: by_size(share_cell),
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
-    "bn-margin": lambda: f"{1.96 * statistics.variance_sources(right(['bn'], FACTORIAL_SEEDS)[0])['both']:.2f}",
+    "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)[0])['both']:.2f}",
     "worths": lambda slug: " to ".join(f"{end:.1f}" for end in few.worths(slug)),
     "six": lambda name: six()[name],
     "clean": lambda images, column: f"{few.clean().query(f'images == {images}')[column].mean():.2f}",
