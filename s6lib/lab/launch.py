@@ -60,9 +60,10 @@ def run_study(
     set is missing; DamagedFile if a finished run is damaged. Raises RunsFailed if some runs fail, once all others are
     complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
     """
-    recipe, conditions = _built_in(recipe, RECIPES, Recipe), _conditions(conditions)
+    chosen: Recipe = _built_in(recipe, RECIPES, Recipe)
+    conditions = _conditions(conditions)
     seeds = [_whole_number("a seed", seed, 0) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
-    runs = [Run(recipe, condition, seed) for seed in dict.fromkeys(seeds) for condition in conditions]
+    runs = [Run(chosen, condition, seed) for seed in dict.fromkeys(seeds) for condition in conditions]
     if not runs:
         raise StudyError("conditions and seeds must name at least one each, such as CONDITIONS and (1, 2, 3), not none")
     out, jobs = Path(out).expanduser(), None if jobs is None else _whole_number("jobs", jobs, 1)
@@ -87,7 +88,7 @@ def run_study(
                 raise Stopped("every finished epoch is kept: run the cell again to go on") from None
     if any(reasons):
         raise RunsFailed("\n".join(filter(None, reasons)))
-    return Study(out, recipe, conditions, seeds)
+    return Study(out, chosen, conditions, seeds)
 
 
 def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
