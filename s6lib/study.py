@@ -14,7 +14,7 @@ from torch import nn
 from s6lib.data import ImageDataset
 from s6lib.errors import DamagedFile, SettingError, StudyError
 from s6lib.lab.device import CPU, keep_freed_memory, reproducible, seed_everything
-from s6lib.lab.files import RESULTS, is_complete, read_about, read_result
+from s6lib.lab.files import RESULTS, is_complete, read_about, read_result, run_folders
 from s6lib.lab.record import (
     COLUMNS,
     DIFFERENT_TRAINING,
@@ -22,7 +22,6 @@ from s6lib.lab.record import (
     has_user_code,
     read_condition,
     read_recipe,
-    run_folders,
     settings_of,
 )
 from s6lib.recipes import (

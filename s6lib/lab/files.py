@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from s6lib.errors import DamagedFile
+from s6lib.recipes import SLUG
 
 RESULTS = ("predictions.npy", "weights.pt", "history.csv")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # of the last epoch, and of the one before
@@ -63,6 +65,12 @@ def write_results(folder: Path, about: dict[str, Any], results: dict[str, bytes]
     write_whole(folder / "run.json", json.dumps({**about, "sha256": digests}, indent=2).encode() + b"\n")
     for name in CHECKPOINTS:
         (folder / name).unlink(missing_ok=True)
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """List the runs under a recipe's folder, started or complete; copies such as "seed-1 (1)" are passed over."""
+    runs = sorted(Path(folder).glob("*/seed-*"))
+    return [run for run in runs if re.fullmatch(SLUG, run.parent.name) and re.fullmatch(r"seed-\d+", run.name)]
 
 
 def is_complete(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -14,16 +15,15 @@ import torch
 from filelock import FileLock, Timeout
 
 from s6lib.errors import RunsFailed, Stopped, StudyError
-from s6lib.lab.files import is_complete, read_about, read_checkpoint
+from s6lib.lab.files import is_complete, read_about, read_checkpoint, run_folders
 from s6lib.lab.progress import progress
 from s6lib.lab.record import (
     DIFFERENT_TRAINING,
     differences,
     read_condition,
-    run_folders,
     settings_of,
 )
-from s6lib.lab.run import save_run
+from s6lib.lab.run import identity, save_run
 from s6lib.lab.trial import first_steps
 from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, forget_images, load_images
@@ -170,31 +170,24 @@ def _require_one_training(out: Path, runs: list[Run]) -> None:
             condition = conditions.get(other.parent.name) or read_condition(about["condition"])
             _require_same(other, about, settings_of(Run(runs[0].recipe, condition, about["seed"])))
             recorded.setdefault(other.parent.name, (other, about))
-    tried: dict[str, dict[str, Any]] = {}
+    tried = {}
     for slug, condition in conditions.items():
         other, about = recorded.get(slug, (folder, {"seed": runs[0].seed}))
         run = Run(runs[0].recipe, condition, about["seed"])
-        tried[slug] = settings_of(run)
-        if not run.is_built_in:
-            tried[slug]["first_steps"] = first_steps(run, load_images(run.recipe))
+        tried[slug] = run, None if run.is_built_in else first_steps(run, load_images(run.recipe))
         if "first_steps" in about:
-            _require_same(other, about, tried[slug])
-    _name_equal_conditions(tried)
-
-
-def _require_same(folder: Path, recorded: dict[str, Any], requested: dict[str, Any]) -> None:
-    if phrases := differences(recorded, requested):
-        raise StudyError(DIFFERENT_TRAINING.format(folder=folder, differences="; ".join(phrases[:3])))
-
-
-def _name_equal_conditions(tried: dict[str, dict[str, Any]]) -> None:
-    """Print which conditions cannot be told apart by their settings, their code and their first steps."""
-    for (first, one), (second, other) in combinations(tried.items(), 2):
-        renamed = {**other, "condition": {**other["condition"], "slug": first}}
-        if not differences(one, renamed):
+            _require_same(other, about, identity(*tried[slug]))
+    for (first, one), (second, another) in combinations(tried.items(), 2):
+        renamed = replace(another[0], condition=replace(another[0].condition, slug=first))
+        if not differences(identity(*one), identity(renamed, another[1])):
             print(
                 f"{first} and {second} train alike, as far as their first steps show: does a lambda in a loop read the "
                 "loop's variable? Give it a default, as in `lambda model, weight=weight: ...`",
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _require_same(folder: Path, recorded: dict[str, Any], requested: dict[str, Any]) -> None:
+    if phrases := differences(recorded, requested):
+        raise StudyError(DIFFERENT_TRAINING.format(folder=folder, differences="; ".join(phrases[:3])))

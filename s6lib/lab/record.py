@@ -3,14 +3,12 @@
 import ast
 import inspect
 import math
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import nn
 
 from s6lib import models
 from s6lib.errors import SettingError
-from s6lib.recipes import SLUG, Condition, Recipe, Run, name_of
+from s6lib.recipes import Condition, Recipe, Run, name_of
 
 _CODE = {"norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
@@ -36,12 +34,6 @@ _LATER_SETTINGS = {
     "shift", "scale", "schedule", "nesterov", "ema", "held_out", "data", "transform", "loss", "optimizer", "passes",
     "draw_images", "batch_transform",
 }  # fmt: skip
-
-
-def run_folders(folder: str | Path) -> list[Path]:
-    """List the runs under a recipe's folder, started or complete; copies such as "seed-1 (1)" are passed over."""
-    runs = sorted(Path(folder).glob("*/seed-*"))
-    return [run for run in runs if re.fullmatch(SLUG, run.parent.name) and re.fullmatch(r"seed-\d+", run.name)]
 
 
 def settings_of(run: Run) -> dict[str, Any]:

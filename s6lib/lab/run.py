@@ -145,7 +145,7 @@ def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -
     parameters = [*model.parameters(), *nn.ModuleList(_modules_in(loss)).parameters()]
     if settings.optimizer is None:
         # Fused SGD is faster, but trains neither sparse nor complex weights, nor layers without a gradient in step 1.
-        fused = all(map(is_library, (settings.network, run.condition.norm, settings.loss)))
+        fused = run.is_built_in or all(map(is_library, (settings.network, run.condition.norm, settings.loss)))
         rate, momentum = settings.learning_rate, settings.momentum
         optimizer: Any = torch.optim.SGD(parameters, rate, momentum, nesterov=settings.nesterov, fused=fused)
     else:
@@ -207,16 +207,14 @@ def train_run(
     device = torch.device(device)
     with reproducible(device):
         setup = set_up(run, load_images(run.recipe), device)
-        state = {**identity(run, steps), "history": [], "machines": []}
-        if _may_write_in(folder):
-            _resume(folder, state, setup)
-        history, machines = state["history"], state["machines"]
+        history, machines = _resume(folder, run, steps, setup) if _may_write_in(folder) else ([], [])
         machines.append(machine(device))
         predictions = None
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
             row, predictions = _epoch(run, epoch, setup)
             history.append(row)
             if _may_write_in(folder):
+                state = {**identity(run, steps), "history": history, "machines": machines}
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         if predictions is None:  # the run was stopped after its last epoch
@@ -290,18 +288,19 @@ def save_run(folder: Path, run: Run, result: RunResult) -> None:
     write_results(folder, about, results)
 
 
-def _resume(folder: Path, state: dict[str, Any], setup: Setup) -> None:
-    """Restore state and setup from the checkpoint in `folder`, if there is one."""
+def _resume(folder: Path, run: Run, steps: dict[str, Any] | None, setup: Setup) -> tuple[History, list[dict[str, Any]]]:
+    """Restore the setup from the checkpoint in `folder`, if there is one; return the run's history and machines."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder)
     checkpoint = read_checkpoint(folder, resume=True)
-    if checkpoint is not None:
-        if differences(checkpoint, state):
-            raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
-        for name, part in setup.parts.items():
-            part.load_state_dict(checkpoint[name])
-        state.update({name: checkpoint.get(name, []) for name in ("history", "machines")})
-    write_whole(folder / "history.csv", _history_csv(state["history"]))
+    if checkpoint is None:
+        return [], []
+    if differences(checkpoint, identity(run, steps)):
+        raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
+    for name, part in setup.parts.items():
+        part.load_state_dict(checkpoint[name])
+    write_whole(folder / "history.csv", _history_csv(checkpoint["history"]))
+    return checkpoint["history"], checkpoint.get("machines", [])
 
 
 def _history_csv(history: History) -> bytes:

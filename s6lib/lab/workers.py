@@ -185,7 +185,8 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
     """
     try:
         folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
-        steps = first_steps(run, load_images(run.recipe)) if has_user_code(run) else None
+        own = not run.is_built_in and has_user_code(run)
+        steps = first_steps(run, load_images(run.recipe)) if own else None
         return train_run(run, folder, resolve_device(settings.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
