@@ -65,14 +65,9 @@ def lines_of(axes, color):
     return [line for line in axes.get_lines() if line.get_color() == color]
 
 
-# --- colours ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_colour_has_one_meaning():
-    alike = [{"bn", "nothing"}, {"l1-bn", "l1"}, {"l2-bn", "l2"}, {"l1-l2-bn", "l1-l2"}, {"gbn", "ghosts"}]
-    alike += [{"l1-l2-gbn", "together"}, {"dropout"}, {"rotation"}]
-    by_color = {color: {name for name in COLORS if COLORS[name] == color} for color in COLORS.values()}
-    assert sorted(map(sorted, by_color.values())) == sorted(map(sorted, alike))
+    for name, alike in {"bn": "nothing", "l1-bn": "l1", "gbn": "ghosts", "dropout": None, "rotation": None}.items():
+        assert {other for other in COLORS if COLORS[other] == COLORS[name]} <= {name, alike}
     assert not set(OTHER_COLORS) & set(COLORS.values())
 
 
@@ -83,9 +78,6 @@ def test_conditions_have_a_colour_each_and_strengths_that_of_their_kind():
     assert len(set(colors.values())) == len(names)
     assert (colors["300-l1"], colors["l2-0.006"], colors["gbn"]) == (COLORS["l1"], COLORS["l2"], COLORS["gbn"])
     assert not {colors["gbn-8"], colors["mine"], colors["1000-l1"]} & set(COLORS.values())
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,8 +93,6 @@ def test_curves_show_the_mean_of_every_condition_and_name_it(plot, column, said)
         assert line.get_ydata().tolist() == pytest.approx(means.tolist())
         assert lines_of(figure.axes[1], COLORS[slug])[0].get_xdata().tolist() == [6, 7, 8, 9, 10]
     assert figure.axes[0].get_ylabel().startswith(column.replace("_", " "))
-    assert figure.get_suptitle().startswith("PlainNet: test ")
-    assert "2 seeds" in figure.get_suptitle()
 
 
 def test_a_study_is_drawn_as_its_history_is(tmp_path):
@@ -125,20 +115,12 @@ def test_curves_of_any_length_are_seen(plot, epochs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rates", "marked"),
-    [
-        ([0.1] * 6 + [0.01] * 6 + [0.001] * 2, [6.5, 12.5]),
-        ([0.1, 0.2, 0.2], [1.5]),
-        ([0.1] * 5, []),
-        ([1 / epoch for epoch in range(1, 20)], []),
-    ],
+    ("rates", "marked"), [([0.1] * 6 + [0.01] * 6 + [0.001] * 2, [6.5, 12.5]), ([1 / k for k in range(1, 20)], [])]
 )
 def test_new_learning_rates_are_marked_and_explained(rates, marked):
     whole = plot_accuracy(history_of(rates, seeds=(1,))).axes[0]
     assert [path[0][0] for lines in whole.collections for path in lines.get_segments()] == marked
     assert ("dotted: new learning rate" in whole.get_xlabel()) == bool(marked)
-    alone = pd.concat([history_of(rates, ["a"], (1,)), history_of([0.1] * len(rates), ["b"], (1,))])
-    assert "dotted" not in plot_accuracy(alone).axes[0].get_xlabel()
 
 
 def test_many_conditions_have_one_bar_for_the_spread_of_their_runs():
@@ -167,7 +149,6 @@ def test_learning_curves_grow_while_a_run_trains():
         assert axes.get_xlim()[1] == 20
         assert len(axes.texts) == (3 if rows else 0)
         rows.append({"epoch": epoch + 1, "train_accuracy": 0.8 + 0.05 * epoch, "test_accuracy": 0.9})
-    assert plot_learning_curves(rows).axes[0].get_xlim()[1] == 4
     assert f"gap {MINUS}5.0 points" in texts_of(plot_learning_curves(rows[:2]))
 
 
@@ -176,9 +157,6 @@ def test_learning_curves_need_their_columns_and_a_panel_each():
         plot_learning_curves([{"epoch": 1, "train_accuracy": 0.5}])
     with pytest.raises(ValueError, match="ax has room for one condition, not for 2"):
         plot_learning_curves(history_of([0.1]), ax=Figure().subplots())
-
-
-# --- outcomes --------------------------------------------------------------------------------------------------------
 
 
 def test_replication_shows_every_run_and_the_means_with_their_intervals():
@@ -191,7 +169,6 @@ def test_replication_shows_every_run_and_the_means_with_their_intervals():
         assert f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" in texts_of(axes)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["L1 + BN", "gbn"]
     assert axes.get_title().startswith("Net\n3 seeds: ")
-    assert plot_replication(OUTCOMES).axes[0].get_title().startswith("3 seeds: ")
 
 
 def test_differences_are_those_of_the_comparisons_the_largest_on_top():
@@ -235,8 +212,6 @@ def test_a_panel_may_be_given(plot):
     assert panel.has_data()
     assert not other.has_data()
 
-
-# --- images and weights ----------------------------------------------------------------------------------------------
 
 IMAGES = torch.arange(4 * 9, dtype=torch.uint8).reshape(4, 3, 3)
 
