@@ -50,12 +50,7 @@ DRAWINGS = {
     "plot_gap": ((pd.DataFrame(GAPS, index=[100, 10_000]),), ["test digits, rotation", "10,000"]),
     "plot_pruning": (
         (pd.DataFrame(CURVE).assign(accuracy=[1, 0.5, 1, 0.3, 1, 0.9, 1, 0.9]), {"bn": "BN"}),
-        [
-            "50%",
-            "40%  BN",
-            "90%  l1-bn",
-            "a dot is a run, a diamond the mean of 2 seeds; BN at 50%: 30% to 50% by seed",
-        ],
+        ["50%", "40%  BN", "a dot is a run, a diamond the mean of 2 seeds; BN at 50%: 30% to 50% by seed"],
     ),
     "plot_confusion": ((np.diag([90, 90]) + np.array([[0, 7], [0, 0]]), "", ["x", "y"]), ["7", "predicted", "actual"]),
     "plot_gains_by_size": ((by_size(100, 300), by_size(60_000)), ["60,000", "ghost batches", "dropout"]),
