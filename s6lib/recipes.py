@@ -109,12 +109,15 @@ def as_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _word(value: Any) -> str:
+    return (
+        name_of(value) if callable(value) else f"{value:g}".replace("e-0", "e-") if type(value) is float else str(value)
+    )
+
+
 def _slug_from(settings: Mapping[str, Any]) -> str:
     """Make a name from settings, such as l1-0.006 or optimizer-adamw-learning_rate-0.001."""
-    words = [
-        name_of(one) if callable(one) else f"{one:g}" if isinstance(one, float) else one for one in settings.values()
-    ]
-    slug = "-".join(f"{name}-{word}" for name, word in zip(settings, words, strict=True)).lower().replace("e-0", "e-")
+    slug = "-".join(f"{name}-{_word(value)}" for name, value in settings.items()).lower()
     if not re.fullmatch(SLUG, slug):
         raise SettingError("a condition that changes nothing, or has code without a name, needs a slug, as in 'mine'")
     return slug

@@ -152,11 +152,6 @@ class Placeholder:
         )
 
 
-def has_placeholder(run: Run) -> bool:
-    """Return whether a setting of a run is known from run.json alone, so that the run cannot be built."""
-    return any(isinstance(part, Placeholder) for part in run.parts.values())
-
-
 def read_recipe(entry: dict[str, Any]) -> Recipe:
     """Read a recipe from its entry, with placeholders for the user's code."""
     return Recipe(**_settings(entry))
