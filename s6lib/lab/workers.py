@@ -33,6 +33,7 @@ WORKERS_DIE = (
 )
 LACKS_S6LIB = "a worker cannot import s6lib ({error}): install it there, `pip install -r requirements.txt` in a clone"
 _STUDIES: dict[str, tuple[Run, ...]] = {}  # runs that this process has sent out, or has unpacked as a worker, by study
+_ALONE = threading.Lock()  # the threads of a process share the random generators, so they take turns
 
 
 class LostWorker(str):
@@ -185,9 +186,10 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
     """
     try:
         folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
-        own = not run.is_built_in and has_user_code(run)
-        steps = first_steps(run, load_images(run.recipe)) if own else None
-        return train_run(run, folder, resolve_device(settings.device), steps)
+        with _ALONE:
+            own = not run.is_built_in and has_user_code(run)
+            steps = first_steps(run, load_images(run.recipe)) if own else None
+            return train_run(run, folder, resolve_device(settings.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
     return message if message.startswith(str(run)) else f"{run}: {message}"
