@@ -384,9 +384,10 @@ class Run:
     @property
     def is_built_in(self) -> bool:
         """Whether the run has parts of s6lib's alone, whose settings are checked where they are made."""
-        known = (F.cross_entropy, *NETWORKS.values())
-        parts = [part.func if isinstance(part, partial) else part for part in self.parts.values()]
-        return all(part in known or isinstance(part, int | float | str | None) for part in parts)
+        known, parts = (F.cross_entropy, *NETWORKS.values()), []
+        for part in self.parts.values():
+            parts += [part.func, *part.args, *part.keywords.values()] if isinstance(part, partial) else [part]
+        return all(isinstance(part, int | float | str | None) or any(part is one for one in known) for part in parts)
 
     def folder(self, out: str | Path) -> Path:
         """The run's folder under `out`."""
