@@ -172,6 +172,12 @@ def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: flo
     average, update = AveragedModel(model, next(model.parameters()).device), get_ema_multi_avg_fn(keep)
     started = False  # whether the average holds a step; reading n_averaged each time would make the CPU wait for a GPU
 
+    def look_again(*_: Any) -> None:
+        nonlocal started
+        started = False
+
+    average.register_load_state_dict_post_hook(look_again)
+
     @torch.no_grad()
     def follow(*_: Any) -> None:
         nonlocal started
