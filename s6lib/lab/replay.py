@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ from torch import Tensor
 from s6lib.train import Training
 
 Batch = tuple[Tensor, ...]
-_BROKEN_FOR_EVER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)  # pytorch pull request 180395
-_broken = False  # whether a recording broke off, after which torch's allocator may be fit for no other
+Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
+_broken: set[ref] = set()  # networks of whose steps a recording broke off
+# Then torch's allocator cannot serve another recording (pytorch pull request 180395).
+_BREAKS_FOR_EVER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 def records_steps() -> bool:
     """Return whether steps are recorded; the environment variable S6LIB_RECORD=0 switches this off."""
-    return os.environ.get("S6LIB_RECORD") != "0" and not _broken
+    return os.environ.get("S6LIB_RECORD") != "0" and not (_BREAKS_FOR_EVER and _broken)
 
 
 def place_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
@@ -34,29 +37,26 @@ def place_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -
         group["lr"] = torch.zeros((), device=group["params"][0].device) if len(set(rates)) > 1 else rates[0]
 
 
-def train_recorded(
-    train: Callable[[Callable[[Iterator[Batch]], Iterator[Batch]]], Training],
-    parts: Mapping[str, Any],
-    device: torch.device,
-) -> Training:
-    """Train an epoch with recorded steps; if a recording breaks off, train it again step by step, and say so.
+def train_recorded(train: Callable[[Watch], Training], parts: Mapping[str, Any], device: torch.device) -> Training:
+    """Train an epoch with recorded steps; if a recording breaks off, train it and later ones step by step, and say so.
 
     Args:
         train: trains the epoch on its batches, as the function that it is given passes them on.
         parts: what is trained, with a state_dict each, by name.
     """
-    global _broken
+    if ref(parts["model"]) in _broken:
+        return train(iter)
     recorder = Recorder(device)
     before = deepcopy({name: part.state_dict() for name, part in parts.items()})
     try:
         return train(recorder.record)
     except BaseException as error:
-        if recorder.graph is None:
+        if recorder.graph is None:  # it is not the recording that has failed
             raise
         recorder.break_off()
         if not isinstance(error, Exception):  # Stop in a notebook
             raise
-        _broken = _BROKEN_FOR_EVER
+        _broken.add(ref(parts["model"]))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"training goes step by step, which is slow on a GPU: {reason}", file=sys.stderr, flush=True)
     for name, part in parts.items():
@@ -75,41 +75,35 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.graph: Any = None  # a torch.cuda.CUDAGraph, while it is recorded
         self.generator = torch.cuda.default_generators[device.index or 0]
-        self.unharmed: Any = None  # in torch 2.11 a recording that breaks off blocks the generator in use
+        self.unharmed = self.generator.clone_state()  # in torch 2.11 a recording that breaks off blocks the other
 
     def record(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on to a loop, which never sees those that are launched."""
-        recorded: dict[Any, tuple[Any, list[Tensor]]] = {}
-        seen: set[Any] = set()
+        recorded: dict[Any, Any] = {}  # by shape, the graph and its inputs; None after the first batch
         for batch in batches:
             layout = tuple((one.shape, one.stride(), one.dtype) for one in batch)
-            if layout not in seen:
-                seen.add(layout)
+            if layout not in recorded:
+                recorded[layout] = None
                 yield batch
                 continue
-            if layout not in recorded:
-                inputs = [one.clone() for one in batch]
-                self._start()
-                yield tuple(inputs)
+            if recorded[layout] is None:
+                inputs = tuple(one.clone() for one in batch)
+                torch.cuda.empty_cache()  # of the last epoch's graphs
+                self.graph = torch.cuda.CUDAGraph()
+                gc.disable()  # the end of an old graph would break the recording (pytorch pull request 161037)
+                self.graph.capture_begin()
+                yield inputs
                 self.graph.capture_end()
-                recorded[layout], self.graph = (self.graph, inputs), None
                 gc.enable()
+                recorded[layout], self.graph = (self.graph, inputs), None
             graph, inputs = recorded[layout]
             for place, value in zip(inputs, batch, strict=True):
                 place.copy_(value)
             graph.replay()
 
-    def _start(self) -> None:
-        gc.collect()
-        gc.disable()  # the end of an old graph would break the recording (pytorch pull request 161037)
-        torch.cuda.empty_cache()  # of the last epoch's graphs
-        self.unharmed = self.generator.clone_state()
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.capture_begin()
-
     def break_off(self) -> None:
         """End a recording that failed, and mend what it has left behind."""
-        with suppress(RuntimeError):
+        with suppress(Exception):
             self.graph.capture_end()
         self.graph = None
         self.generator.graphsafe_set_state(self.unharmed)
