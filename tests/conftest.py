@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-import s6lib.lab.setup
+from s6lib import recipes
 from s6lib.data import load_mnist
 from s6lib.lab.launch import run_study
 from s6lib.recipes import CONDITIONS, PLAIN
@@ -89,20 +89,21 @@ def mnist():
 
 @contextmanager
 def evaluation_on_few_digits() -> Iterator[None]:
-    """Evaluate on 500 digits in this process: on all 10,000, a tiny run would spend most of its time on them."""
-    setup = s6lib.lab.setup
+    """Evaluate on 500 images in this process: on all 10,000, a tiny run would spend most of its time on them."""
 
     def with_few_of_the_second(function):
-        def split(data):
+        def parts(data):
             first, second = function(data)
             return first, second.part(slice(500))
 
-        return split
+        return parts
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_data", "hold_out"):
-            patch.setattr(setup, name, with_few_of_the_second(getattr(setup, name)))
+            patch.setattr(recipes, name, with_few_of_the_second(getattr(recipes, name)))
+        recipes.forget_images()
         yield
+        recipes.forget_images()
 
 
 @pytest.fixture
