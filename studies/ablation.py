@@ -31,7 +31,7 @@ def _conditions() -> tuple[Condition, ...]:
     made = []
     for slug, label, more, l2 in STEPS:
         changes = {**changes, **more}
-        made.append(Condition(slug, label, l2=l2, changes=changes))
+        made.append(Condition(slug, label, l2=l2, **changes))
     return tuple(made)
 
 

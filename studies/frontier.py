@@ -26,7 +26,7 @@ CONDITIONS = tuple(
     Condition(
         f"width-{width}",
         f"{4 * width**2 + 65 * width:,} parameters",
-        changes={"network": partial(SeparableNet, width=width)},
+        network=partial(SeparableNet, width=width),
     )
     for width in (14, 18, 24, 32, 42)
 )

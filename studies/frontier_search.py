@@ -73,9 +73,9 @@ RECIPE = Recipe(
 )
 
 
-def _trial(slug, plan, activation="silu", changes=None, residual=True):
+def _trial(slug, plan, activation="silu", residual=True, **changes):
     network = partial(Trial, plan=plan, activation=activation, residual=residual)
-    return Condition(slug, changes={"network": network, **(changes or {})})
+    return Condition(slug, network=network, **changes)
 
 
 _SHARED, _SEPARABLE = "c15 P v15 R R R", "c18 P t18 t18 t18 t18"
@@ -87,17 +87,17 @@ CONDITIONS = (
     _trial("m-24", "c24 P t24 M M M", "relu"),
     _trial("v-gelu", _SHARED, "gelu"),
     _trial("m-24-silu", "c24 P t24 M M M"),
-    _trial("v-silu-ema", _SHARED, changes={"ema": 0.999}),
-    _trial("v-silu-double", _SHARED, changes={"learning_rate": 0.2}),
+    _trial("v-silu-ema", _SHARED, ema=0.999),
+    _trial("v-silu-double", _SHARED, learning_rate=0.2),
     _trial("vv-15-silu", "v15 v15 P R R R"),
-    _trial("v-silu-light", _SHARED, changes={"shift": 1.0, "scale": 0.05, "rotation": 7.0}),
+    _trial("v-silu-light", _SHARED, shift=1.0, scale=0.05, rotation=7.0),
     _trial("u5", "c15 P v15 R R R R"),
     _trial("two-11", "c11 P v11 R v11 R"),
-    _trial("v-silu-heavy", _SHARED, changes={"shift": 3.0, "scale": 0.15, "rotation": 15.0}),
+    _trial("v-silu-heavy", _SHARED, shift=3.0, scale=0.15, rotation=15.0),
     _trial("t18", _SEPARABLE),
     _trial("u3", "c15 P v15 R R"),
     _trial("plain-8-silu", "c8 c8 P v8 v8 v8 v8", residual=False),
-    _trial("t18-double", _SEPARABLE, changes={"learning_rate": 0.2}),
+    _trial("t18-double", _SEPARABLE, learning_rate=0.2),
     _trial("t16-5", "c16 P t16 t16 t16 t16 t16"),
     _trial("t42", "c42 P t42 t42 t42 t42"),
     _trial("plain-10k", _PLAIN, residual=False),
@@ -106,9 +106,9 @@ CONDITIONS = (
     _trial("v19", "c19 P v19 R R R"),
     _trial("p9", "c9 c9 P v9 v9 v9 v9"),
     _trial("t24", "c24 P t24 t24 t24 t24"),
-    _trial("t24-double-ema", "c24 P t24 t24 t24 t24", changes={"learning_rate": 0.2, "ema": 0.999}),
+    _trial("t24-double-ema", "c24 P t24 t24 t24 t24", learning_rate=0.2, ema=0.999),
     _trial("plain-10k-relu", _PLAIN, "relu", residual=False),
-    _trial("t24-32", "c24 P t24 t24 t24 t24", changes={"batch_size": 32}),
+    _trial("t24-32", "c24 P t24 t24 t24 t24", batch_size=32),
     _trial("pool-18", "p18 t18 t18 t18 t18"),
     _trial("pool-24", "p24 t24 t24 t24 t24"),
 )

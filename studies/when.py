@@ -34,25 +34,17 @@ def strengths_of(size: int, name: str) -> dict[str, float]:
 
 def condition(size: int, name: str) -> Condition:
     """A condition on so many digits: nothing, one regulariser, all together, or one of EXERCISE."""
-    strengths = strengths_of(size, name)
-    ghosts = strengths.pop("ghosts", None)
-    changes = {"train_images": size, "passes": PASSES[size]}
-    changes |= {key: strengths.pop(key) for key in ("dropout", "rotation") if key in strengths}
-    num_splits = None if ghosts is None else round(ghosts)
-    return Condition(
-        f"{size}-{name}",
-        f"{LABELS.get(name, name)}, {size:,} digits",
-        num_splits=num_splits,
-        changes=changes,
-        **strengths,
-    )
+    settings: dict = {"train_images": size, "passes": PASSES[size], **strengths_of(size, name)}
+    if "ghosts" in settings:
+        settings["num_splits"] = round(settings.pop("ghosts"))
+    return Condition(f"{size}-{name}", f"{LABELS.get(name, name)}, {size:,} digits", **settings)
 
 
 def batches(slug: str) -> Condition:
     """Twenty epochs of 10,240 digits, in four quarters, with batches and ghosts of the sizes in the name."""
     size, *ghosts = (int(part) for part in slug.split("-") if part.isdigit())
     changes = {"train_images": 10_240, "passes": 5, "epochs": 4, "batch_size": size, "learning_rate": 0.01 * size / 64}
-    return Condition(slug, slug.replace("-", " "), num_splits=size // ghosts[0] if ghosts else None, changes=changes)
+    return Condition(slug, slug.replace("-", " "), num_splits=size // ghosts[0] if ghosts else None, **changes)
 
 
 # What is trained, in this order: names of conditions, and the numbers of digits.

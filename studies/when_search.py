@@ -27,13 +27,10 @@ def condition(size: int, name: str = "nothing", strength: float = 0) -> Conditio
     """One regulariser, at one strength, on so many digits; the slug ends with its place in the grid, from 1."""
     changes = {"train_images": size, "passes": PASSES[size]}
     if name == "nothing":
-        return Condition(f"{size}-nothing", f"{size:,} digits, nothing", changes=changes)
+        return Condition(f"{size}-nothing", f"{size:,} digits, nothing", **changes)
     slug = f"{size}-{name}-{GRIDS[name].index(strength) + 1}"
     label = f"{size:,} digits, {name} {strength:g}"
-    if name in ("dropout", "rotation"):
-        return Condition(slug, label, changes={**changes, name: strength})
-    own = {"num_splits": strength} if name == "ghosts" else {name: strength}
-    return Condition(slug, label, changes=changes, **own)
+    return Condition(slug, label, **changes, **{"num_splits" if name == "ghosts" else name: strength})
 
 
 def together(share: float) -> Condition:
@@ -41,15 +38,13 @@ def together(share: float) -> Condition:
     changes = {"train_images": 300, "passes": PASSES[300], "dropout": 0.05 * share, "rotation": 25.0 * share}
     label = f"300 digits, all five at {share:g}"
     splits = round(16 * share)
-    return Condition(
-        f"300-together-{splits}", label, l1=6e-3 * share, l2=3e-2 * share, num_splits=splits, changes=changes
-    )
+    return Condition(f"300-together-{splits}", label, l1=6e-3 * share, l2=3e-2 * share, num_splits=splits, **changes)
 
 
 def batches(slug: str, label: str, num_splits: int | None = None, **changes: float) -> Condition:
     """Twenty epochs of 10,240 digits, in four quarters."""
     shared = {"train_images": 10_240, "passes": 5, "epochs": 4}
-    return Condition(slug, label, num_splits=num_splits, changes={**shared, **changes})
+    return Condition(slug, label, num_splits=num_splits, **{**shared, **changes})
 
 
 LARGE = {"batch_size": 1_024, "learning_rate": 0.16}
