@@ -196,12 +196,13 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
     with the user's code. With first steps, the syntax trees of that code are compared too, where both sources are
     known, since what acts seldom or late does not show in three steps.
     """
-    steps = requested.get("first_steps")
+    steps, there = requested.get("first_steps"), recorded.get("first_steps")
     wanted = {name: requested[name] for name in ("recipe", "condition", "seed") if name in requested}
-    phrases = compare({name: recorded.get(name) for name in wanted}, wanted, code=steps is not None, tolerance=0)
+    # Before version 0.3, which records all learning rates, the first steps alone told whether code had changed.
+    code = steps is not None and "learning rates" in (there or {})
+    phrases = compare({name: recorded.get(name) for name in wanted}, wanted, code=code, tolerance=0)
     if phrases or steps is None:
         return phrases
-    there = recorded.get("first_steps")
     return ["no record of its first steps"] if there is None else compare(there, steps, shared=True)
 
 
