@@ -172,7 +172,7 @@ class Study:
 
     def about(self) -> pd.DataFrame:
         """One row per run with the entries of run.json: device, processor, versions, seconds and so on."""
-        runs = [{"condition": slug, "seed": seed, **record.about} for (slug, seed), record in self._records.items()]
+        runs = [{**record.about, "condition": slug} for (slug, _), record in self._records.items()]
         return pd.DataFrame(runs).drop(columns=["recipe", "first_steps", "sha256"], errors="ignore")
 
     @cached_property

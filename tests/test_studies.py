@@ -31,7 +31,9 @@ def parameters(recipe, condition):
     return sum(weights.numel() for weights in build_model(recipe, condition).parameters())
 
 
-@pytest.mark.parametrize("which", [slice(-1, None), pytest.param(slice(-1), marks=pytest.mark.slow)], ids=["last", "all"])
+@pytest.mark.parametrize(
+    "which", [slice(-1, None), pytest.param(slice(-1), marks=pytest.mark.slow)], ids=["last", "all"]
+)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_condition_can_be_trained(file: Path, which, mnist):
     recipe, conditions = read(file.stem)
