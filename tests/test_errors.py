@@ -18,7 +18,7 @@ REFUSALS = {
     "s6lib.run_study(s6lib.Recipe('mine', network=Net()))": "SettingError: network must be .* give the class Net",
     "s6lib.run_study(s6lib.Recipe('mine', Net, shift=99), s6lib.CONTROL)": "SettingError: BN .*pixels of an image",
     "s6lib.run_study(conditions='gnb')": "StudyError: 'gnb' is ",
-    "s6lib.Study('nowhere')": "StudyError: no complete ",
+    "s6lib.Study('nowhere')": "StudyError: no recipe is named",
     "class Slow(s6lib.Recipe): pass": "SettingError: Recipe cannot be subclassed",
 }
 

@@ -19,7 +19,7 @@ def test_run_trains_reports_and_draws(tmp_path, capsys):
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "GBN     1" in printed.out
-    assert "GBN, seed 1: epoch 1/1, accuracy" in printed.err
+    assert "GBN (gbn), seed 1: epoch 1/1, accuracy" in printed.err
     names = {"plain_accuracy.png", "plain_loss.png", "plain_misclassified_gbn.png"}
     assert {path.name for path in (tmp_path / "images").iterdir()} == names
     assert all(name in printed.out for name in names)
@@ -85,7 +85,7 @@ def test_a_file_of_ones_own_that_is_none_is_one_line(tmp_path, capsys, monkeypat
 
 
 def test_a_failed_run_is_exit_code_1(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("s6lib.lab.run.evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr("s6lib.lab.run.predict_logits", lambda *_: 1 / 0)
     command = ["run", "--conditions", "gbn", "--epochs", "1", "--train-images", "64", "--jobs", "1"]
     assert main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert "GBN (gbn), seed 1: ZeroDivisionError" in capsys.readouterr().err
@@ -95,7 +95,7 @@ def test_missing_digits_are_one_line_and_exit_code_1(tmp_path, capsys, monkeypat
     def missing(*_):
         raise DataError("archive missing")
 
-    monkeypatch.setattr("s6lib.lab.launch.read_data", missing)
+    monkeypatch.setattr("s6lib.lab.launch.load_images", missing)
     assert main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.endswith("python -m s6lib: archive missing\n")
 

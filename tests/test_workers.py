@@ -20,7 +20,7 @@ from test_study import assert_same_study
 from s6lib.__main__ import main
 from s6lib.errors import RunsFailed, StudyError
 from s6lib.lab.launch import run_study
-from s6lib.lab.workers import JobSettings, dask_executor, pack, resolve_device, train_here, train_packed
+from s6lib.lab.workers import JobSettings, _packed, dask_executor, resolve_device, train_here, train_packed
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
@@ -214,7 +214,7 @@ def test_what_is_ones_own_travels_by_value(tmp_path):
     """To a process that knows nothing of this file, and shares no disk."""
     runs = [Run(ONCE, Condition("half", penalty=half), seed) for seed in (1, 2)]
     task = tmp_path / "task"
-    task.write_bytes(pickle.dumps(("study", pack(*runs), 1, JobSettings(tmp_path, "not there", "cpu", None))))
+    task.write_bytes(pickle.dumps(("study", _packed(runs), 1, JobSettings(tmp_path, "not there", "cpu", None))))
     script = (
         "import pickle, sys; from s6lib.lab.workers import train_packed\n"
         "print(round(train_packed(*pickle.load(open(sys.argv[1], 'rb'))).history[0]['penalty'], 6))"
@@ -230,7 +230,7 @@ def test_what_runs_share_is_pickled_and_read_once(monkeypatch, tmp_path):
     images = bytes(10**6)
     condition = Condition("own", penalty=lambda model: len(images))
     runs = [Run(ONCE, condition, seed) for seed in (1, 2, 3)]
-    content = pack(*runs)
+    content = _packed(runs)
     assert len(content) < 1.1 * len(images)
     trained = []
     monkeypatch.setattr("s6lib.lab.workers._train", lambda run, settings: trained.append(run))

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from s6lib.errors import RunsFailed, Stopped, StudyError
+from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint, run_folders
 from s6lib.lab.progress import progress
 from s6lib.lab.record import (
@@ -23,7 +24,7 @@ from s6lib.lab.record import (
     read_condition,
     settings_of,
 )
-from s6lib.lab.run import identity, save_run
+from s6lib.lab.run import Data, identity, save_run
 from s6lib.lab.trial import first_steps
 from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, forget_images, load_images
@@ -70,8 +71,10 @@ def run_study(
     if executor is None:
         device = resolve_device(device)
     forget_images()
+    with reproducible(CPU):
+        data = load_images(chosen)
     with _only_study_in(out) as token:
-        _require_one_training(out, runs)
+        _require_one_training(out, runs, data)
         waiting = [run for run in runs if not is_complete(run.folder(out))]
         settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
@@ -152,7 +155,7 @@ def _only_study_in(out: Path) -> Iterator[str]:
             token.unlink(missing_ok=True)
 
 
-def _require_one_training(out: Path, runs: list[Run]) -> None:
+def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
     """Compare the runs in a recipe's folder, complete or not, with those that are requested, and try the new ones.
 
     Settings identify a run; with the user's code, its first steps do too, of one seed of each condition. Raises
@@ -174,7 +177,7 @@ def _require_one_training(out: Path, runs: list[Run]) -> None:
     for slug, condition in conditions.items():
         other, about = recorded.get(slug, (folder, {"seed": runs[0].seed}))
         run = Run(runs[0].recipe, condition, about["seed"])
-        tried[slug] = run, None if run.is_built_in else first_steps(run, load_images(run.recipe))
+        tried[slug] = run, None if run.is_built_in else first_steps(run, data)
         if "first_steps" in about:
             _require_same(other, about, identity(*tried[slug]))
     for (first, one), (second, another) in combinations(tried.items(), 2):

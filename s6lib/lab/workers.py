@@ -20,6 +20,7 @@ import torch
 from loky import ProcessPoolExecutor, cpu_count
 
 from s6lib.errors import RunError, S6Error, StudyError
+from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.record import has_user_code
 from s6lib.lab.run import RunResult, train_run
 from s6lib.lab.trial import first_steps, pack
@@ -188,7 +189,9 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
         folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
         with _ALONE:
             own = not run.is_built_in and has_user_code(run)
-            steps = first_steps(run, load_images(run.recipe)) if own else None
+            with reproducible(CPU):  # a function that gives the data may draw
+                data = load_images(run.recipe)
+            steps = first_steps(run, data) if own else None
             return train_run(run, folder, resolve_device(settings.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"

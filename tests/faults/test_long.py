@@ -81,12 +81,12 @@ from s6lib.recipes import CONDITIONS, PLAIN
 from s6lib.data import load_mnist
 train, test = load_mnist()
 test = test.part(slice(1000))
-s6lib.lab.run.read_data = lambda recipe: (train, test)
-peaks, evaluate = [], s6lib.lab.run.evaluate
+s6lib.lab.run.load_images = lambda recipe: (train, test)
+peaks, predict_logits = [], s6lib.lab.run.predict_logits
 def spied(*arguments):
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return evaluate(*arguments)
-s6lib.lab.run.evaluate = spied
+    return predict_logits(*arguments)
+s6lib.lab.run.predict_logits = spied
 s6lib.lab.run.train_run(s6lib.lab.run.Run(replace(PLAIN, train_images=640), CONDITIONS[0], 1))
 print(peaks[5], peaks[-1])
 """
