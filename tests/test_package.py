@@ -2,7 +2,8 @@
 
 import ast
 import graphlib
-import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,52 +11,53 @@ import pytest
 import s6lib
 
 FOLDER = Path(s6lib.__file__).parent
+SOURCES = {path.relative_to(FOLDER).with_suffix("").as_posix(): path.read_text() for path in FOLDER.rglob("*.py")}
 
 
-def test_the_names_that_people_import_are_there():
+def imports(module, everywhere=True):
+    """The modules that a module imports: s6lib's as they are called here, such as lab/files, the others' first words."""
+    tree = ast.parse(SOURCES[module])
+    nodes = list(ast.walk(tree) if everywhere else tree.body)
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            of_package = node.module in ("s6lib", "s6lib.lab")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if of_package else {node.module}
+    inside = {name.removeprefix("s6lib.").replace(".", "/") for name in names if name.startswith("s6lib")}
+    return inside & SOURCES.keys(), {name.partition(".")[0] for name in names}
+
+
+def test_a_name_is_imported_where_it_is_first_used():
     for name in s6lib.__all__:
         assert getattr(s6lib, name) is not None
-    assert s6lib.statistics.paired_comparisons
-    assert s6lib.__version__.count(".") == 2
     assert set(s6lib.__all__) <= set(dir(s6lib))
+    assert s6lib.__version__.count(".") == 2
     assert (FOLDER / "py.typed").exists()
     with pytest.raises(AttributeError, match="has no attribute 'ghost'"):
         _ = s6lib.ghost
 
 
-def name(path: Path) -> str:
-    return ".".join(path.relative_to(FOLDER).with_suffix("").parts)
-
-
-def imports(path: Path) -> set[str]:
-    """The modules of s6lib that a module imports when it is itself imported."""
-    nodes = ast.parse(path.read_text()).body
-    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("s6lib")]
-    names = {alias.name for node in found if node.module == "s6lib" for alias in node.names}
-    return names | {node.module.removeprefix("s6lib.") for node in found if node.module != "s6lib"}
+def test_modules_can_be_had_from_the_package_alone_and_torch_comes_when_it_is_needed():
+    code = "import sys, s6lib; s6lib.errors.S6Error; assert 'torch' not in sys.modules; s6lib.data.normalise"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_imports_point_one_way():
-    drawing = {name(path): imports(path) for path in FOLDER.rglob("*.py") if path.stem != "__init__"}
+    drawing = {module: imports(module)[0] for module in SOURCES if not module.endswith("__init__")}
     tuple(graphlib.TopologicalSorter(drawing).static_order())  # raises CycleError for a circle
-    assert drawing["norm"] == drawing["statistics"] == drawing["errors"] == drawing["preregistered"] == set()
-    assert not drawing["study"] & {"lab.launch", "lab.workers"}
-    assert not {one for one in drawing["plots"] if one == "study" or one.startswith("lab.")}
+    for alone in ("errors", "norm", "statistics", "preregistered", "preregistered_when"):
+        assert drawing[alone] <= {"errors"}, alone
+    lab = {module for module in drawing if module.startswith("lab/")}
+    for lesson in ("data", "models", "train", "recipes"):
+        assert not drawing[lesson] & {*lab, "study"}, lesson
+    assert drawing["study"] & lab == {"lab/files", "lab/record", "lab/device"}
+    assert not drawing["plots"] & lab
+    assert {module for module in lab if drawing[module] & {"study", "analysis", "plots"}} == {"lab/launch"}
+    assert not any("__main__" in imported for imported in drawing.values())
 
 
-def test_statistics_know_no_torch():
-    source = Path(importlib.import_module("s6lib.statistics").__file__).read_text()
-    assert "torch" not in {name.partition(".")[0] for name in imports_of_all(source)}
-
-
-def test_torchvision_is_imported_only_where_it_is_needed():
-    """It takes as long to import as torch does."""
-    for path in FOLDER.rglob("*.py"):
-        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        assert "torchvision" not in " ".join(map(ast.unparse, at_once)), path
-
-
-def imports_of_all(source: str) -> set[str]:
-    nodes = list(ast.walk(ast.parse(source)))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+def test_statistics_know_no_torch_and_no_module_needs_torchvision():
+    """Each takes seconds to import."""
+    assert "torch" not in imports("statistics")[1]
+    for module in SOURCES:
+        assert "torchvision" not in imports(module, everywhere=False)[1], module
