@@ -390,9 +390,9 @@ def batches(
 def _transformed(images: Tensor, transform: Transform) -> Tensor:
     """Transform each image (N, H, H) by itself; return grey levels from 0 to 255."""
     results = [transform(image) for image in images.unsqueeze(1)]
-    wrong = next((one for one in results if not isinstance(one, Tensor) or one.shape != images[:1].shape), None)
-    if wrong is not None:
-        kind = tuple(wrong.shape) if isinstance(wrong, Tensor) else type(wrong).__name__
+    wrong = [one for one in results if not isinstance(one, Tensor) or one.shape != images[:1].shape]
+    if wrong:
+        kind = tuple(wrong[0].shape) if isinstance(wrong[0], Tensor) else type(wrong[0]).__name__
         raise SettingError(f"`transform` must turn an image (1, H, H) into one of the same size, not {kind}")
     levels = torch.cat(results)
     if levels.is_floating_point() and bool(((levels >= 0) & (levels <= 1)).all()):
