@@ -2,12 +2,13 @@ import errno
 import gzip
 import shutil
 import struct
-import subprocess
-import sys
 import threading
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision.transforms.v2.functional as torchvision_functional
@@ -15,15 +16,16 @@ from conftest import needs_fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import KMNIST, MNIST, FakeData, FashionMNIST
+from torchvision.transforms import v2
 
 from s6lib.data import (
     CLASS_NAMES,
     DATA,
     STD,
     Augmentation,
-    DataError,
-    Digits,
+    ImageDataset,
     adjust_brightness,
     adjust_contrast,
     affine,
@@ -34,135 +36,85 @@ from s6lib.data import (
     normalise,
     rotate,
 )
+from s6lib.errors import DataError, SettingError
 
 ARCHIVES = [name for name, _ in MNIST.resources]
 UNPACKED = [name.removesuffix(".gz") for name in ARCHIVES]
 
 
-@pytest.fixture
-def archives(tmp_path):
-    """A data folder with the four archives, not yet unpacked."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in ARCHIVES:
-        shutil.copy(DATA / "MNIST" / "raw" / name, raw)
-    return raw
+def assert_same_images(loaded, expected):
+    for ours, theirs in zip(loaded, expected, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+# --- MNIST's files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def no_network(monkeypatch):
+def root(tmp_path, monkeypatch):
+    """A data folder with the four archives, not yet unpacked, and no network."""
+    shutil.copytree(DATA / "MNIST" / "raw", tmp_path / "MNIST" / "raw", ignore=shutil.ignore_patterns("*-ubyte"))
     monkeypatch.setattr(MNIST, "mirrors", ["file:///nowhere/"])
+    return tmp_path
 
 
 def test_mnist_has_the_official_counts(mnist):
     train, test = mnist
-    assert train.images.shape == (60_000, 28, 28)
-    assert test.images.shape == (10_000, 28, 28)
-    assert train.images.dtype == torch.uint8
+    assert (train.images.shape, test.images.shape) == ((60_000, 28, 28), (10_000, 28, 28))
     assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert [f"{digit} - {name}" for digit, name in enumerate(CLASS_NAMES)] == MNIST.classes
+    assert [f"{number} - {name}" for number, name in enumerate(CLASS_NAMES)] == MNIST.classes
 
 
-def assert_same_digits(loaded, mnist):
-    for digits, others in zip(loaded, mnist, strict=True):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(digits[:2], others[:2], strict=True))
-
-
-def test_archives_unpack_offline(archives, no_network, mnist):
-    assert_same_digits(load_mnist(archives.parents[1]), mnist)
-    assert sorted(path.name for path in archives.iterdir()) == sorted([*ARCHIVES, *UNPACKED])
-    theirs = [MNIST(archives.parents[1], train=train) for train in (True, False)]
-    assert_same_digits([Digits(digits.data, digits.targets) for digits in theirs], mnist)
-
-
-def test_unpacked_files_need_no_archives(archives, no_network, mnist):
-    load_mnist(archives.parents[1])
+def test_archives_are_unpacked_once_and_damaged_files_unpacked_again(root, mnist, monkeypatch):
+    assert_same_images(load_mnist(root), mnist)
+    raw = root / "MNIST" / "raw"
+    assert sorted(path.name for path in raw.iterdir()) == sorted([*ARCHIVES, *UNPACKED])
+    theirs = [MNIST(root, train=train) for train in (True, False)]
+    assert_same_images([ImageDataset(part.data, part.targets) for part in theirs], mnist)
+    with (raw / UNPACKED[2]).open("r+b") as file:
+        file.seek(5000)
+        file.write(b"other")
+    assert_same_images(load_mnist(root), mnist)
     for name in ARCHIVES:
-        (archives / name).unlink()
-    assert_same_digits(load_mnist(archives.parents[1]), mnist)
-
-
-def test_damaged_unpacked_files_without_archives_are_kept(archives, no_network):
-    load_mnist(archives.parents[1])
-    for name in ARCHIVES:
-        (archives / name).unlink()
+        (raw / name).unlink()
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert_same_images(load_mnist(f"~/{root.name}"), mnist)
     for name in UNPACKED:
-        with (archives / name).open("ab") as file:
+        with (raw / name).open("ab") as file:
             file.write(b"more")
-    with pytest.raises(DataError, match=", ".join(str(archives / name) for name in ARCHIVES)):
-        load_mnist(archives.parents[1])
-    assert sorted(path.name for path in archives.iterdir()) == sorted(UNPACKED)
-
-
-READ_ONLY = """\
-set -e
-mount -t tmpfs none {folder}
-cp -r {source} {folder}
-mount -o remount,ro {folder}
-if touch {folder}/file 2>/dev/null; then exit 1; fi
-echo mounted
-{python} -c "from s6lib.data import load_mnist; print(*(len(digits.labels) for digits in load_mnist('{folder}')))"
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kept", ["*.gz", "*-ubyte", "*"])
-def test_a_read_only_folder_will_do(archives, tmp_path, kept):
-    load_mnist(archives.parents[1])
-    for path in set(archives.iterdir()) - set(archives.glob(kept)):
-        path.unlink()
-    script = READ_ONLY.format(folder=tmp_path / "disk", source=tmp_path / "MNIST", python=sys.executable)
-    (tmp_path / "disk").mkdir()
-    try:
-        done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("unshare is not here")
-    if "mounted" not in done.stdout:
-        pytest.skip("this user may not mount a tmpfs")
-    assert done.stdout == "mounted\n60000 10000\n", done.stderr
-
-
-def test_a_missing_archive_in_a_read_only_folder_is_named(archives, monkeypatch):
-    def read_only(path):
-        raise OSError(errno.EROFS, "Read-only file system", path)
-
-    (archives / ARCHIVES[2]).unlink()
-    monkeypatch.setattr("s6lib.data.FileLock", read_only)
-    with pytest.raises(DataError, match=rf"failed: {archives / ARCHIVES[2]}\. .*What failed: .*Read-only file system"):
-        load_mnist(archives.parents[1])
-
-
-def test_a_full_disk_hinders_the_unpacking_alone(archives, monkeypatch, mnist):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, "No space left on device", path)
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    assert_same_digits(load_mnist(archives.parents[1]), mnist)
-    assert not list(archives.glob("*-ubyte"))
-
-
-def test_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist):
-    load_mnist(archives.parents[1])
-    unpacked = archives / "t10k-images-idx3-ubyte"
-    damaged = bytearray(unpacked.read_bytes())
-    damaged[5000] ^= 255
-    unpacked.write_bytes(damaged)
-    assert torch.equal(load_mnist(archives.parents[1])[1].images, mnist[1].images)
+    with pytest.raises(DataError, match=", ".join(str(raw / name) for name in ARCHIVES)):
+        load_mnist(root)
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),  # faults/test_damage.py flips and truncates the other archives too
     [*((name, "missing") for name in ARCHIVES), (ARCHIVES[0], "flipped"), (ARCHIVES[0], "truncated")],
 )
-def test_damaged_archive_is_named_with_the_remedy(archives, no_network, name, damage):
-    content = bytearray((archives / name).read_bytes())
+def test_a_damaged_archive_is_named_with_the_remedy(root, name, damage):
+    archive = root / "MNIST" / "raw" / name
+    content = bytearray(archive.read_bytes())
     content[len(content) // 2] ^= 255
-    (archives / name).unlink()
+    archive.unlink()
     if damage != "missing":
-        (archives / name).write_bytes(content if damage == "flipped" else content[:100])
+        archive.write_bytes(content if damage == "flipped" else content[:100])
     with pytest.raises(DataError, match=rf"{name}\. Restore it with `git checkout"):
-        load_mnist(archives.parents[1])
+        load_mnist(root)
+
+
+def test_a_full_disk_hinders_unpacking_alone_and_a_read_only_one_is_named(root, monkeypatch, mnist):
+    def fail(number, path, *_):
+        raise OSError(number, "it cannot be written", path)
+
+    raw = root / "MNIST" / "raw"
+    monkeypatch.setattr("pathlib.Path.write_bytes", partial(fail, errno.ENOSPC))
+    assert_same_images(load_mnist(root), mnist)
+    assert not list(raw.glob("*-ubyte"))
+    (raw / ARCHIVES[2]).unlink()
+    monkeypatch.setattr("s6lib.data.FileLock", partial(fail, errno.EROFS))
+    with pytest.raises(DataError, match=rf"failed: {raw / ARCHIVES[2]}\. .*What failed: .*it cannot be written"):
+        load_mnist(root)
 
 
 class _Mirror(SimpleHTTPRequestHandler):
@@ -173,162 +125,14 @@ class _Mirror(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def mirror(monkeypatch):
+def test_missing_and_damaged_archives_are_downloaded(root, mnist, monkeypatch):
+    (root / "MNIST" / "raw" / ARCHIVES[1]).unlink()
+    (root / "MNIST" / "raw" / ARCHIVES[3]).write_bytes(gzip.compress(b"not MNIST"))
     with ThreadingHTTPServer(("127.0.0.1", 0), _Mirror) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        yield
+        assert_same_images(load_mnist(root), mnist)
         server.shutdown()
-
-
-def test_missing_and_damaged_archives_are_downloaded(archives, mirror, mnist):
-    (archives / ARCHIVES[1]).unlink()
-    (archives / ARCHIVES[3]).write_bytes(gzip.compress(b"not MNIST"))
-    assert_same_digits(load_mnist(archives.parents[1]), mnist)
-
-
-def test_the_home_folder_may_be_written_short(archives, no_network, mnist, monkeypatch):
-    root = archives.parents[1]
-    monkeypatch.setenv("HOME", str(root.parent))
-    monkeypatch.chdir(root)
-    assert torch.equal(load_mnist(f"~/{root.name}")[1].images, mnist[1].images)
-    assert not (root / "~").exists()
-
-
-@pytest.mark.parametrize("function", [normalise, rotate, adjust_brightness, adjust_contrast])
-def test_images_are_left_as_they_were(mnist, function):
-    images = mnist[0].images[:4].float()
-    before = images.clone()
-    changed = function(images) if function is normalise else function(images, torch.full((4,), 9.0))
-    assert torch.equal(images, before)
-    assert not torch.equal(changed.squeeze(1), before)
-
-
-def test_normalise_gives_mean_zero_and_deviation_one(mnist):
-    images = normalise(mnist[0].images)
-    assert images.shape == (60_000, 1, 28, 28)
-    assert abs(float(images.mean())) < 1e-3
-    assert abs(float(images.std()) - 1) < 1e-3
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 59_990), st.lists(st.floats(-180, 180, width=32), min_size=1, max_size=5))
-def test_rotate_is_torchvisions_image_by_image(mnist, first, angles):
-    images = mnist[0].images[first : first + len(angles)]
-    angles = torch.tensor(angles)
-    rotated = rotate(images, angles)
-    for image, angle, ours in zip(images, angles.tolist(), rotated, strict=True):
-        if angle % 90:  # torchvision turns right angles by another rule
-            assert torch.equal(ours, torchvision_functional.rotate(image[None], angle, fill=[1])[0].float())
-
-
-amounts = st.tuples(
-    st.floats(-180, 180, width=32), st.floats(0.5, 2, width=32), st.floats(-9, 9, width=32), st.floats(-9, 9, width=32)
-)
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 59_990), st.lists(amounts, min_size=1, max_size=5))
-def test_affine_is_torchvisions_image_by_image(mnist, first, drawn):
-    images = mnist[0].images[first : first + len(drawn)]
-    angles, scales, right, down = torch.tensor(drawn).T
-    moved = affine(images, angles, scales, torch.stack([right, down], dim=1))
-    for image, (angle, scale, *shift), ours in zip(images, drawn, moved, strict=True):
-        bilinear = torchvision_functional.InterpolationMode.BILINEAR
-        theirs = torchvision_functional.affine(image[None].float(), -angle, shift, scale, [0.0, 0.0], bilinear)
-        assert torch.allclose(ours, theirs[0], atol=0.05)  # of 255 grey levels
-
-
-def test_affine_turns_as_rotate_does_and_shifts_right_and_down(mnist):
-    images, ones = mnist[0].images[:3], torch.ones(3)
-    turned = affine(images, 90 * ones, ones, torch.zeros(3, 2))
-    assert torch.allclose(turned, rotate(images, 90 * ones, fill=0), atol=0.05)
-    shifted = affine(images, 0 * ones, ones, torch.tensor([[2.0, 3.0]]).expand(3, 2))
-    assert torch.allclose(shifted[:, 3:, 2:], images[:, :-3, :-2].float(), atol=0.05)
-
-
-def test_rotate_brings_in_the_fill(mnist):
-    corner = rotate(mnist[0].images[:1], torch.tensor([15.0]))[0, 0, 0]
-    assert corner == 1
-    assert rotate(mnist[0].images[:1], torch.tensor([15.0]), fill=7)[0, 0, 0] == 7
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 59_990), st.lists(st.floats(0, 3, width=32), min_size=1, max_size=5))
-def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
-    images = mnist[0].images[first : first + len(factors)]
-    brighter, stretched = (change(images, torch.tensor(factors)) for change in (adjust_brightness, adjust_contrast))
-    for i, factor in enumerate(factors):
-        one = images[i][None]
-        assert torch.equal(brighter[i], torchvision_functional.adjust_brightness(one, factor)[0].float())
-        difference = stretched[i] - torchvision_functional.adjust_contrast(one, factor)[0].float()
-        # An image's mean may round otherwise when taken in a batch: a grey level then falls on the other side.
-        assert difference.abs().max() <= 1
-        assert difference.count_nonzero() <= 4
-
-
-def test_the_last_10_000_training_digits_are_held_out(mnist):
-    rest, held_out = hold_out(mnist[0])
-    assert (len(rest.images), len(held_out.images)) == (50_000, 10_000)
-    together = Digits(*(torch.cat(parts) for parts in zip(rest[:2], held_out[:2], strict=True)))
-    assert_same_digits([together], [mnist[0]])
-
-
-def squares(size=12, classes=3, count=60):
-    """Images with a bright square whose place is the class."""
-    labels = np.arange(count) % classes
-    images = np.zeros((count, size, size), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[label : label + 3, label : label + 3] = 200
-    names = [f"square {number}" for number in range(classes)]
-    return images, labels, torch.from_numpy(images[:20]), torch.from_numpy(labels[:20]), names
-
-
-@pytest.mark.parametrize(("size", "classes"), [(12, 3), (64, 12)])
-def test_a_callable_gives_a_data_set_of_any_size(size, classes):
-    train, test = load_data(lambda: squares(size, classes))
-    assert train.images.shape == (60, size, size)
-    assert (test.labels.dtype, len(test.labels), len(test.class_names)) == (torch.int64, 20, classes)
-    (images, _), *_ = batches(train, 60, Augmentation(rotation=0.0), torch.Generator().manual_seed(1))
-    assert images.shape == (60, 1, size, size)
-    assert float(images.mean()) == pytest.approx(0, abs=0.05)
-    assert float(images.std()) == pytest.approx(1, abs=0.05)
-
-
-def test_a_data_set_of_one_grey_level_is_no_division_by_zero():
-    images, labels = torch.zeros(4, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
-    train, _ = load_data(lambda: (images, labels, images, labels, ("a", "b")))
-    assert normalise(train.images, train.mean, train.std).abs().sum() == 0
-
-
-IMAGES, LABELS, _, _, NAMES = squares()
-
-
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (None, "data must return train_images, train_labels, test_images, test_labels, class_names, not NoneType"),
-        ((IMAGES, LABELS), "data must return train_images"),
-        ((IMAGES / 255, LABELS, IMAGES, LABELS, NAMES), "train_images must be uint8 .* not torch.float64"),
-        ((IMAGES, LABELS, IMAGES[:, None], LABELS, NAMES), r"test_images must be uint8 .* \(60, 1, 12, 12\)"),
-        ((IMAGES[:, :8], LABELS, IMAGES, LABELS, NAMES), r"train_images must be uint8 .* \(60, 8, 12\)"),
-        ((IMAGES, LABELS, IMAGES[:, :8, :8], LABELS, NAMES), r"test_images must be of the size of train_images"),
-        ((IMAGES[:0], LABELS[:0], IMAGES, LABELS, NAMES), "train_images must be uint8"),
-        ((IMAGES, LABELS[:9], IMAGES, LABELS, NAMES), "train_labels must be whole numbers"),
-        ((IMAGES, LABELS + 1, IMAGES, LABELS, NAMES), "from 0 to 2, an index .* from 1 to 3"),
-        ((IMAGES, LABELS * 1.0, IMAGES, LABELS, NAMES), "train_labels must be whole numbers"),
-        ((IMAGES, LABELS, IMAGES, LABELS, NAMES[:1]), "data must have 2 to 256 class_names, not 1"),
-    ],
-)
-def test_what_is_no_data_set_is_said(made, said):
-    with pytest.raises(DataError, match=said):
-        load_data(lambda: made)
-
-
-def test_data_that_cannot_be_made_is_said():
-    with pytest.raises(DataError, match="the data cannot be made: ZeroDivisionError: division by zero"):
-        load_data(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fashion-mnist", FashionMNIST), ("kmnist", KMNIST)])
@@ -349,59 +153,348 @@ def test_torchvisions_data_sets(name, kind, tmp_path, monkeypatch):
     assert train.mean == round(float((train.images / 255).mean()), 4)
 
 
-def test_batches_hold_every_image_once_with_its_label(mnist):
-    digits = Digits(mnist[0].images[:150], torch.arange(150))
-    parts = list(batches(digits, 64, Augmentation(), torch.Generator().manual_seed(1)))
-    assert [len(labels) for _, labels in parts] == [64, 64, 22]
+# --- a data set of images --------------------------------------------------------------------------------------------
+
+
+def test_an_image_data_set_is_a_torch_data_set(mnist):
+    train, _ = mnist
+    image, label = train[0]
+    assert len(train) == 60_000
+    assert (image.shape, image.dtype, label, type(label)) == ((1, 28, 28), torch.float32, 5, int)
+    assert torch.equal(train[-1][0], normalise(train.images[-1:])[0])
+    some = Subset(train, range(100))
+    images, labels = next(iter(DataLoader(some, 100)))
+    assert torch.equal(images, normalise(train.images[:100]))
+    assert torch.equal(labels, train.labels[:100])
+    _, shuffled = next(iter(DataLoader(train, 64, shuffle=True, generator=torch.Generator().manual_seed(1))))
+    assert shuffled.shape == (64,)
+    assert len(list(train.part(slice(3)))) == 3  # iteration ends
+
+
+def test_a_part_keeps_what_belongs_to_the_data_set():
+    whole = ImageDataset(X, Y, NAMES, mean=0.5, std=0.25)
+    part = whole.part(torch.tensor([7, 2])).to("cpu")
+    assert part.labels.tolist() == [Y[7], Y[2]]
+    assert np.array_equal(part.images, X[[7, 2]])
+    assert (part.class_names, part.mean, part.std) == (tuple(NAMES), 0.5, 0.25)
+    assert torch.allclose(part[0][0], (torch.tensor(X[7:8]) / 255 - 0.5) / 0.25, atol=1e-6)
+
+
+def test_the_last_10_000_training_images_are_held_out(mnist):
+    rest, held_out = hold_out(mnist[0])
+    assert (len(rest), len(held_out)) == (50_000, 10_000)
+    assert_same_images([rest, held_out], [mnist[0].part(slice(50_000)), mnist[0].part(slice(50_000, None))])
+
+
+random = np.random.default_rng(0)
+X, Y = random.integers(0, 256, (40, 12, 12), dtype=np.uint8), random.integers(0, 10, 40)
+NAMES = [f"class {number}" for number in range(10)]
+SERIES = pd.Series(Y)
+KEPT = SERIES[SERIES.ne(Y[0])]
+FIXED = X.copy()
+FIXED.setflags(write=False)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (X, Y), (torch.tensor(X), torch.tensor(Y)), (list(X), list(Y)), (list(torch.tensor(X)), Y.tolist()),
+        (X[:, ::-1], Y[::-1]), (np.rot90(X, axes=(1, 2)), Y), (X.transpose(0, 2, 1), Y), (X[::2], Y[::2]),
+        (np.broadcast_to(X[:1], X.shape), Y), (X, Y.astype(">i4")), (X, Y.astype(np.uint16)), (X, Y.astype(np.uint8)),
+        (X, SERIES), (X[KEPT.index], KEPT), (X, SERIES.sample(frac=1, random_state=1)), (X, SERIES.astype("category")),
+        (X, Y > 4), (X[:, :1, :1], Y), (FIXED, Y),
+    ],
+)  # fmt: skip
+def test_arrays_of_any_layout_are_kept_as_they_are(images, labels):
+    dataset = ImageDataset(images, labels, NAMES)
+    assert (dataset.images.dtype, dataset.labels.dtype) == (torch.uint8, torch.int64)
+    assert np.array_equal(dataset.images, np.stack([np.asarray(image) for image in images]))
+    assert dataset.labels.tolist() == [int(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "names", "said"),
+    [
+        (X / 255, Y, NAMES, "images must be uint8 .*, not torch.float64"),
+        (X.astype(int), Y, NAMES, "images must be uint8 .*, not torch.int64"),
+        (X[:, None], Y, NAMES, r"images must be uint8 .* \(40, 1, 12, 12\)"),
+        (np.stack([X] * 3, -1), Y, NAMES, r"images must be uint8 .*Grayscale\(\) for colours"),
+        (X[:, :8], Y, NAMES, r"images must be uint8 .* \(40, 8, 12\).* Resize"),
+        (X[:0], Y[:0], NAMES, "images must be uint8"),
+        ([X[0], X[1, :6, :6]], Y[:2], NAMES, "images must be numbers of one shape, .* not list"),
+        (X.astype(object), Y, NAMES, "images must be numbers of one shape, .* not ndarray"),
+        (X, Y[:9], NAMES, r"labels must be whole numbers \(40,\)"),
+        (X, Y + 1, NAMES, "labels must be whole numbers .* from 0 to 9, .* from 1 to 10"),
+        (X, Y - 1, NAMES, "labels must be whole numbers .* from -1 to 8"),
+        (X, Y * 1.0, NAMES, "labels must be whole numbers .*float64"),
+        (X, Y[:, None], NAMES, r"labels must be whole numbers .* \(40, 1\)"),
+        (X, np.eye(10, dtype=int)[Y], NAMES, r"labels must be whole numbers .* \(40, 10\)"),
+        (X, Y.astype(str), NAMES, "labels must be numbers"),
+        (X, Y, NAMES[:1], "class_names must be 2 to 256 names, one per class"),
+        (X, Y, None, "class_names must be .* not None"),
+        (X, Y, 10, "class_names must be .* not 10"),
+    ],
+)
+def test_what_is_no_data_set_is_one_sentence(images, labels, names, said):
+    with pytest.raises(DataError, match=said) as raised:
+        ImageDataset(images, labels, names)
+    assert "\n" not in str(raised.value)
+
+
+# --- a user's data ---------------------------------------------------------------------------------------------------
+
+GREY = v2.Grayscale()
+FLOATS = v2.Compose([GREY, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+PAIRS = TensorDataset(torch.tensor(X)[:, None], torch.tensor(Y))
+
+
+def fake(count, transform=GREY):
+    return FakeData(count, (3, 12, 12), num_classes=4, transform=transform)
+
+
+@pytest.mark.parametrize("transform", [GREY, FLOATS, v2.Compose([GREY, v2.PILToTensor()])])
+def test_torchs_data_sets_are_read_as_grey_levels(transform):
+    train, test = load_data(lambda: (fake(30, transform), Subset(fake(40, transform), range(30, 40))))
+    assert (len(train), len(test), train.class_names) == (30, 10, ("0", "1", "2", "3"))
+    expected = [(np.asarray(image), label) for image, label in fake(40)]
+    assert np.array_equal(test.images, np.stack([image for image, _ in expected[30:]]))
+    assert test.labels.tolist() == [label for _, label in expected[30:]]
+
+
+@pytest.mark.parametrize(
+    "part", [PAIRS, [(image, int(label)) for image, label in PAIRS], [(X[i] / 255, Y[i]) for i in range(40)],
+             TensorDataset(torch.tensor(X) / 255, torch.tensor(Y)), ImageDataset(X, Y)],
+)  # fmt: skip
+def test_pairs_of_image_and_label_are_a_data_set(part):
+    _, test = load_data(lambda: [part, part])
+    assert_same_images([test], [ImageDataset(X, Y)])
+    assert len(test.class_names) == 10
+
+
+def test_the_class_names_are_those_of_the_data_set():
+    named = fake(20)
+    named.classes = ["shirt", "shoe", "bag", "hat"]
+    train, test = load_data(lambda: (Subset(Subset(named, range(15)), range(9)), named))
+    assert train.class_names == test.class_names == ("shirt", "shoe", "bag", "hat")
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (None, "data must give two data sets of .*, not NoneType"),
+        (PAIRS, "data must give two data sets .*, not TensorDataset"),
+        ((X, Y, X, Y), "data must give two data sets .*, not 4"),
+        ((1, 2), "data must give two data sets"),
+        ((X, Y), r"must hold pairs \(image, label\)"),
+        ((TensorDataset(*PAIRS.tensors, PAIRS.tensors[1]),) * 2, r"must hold pairs \(image, label\)"),
+        ((fake(9, None),) * 2, r"images must be uint8 .* use transforms.Grayscale\(\)"),
+        ((fake(9, v2.Compose([FLOATS, v2.Normalize([0.5], [0.5])])),) * 2, "uint8 .* leave out Normalize"),
+        (([(X[0], 0), (X[1, :6, :6], 1)],) * 2, "images must be numbers of one shape"),
+        ((PAIRS, fake(9, v2.Compose([GREY, v2.Resize(8)]))), r"must be of one size, not \(12, 12\) and \(8, 8\)"),
+        (([(X[0], 0.5), (X[1], 1)],) * 2, "labels must be whole numbers"),
+    ],
+)
+def test_what_are_no_two_data_sets_is_one_sentence(made, said):
+    with pytest.raises(DataError, match=said) as raised:
+        load_data(lambda: made)
+    assert "\n" not in str(raised.value)
+
+
+def test_data_that_cannot_be_made_is_one_sentence():
+    with pytest.raises(DataError, match="the data cannot be made: ZeroDivisionError: division by zero"):
+        load_data(lambda: 1 / 0)
+
+
+def test_images_that_come_class_by_class_are_shuffled_once_by_a_fixed_seed():
+    labels = np.repeat(np.arange(4), 50)
+    ordered = ImageDataset(np.arange(200, dtype=np.uint8).reshape(-1, 1, 1), labels, NAMES[:4])
+    train, test = load_data(lambda: (ordered, ordered))
+    assert_same_images([test], [ordered])
+    order = train.images.flatten().long()
+    assert order.sort().values.tolist() == list(range(200))
+    assert torch.equal(train.labels, ordered.labels[order])
+    assert min(train.labels[:60].bincount(minlength=4)) > 5  # as `train_images` takes them
+    assert min(hold_out(train)[1].labels.bincount(minlength=4)) > 2
+
+
+def test_what_data_draws_is_the_same_for_every_run():
+    def draw():
+        images = np.random.randint(0, 256, (20, 4, 4)).astype(np.uint8)  # noqa: NPY002 - as users write it
+        return [TensorDataset(torch.tensor(images), torch.randint(0, 2, (20,)))] * 2
+
+    assert_same_images(load_data(draw), load_data(draw))
+
+
+@given(st.lists(st.integers(0, 255), min_size=2, max_size=50))
+def test_mean_and_sd_are_those_of_the_training_pixels(pixels):
+    images = torch.tensor(pixels, dtype=torch.uint8).view(-1, 1, 1)
+    part = ImageDataset(images, torch.arange(len(pixels)) % 2)
+    train, test = load_data(lambda: (part, part.part(slice(1))))
+    expected = images.double() / 255
+    assert train.mean == test.mean == round(float(expected.mean()), 4)
+    assert train.std == test.std == (round(float(expected.std()), 4) or 1.0)  # of one grey level: no division by zero
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [normalise, rotate, adjust_brightness, adjust_contrast])
+def test_images_are_left_as_they_were(mnist, function):
+    images = mnist[0].images[:4].float()
+    before = images.clone()
+    changed = function(images) if function is normalise else function(images, torch.full((4,), 9.0))
+    assert torch.equal(images, before)
+    assert not torch.equal(changed.squeeze(1), before)
+
+
+firsts = st.integers(0, 59_990)
+
+
+@settings(max_examples=30)
+@given(firsts, st.lists(st.floats(-180, 180, width=32), min_size=1, max_size=5), st.integers(0, 9))
+def test_rotate_is_torchvisions_image_by_image(mnist, first, angles, fill):
+    images = mnist[0].images[first : first + len(angles)]
+    angles = torch.tensor(angles)
+    for image, angle, ours in zip(images, angles.tolist(), rotate(images, angles, fill), strict=True):
+        if angle % 90:  # torchvision turns right angles by another rule
+            assert torch.equal(ours, torchvision_functional.rotate(image[None], angle, fill=[fill])[0].float())
+
+
+amounts = st.tuples(
+    st.floats(-180, 180, width=32), st.floats(0.5, 2, width=32), st.floats(-9, 9, width=32), st.floats(-9, 9, width=32)
+)
+
+
+@settings(max_examples=30)
+@given(firsts, st.lists(amounts, min_size=1, max_size=5))
+def test_affine_is_torchvisions_image_by_image(mnist, first, drawn):
+    images = mnist[0].images[first : first + len(drawn)]
+    angles, scales, right, down = torch.tensor(drawn).T
+    moved = affine(images, angles, scales, torch.stack([right, down], dim=1))
+    for image, (angle, scale, *shift), ours in zip(images, drawn, moved, strict=True):
+        bilinear = torchvision_functional.InterpolationMode.BILINEAR
+        theirs = torchvision_functional.affine(image[None].float(), -angle, shift, scale, [0.0, 0.0], bilinear)
+        assert torch.allclose(ours, theirs[0], atol=0.05)  # of 255 grey levels
+
+
+@settings(max_examples=30)
+@given(firsts, st.lists(st.floats(0, 3, width=32), min_size=1, max_size=5))
+def test_jitter_is_torchvisions_image_by_image(mnist, first, factors):
+    images = mnist[0].images[first : first + len(factors)]
+    brighter, stretched = (change(images, torch.tensor(factors)) for change in (adjust_brightness, adjust_contrast))
+    for image, factor, bright, stretch in zip(images, factors, brighter, stretched, strict=True):
+        assert torch.equal(bright, torchvision_functional.adjust_brightness(image[None], factor)[0].float())
+        difference = stretch - torchvision_functional.adjust_contrast(image[None], factor)[0].float()
+        # An image's mean may round otherwise when taken in a batch: a grey level then falls on the other side.
+        assert difference.abs().max() <= 1
+        assert difference.count_nonzero() <= 4
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 150), st.integers(1, 70))
+def test_batches_hold_every_image_once_with_its_label(mnist, count, size):
+    dataset = ImageDataset(mnist[0].images[:count], torch.arange(count), range(count + 1))
+    parts = list(batches(dataset, size))
+    assert [len(labels) for _, labels in parts] == [len(part) for part in torch.arange(count).split(size)]
     images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    assert labels.sort().values.tolist() == list(range(150))
-    assert labels.tolist() != list(range(150))
-    assert torch.equal(images, normalise(digits.images[labels]))
+    assert labels.sort().values.tolist() == list(range(count))
+    assert torch.equal(images, normalise(dataset.images[labels]))
+
+
+EVERY = Augmentation(15.0, 0.1, 2.0, 0.1)
 
 
 def test_batches_come_from_the_generator_alone(mnist):
-    def drawn(seed):
-        digits = Digits(mnist[0].images[:100], mnist[0].labels[:100])
-        every = Augmentation(15.0, 0.1, 2.0, 0.1)
-        return torch.cat([images for images, _ in batches(digits, 64, every, torch.Generator().manual_seed(seed))])
+    def drawn(seed, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat([images for images, _ in batches(mnist[0].part(slice(100)), 32, EVERY, generator, **settings)])
 
     torch.manual_seed(1)
     first = drawn(3)
     torch.manual_seed(2)
     assert torch.equal(first, drawn(3))
     assert not torch.equal(first, drawn(4))
+    together = drawn(3, batches_at_once=3)  # a mean, in the contrast, may round otherwise in another batch
+    assert (first - together).abs().max() <= 1.01 / (255 * STD)
 
 
 def test_what_the_published_recipes_draw_is_settled(mnist):
     """Order, brightness, contrast, angles, in this order: whatever else is drawn comes after them."""
-    digits, generator = mnist[0].part(slice(150)), torch.Generator().manual_seed(5)
+    dataset, generator = mnist[0].part(slice(150)), torch.Generator().manual_seed(5)
     order = torch.randperm(150, generator=generator)
     brightness, contrast, angles = (torch.rand(150, generator=generator).mul_(2).sub_(1) for _ in range(3))
-    expected = adjust_brightness(digits.images[order], 1 + 0.1 * brightness)
+    expected = adjust_brightness(dataset.images[order], 1 + 0.1 * brightness)
     expected = normalise(rotate(adjust_contrast(expected, 1 + 0.1 * contrast), 7.0 * angles))
-    drawn = list(batches(digits, 64, Augmentation(7.0, 0.1), torch.Generator().manual_seed(5)))
-    assert torch.equal(torch.cat([labels for _, labels in drawn]), digits.labels[order])
+    drawn = list(batches(dataset, 64, Augmentation(7.0, 0.1), torch.Generator().manual_seed(5)))
+    assert torch.equal(torch.cat([labels for _, labels in drawn]), dataset.labels[order])
     images = torch.cat([images for images, _ in drawn])
     # A mean, in the contrast, may round otherwise in another batch: a pixel is then one grey level off.
     assert (images - expected).abs().max() <= 1.01 / (255 * STD)
     assert (images != expected).sum() <= 150
 
 
-def test_each_image_of_a_batch_has_its_own_augmentation(mnist):
-    same = Digits(mnist[0].images[:1].expand(64, -1, -1), torch.zeros(64, dtype=torch.int64))
-    for name, most in zip(Augmentation._fields, (15.0, 0.1, 2.0, 0.1), strict=True):
-        ((images, _),) = batches(same, 64, Augmentation(**{name: most}), torch.Generator().manual_seed(1))
-        assert len(images.flatten(1).unique(dim=0)) > 40  # small angles may agree to the pixel
+def same_images(mnist):
+    return ImageDataset(mnist[0].images[:1].expand(64, -1, -1), torch.zeros(64, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"augmentation": Augmentation(**{name: most})} for name, most in EVERY._asdict().items()),
+        {"transform": v2.RandomRotation(45)},
+        {"transform": v2.RandomCrop(28, padding=4)},
+        {"transform": v2.ColorJitter(0.5, 0.5)},
+        {"transform": v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.1)])},
+    ],
+    ids=str,
+)
+def test_each_image_of_a_batch_is_drawn_for_itself(mnist, settings):
+    torch.manual_seed(1)
+    ((images, _),) = batches(same_images(mnist), 64, **settings)
+    assert len(images.flatten(1).unique(dim=0)) > 30  # small angles may agree to the pixel
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
+    dataset, seen = ImageDataset(mnist[0].images[:50], torch.arange(50), range(50)), set()
+
+    def invert(image):
+        seen.add((image.dtype, image.shape))
+        return (255 - image) / 255 if scale == 255 else 255 - image
+
+    for images, numbers in batches(dataset, 20, transform=invert):
+        assert torch.allclose(images, normalise(255 - dataset.images[numbers]), atol=1e-6)
+    assert seen == {(torch.uint8, (1, 28, 28))}
+
+
+@pytest.mark.parametrize(
+    ("transform", "said"),
+    [
+        (v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.13], [0.31])]), "leave out Normalize"),
+        (v2.ToDtype(torch.float32), r"give images of uint8 or from 0 to 1, not torch.float32"),
+        (v2.CenterCrop(20), r"of the same size, not \(1, 20, 20\)"),
+        (v2.Grayscale(3), r"of the same size, not \(3, 28, 28\)"),
+        (v2.ToPILImage(), "of the same size, not Image"),
+        (lambda image: None, "of the same size, not NoneType"),
+    ],
+)
+def test_a_transform_of_another_kind_is_one_sentence(mnist, transform, said):
+    with pytest.raises(SettingError, match=f"`transform` must .*{said}"):
+        next(batches(mnist[0].part(slice(9)), 9, transform=transform))
 
 
 @needs_fake_gpu
-def test_batches_stay_on_the_device_of_the_digits():
+def test_batches_stay_on_the_device_of_the_images():
     """A GPU of which torch computes shapes and devices alone."""
     with FakeTensorMode():
         images = torch.zeros(100, 28, 28, dtype=torch.uint8, device="cuda")
-        digits = Digits(images, torch.zeros(100, dtype=torch.int64, device="cuda"))
+        labels = torch.zeros(100, dtype=torch.int64, device="cuda")
+        dataset = SimpleNamespace(images=images, labels=labels, mean=0.5, std=0.5)  # nothing can be checked here
         augmentations = (Augmentation(15.0, 0.1), Augmentation(15.0, 0.0, 2.0, 0.1))
-        parts = [part for each in augmentations for part in batches(digits, 64, each, torch.Generator())]
+        parts = [part for each in augmentations for part in batches(dataset, 64, each, torch.Generator())]
         parts += [(function(images, torch.ones(100, device="cuda")),) for function in (rotate, adjust_brightness)]
     assert [tuple(images.shape) for images, *_ in parts[:4]] == 2 * [(64, 1, 28, 28), (36, 1, 28, 28)]
     assert {tensor.device.type for part in parts for tensor in part} == {"cuda"}

@@ -15,7 +15,7 @@ SOURCES = {path.relative_to(FOLDER).with_suffix("").as_posix(): path.read_text()
 
 
 def imports(module, everywhere=True):
-    """The modules that a module imports: s6lib's as they are called here, such as lab/files, the others' first words."""
+    """The modules that a module imports: s6lib's as in SOURCES, such as lab/files, the others' first words."""
     tree = ast.parse(SOURCES[module])
     nodes = list(ast.walk(tree) if everywhere else tree.body)
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
