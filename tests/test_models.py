@@ -4,11 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torchsummary import summary
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet, receptive_fields
+from s6lib.errors import SettingError
+from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet
 from s6lib.norm import GhostBatchNorm
 from s6lib.recipes import CONDITIONS, PLAIN, RECIPES, build_model
 
@@ -65,11 +68,25 @@ def test_torchsummary_prints_the_layer_table(network, text, totals, capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: condition.slug)
-def test_every_condition_gives_logits(recipe, condition):
-    model = build_model(recipe, condition)
-    assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
-    assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
+def test_every_condition_gives_logits_without_a_bias(recipe):
+    for condition in CONDITIONS:
+        model = build_model(recipe, condition)
+        assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
+        assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
+
+
+@given(st.integers(1, 40))
+def test_a_plain_network_of_every_width_keeps_its_proportions(width):
+    model = PlainNet(width=width)
+    channels = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert channels == [width] * 3 + [round(1.2 * width)] + [round(1.6 * width)] * 3 + [10]
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("width", [0, -1, 10.0, "10", True, None])
+def test_a_width_that_is_none_is_refused(width):
+    with pytest.raises(SettingError, match=f"width must be a whole number from 1, not {width!r}"):
+        PlainNet(width=width)
 
 
 @pytest.mark.parametrize("width", [14, 18, 24, 32, 42])
@@ -110,122 +127,78 @@ def test_summary_names_the_ghost_layers(capsys):
 
 
 @pytest.mark.parametrize("network", [PlainNet, BottleneckNet])
-def test_receptive_fields_are_where_gradients_reach(network):
-    layers = [m for m in network().modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
-    fields = receptive_fields(network())
-    assert len(fields) == len(layers)
-    for count, (_, size) in enumerate(fields, 1):
-        chain = nn.Sequential(*layers[:count])
-        for layer in chain:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.ones_(layer.weight)
-            if isinstance(layer, nn.MaxPool2d):
-                chain[list(chain).index(layer)] = nn.AvgPool2d(2)  # a maximum sends its gradient to one pixel only
-        images = torch.zeros(1, 1, 64, 64, requires_grad=True)
-        output = chain(images)
-        output[0, 0, output.shape[2] // 2, output.shape[3] // 2].backward()
-        assert int((images.grad[0, 0] != 0).any(0).sum()) == size
-
-
-@pytest.mark.parametrize("network", [PlainNet, BottleneckNet])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(GhostBatchNorm, num_splits=4)], ids=["batch", "ghost"])
-class TestFeatures:
-    """torchvision's feature extractors, which trace a network in both modes."""
-
-    def test_nodes_are_the_layers_and_features_those_of_hooks(self, network, norm):
-        torch.manual_seed(1)
-        model = network(norm).eval()
-        names = [f"layers.{number}" for number in range(len(model.layers))]
-        assert get_graph_node_names(model) == (["images", *names, "flatten"],) * 2
-        # What an in-place ReLU is given is gone after it, for an extractor as for a hook without a copy.
-        names = [name for name, following in pairwise([*names, ""]) if not is_relu(model, following)]
-        extractor = create_feature_extractor(model, names)
-        hooked = {}
-        for name in names:
-            hook = partial(lambda name, layer, args, output: hooked.update({name: output}), name)
-            model.get_submodule(name).register_forward_hook(hook)
-        images = torch.randn(5, 1, 28, 28)
-        model(images)
-        features = extractor(images)
-        assert all(torch.equal(features[name], hooked[name]) for name in names)
-
-    @pytest.mark.parametrize("samples", [9, 64])
-    def test_an_extractor_trains_as_the_network(self, network, norm, samples):
-        torch.manual_seed(1)
-        model = network(norm)
-        extractor = create_feature_extractor(model, ["flatten"])
-        extractor.load_state_dict(model.state_dict())
+def test_torchvisions_extractors_find_the_layers_and_train_as_the_network(network, norm):
+    """They trace a network in both modes."""
+    torch.manual_seed(1)
+    model = network(norm)
+    names = [f"layers.{number}" for number in range(len(model.layers))]
+    assert get_graph_node_names(model) == (["images", *names, "flatten"],) * 2
+    # What an in-place ReLU is given is gone after it, for an extractor as for a hook without a copy.
+    names = [name for name, following in pairwise([*names, "flatten"]) if not is_relu(model, following)] + ["flatten"]
+    extractor, hooked = create_feature_extractor(model, names), {}
+    for name in names[:-1]:
+        hook = partial(lambda name, layer, args, output: hooked.update({name: output}), name)
+        model.get_submodule(name).register_forward_hook(hook)
+    extractor.load_state_dict(model.state_dict())
+    for samples in (9, 64):
         images, outputs = torch.randn(samples, 1, 28, 28), []
-        for part, call in ((model, model), (extractor, lambda images: extractor(images)["flatten"])):
+        for part in (model, extractor):
             torch.manual_seed(2)
-            outputs.append(call(images))
-            outputs[-1].square().sum().backward()
+            outputs.append(part(images))
+            part.zero_grad()
+            logits = outputs[-1] if part is model else outputs[-1]["flatten"]
+            logits.square().sum().backward()
             assert part.training
-        assert torch.equal(*outputs)
+        assert all(torch.equal(outputs[1][name], hooked[name]) for name in names[:-1])
+        assert torch.equal(outputs[0], outputs[1]["flatten"])
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), extractor.buffers(), strict=True))
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), extractor.parameters(), strict=True))
+    assert torch.equal(model.eval()(images), extractor.eval()(images)["flatten"])
 
 
 def is_relu(model, name):
-    return bool(name) and isinstance(model.get_submodule(name), nn.ReLU)
+    return name != "flatten" and isinstance(model.get_submodule(name), nn.ReLU)
 
 
-class TestDropout:
-    def masks(self, p, shape, count):
-        torch.manual_seed(5)
-        layer = Dropout(p)
-        ones = torch.ones(shape).to(memory_format=torch.channels_last)
-        return torch.stack([layer(ones) for _ in range(count)])
+def dropout_masks(p, shape, count):
+    torch.manual_seed(5)
+    layer, ones = Dropout(p), torch.ones(shape).to(memory_format=torch.channels_last)
+    return torch.stack([layer(ones) for _ in range(count)])
 
-    @pytest.mark.parametrize("p", [0.04, 0.3, 0.9])
-    def test_rate_and_mean(self, p):
-        masks = self.masks(p, (64, 10, 28, 28), 20)
-        deviation = (p * (1 - p) / masks.numel()) ** 0.5
-        assert abs(float((masks == 0).double().mean()) - p) < 5 * deviation
-        assert abs(float(masks.double().mean()) - 1) < 5 * deviation / (1 - p)
-        assert set(masks.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p)))}
 
-    def test_every_element_is_dropped_at_the_rate(self):
-        dropped = (self.masks(0.3, (4, 3, 5, 5), 4000) == 0).double()
-        deviation = (0.3 * 0.7 / 4000) ** 0.5
-        assert float((dropped.mean(0) - 0.3).abs().max()) < 5 * deviation
+@pytest.mark.parametrize("p", [0.04, 0.3, 0.9])
+def test_dropout_has_its_rate_and_keeps_the_mean(p):
+    masks = dropout_masks(p, (64, 10, 28, 28), 20)
+    deviation = (p * (1 - p) / masks.numel()) ** 0.5
+    assert abs(float((masks == 0).double().mean()) - p) < 5 * deviation
+    assert abs(float(masks.double().mean()) - 1) < 5 * deviation / (1 - p)
+    assert set(masks.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p)))}
 
-    def test_elements_and_steps_are_independent(self):
-        dropped = (self.masks(0.3, (4, 3, 5, 5), 4000) == 0).double().flatten(1)
-        dropped -= dropped.mean()
-        covariances = dropped.T @ dropped / len(dropped)  # between the elements of a mask
-        covariances.fill_diagonal_(0)
-        assert float(covariances.abs().max()) < 5.5 * 0.21 / 4000**0.5
-        between_steps = (dropped[:-1] * dropped[1:]).mean()
-        assert abs(float(between_steps)) < 5 * 0.21 / dropped[1:].numel() ** 0.5
 
-    def test_gaps_between_drops_are_geometric(self):
-        positions = (self.masks(0.04, (64, 10, 28, 28), 1).flatten() == 0).nonzero().flatten()
-        # channels_last memory order is another order of the same independent elements
-        gaps = positions.diff()
-        observed = torch.stack([(gaps == gap).double().mean() for gap in (1, 2, 3)])
-        expected = 0.04 * 0.96 ** torch.arange(3, dtype=torch.float64)
-        assert torch.allclose(observed, expected, atol=5 * (0.04 / len(gaps)) ** 0.5)
+def test_dropout_drops_each_element_by_itself():
+    dropped = (dropout_masks(0.3, (4, 3, 5, 5), 4000) == 0).double().flatten(1) - 0.3
+    assert float(dropped.mean(0).abs().max()) < 5 * (0.21 / 4000) ** 0.5
+    covariances = dropped.T @ dropped / len(dropped)
+    covariances.fill_diagonal_(0)
+    assert float(covariances.abs().max()) < 5.5 * 0.21 / 4000**0.5
+    assert abs(float((dropped[:-1] * dropped[1:]).mean())) < 5 * 0.21 / dropped[1:].numel() ** 0.5  # between steps
 
-    def test_gradient_is_the_mask(self):
-        torch.manual_seed(1)
-        images = torch.randn(8, 3, 6, 6, requires_grad=True)
-        output = Dropout(0.5)(images)
-        output.sum().backward()
-        assert torch.equal(images.detach() * images.grad, output)
 
-    @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-    def test_evaluation_and_extremes_are_torchs(self, p):
-        images = torch.randn(4, 3, 5, 5)
-        assert torch.equal(Dropout(p).eval()(images), images)
-        if p != 0.5:
-            assert torch.equal(Dropout(p)(images), nn.Dropout(p)(images))
-        assert repr(Dropout(p)).startswith("Dropout(p=")
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_dropout_in_evaluation_and_at_the_extremes_is_torchs(p):
+    images = torch.randn(4, 3, 5, 5)
+    assert torch.equal(Dropout(p).eval()(images), images)
+    if p != 0.5:
+        assert torch.equal(Dropout(p)(images), nn.Dropout(p)(images))
 
-    def test_keeps_the_memory_format_and_takes_any_strides(self):
-        images = torch.randn(4, 3, 5, 5)
-        last = images.to(memory_format=torch.channels_last)
-        assert Dropout(0.5)(last).is_contiguous(memory_format=torch.channels_last)
-        expanded = torch.ones(1).expand(1000)
-        assert set(Dropout(0.5)(expanded).tolist()) == {0.0, 2.0}
-        assert Dropout(0.5)(torch.ones(0)).shape == (0,)
+
+def test_dropout_keeps_the_memory_format_takes_any_strides_and_passes_gradients_by_its_mask():
+    images = torch.randn(4, 3, 5, 5, requires_grad=True)
+    last = images.to(memory_format=torch.channels_last)
+    output = Dropout(0.5)(last)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    output.sum().backward()
+    assert torch.equal(images.detach() * images.grad, output)
+    assert set(Dropout(0.5)(torch.ones(1).expand(1000)).tolist()) == {0.0, 2.0}
+    assert Dropout(0.5)(torch.ones(0)).shape == (0,)
