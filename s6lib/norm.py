@@ -143,7 +143,7 @@ class GhostBatchNorm(_BatchNorm):
         samples, values, step = input.shape[0], input.shape[2:].numel(), cast(Any, self.momentum)
         size, larger = samples // splits, samples % splits
         # More than 4 small ghosts are faster as the channels of one batch_norm; up to 4, published digits stay.
-        folded = splits > 4 and (input.numel() <= splits * 2**14 or (samples == splits and input.is_contiguous()))
+        folded = splits > 4 and (input.numel() <= splits * 2**15 or (samples == splits and input.is_contiguous()))
         # torch.compile would make a graph for each number of ghosts, and below for each remainder if N had a branch.
         if folded or (self.ghost_size is not None and torch.compiler.is_compiling()):
             groups = [(larger, size + 1), (splits - larger, size)] if larger else [(splits, size)]

@@ -199,7 +199,7 @@ class TestTraining:
             ((17, 4, 64, 64), 5, 5),
             ((16, 2, 8, 8), 4, 4),
             ((17, 2, 8, 8), 8, 2),
-            ((5, 8, 64, 64), 5, 1),
+            ((5, 16, 64, 64), 5, 1),
         ],
     )
     def test_large_and_small_maps_are_the_definition(self, shape, splits, calls, layout):
