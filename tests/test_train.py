@@ -1,11 +1,16 @@
+from itertools import islice
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from s6lib.data import Digits, normalise
-from s6lib.recipes import BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, build_model
-from s6lib.train import Learner, NonFiniteLoss, evaluate, l1_l2_penalty, predict_logits, train_epoch
+from s6lib.data import ImageDataset, batches, normalise
+from s6lib.recipes import BOTTLENECK, CONDITIONS, CONTROL, build_model
+from s6lib.train import evaluate, l1_l2_penalty, predict, predict_logits, train_epoch
 
 
 @pytest.fixture
@@ -15,126 +20,151 @@ def model():
 
 
 @pytest.fixture
-def batches(mnist):
-    images, labels = (tensor[:150] for tensor in mnist[0][:2])
-    return [(normalise(i), n) for i, n in zip(images.split(64), labels.split(64), strict=True)]
+def some(mnist):
+    return mnist[0].part(slice(150))
 
 
-def sgd(model, lr=0.01):
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+def cut(dataset):
+    """Batches of 64, 64 and 22 images, in their order."""
+    return list(zip(normalise(dataset.images).split(64), dataset.labels.split(64), strict=True))
 
 
-def learner(model, penalty=lambda model: 0.0):
-    return Learner(model, sgd(model), penalty=penalty)
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
 
-def test_penalties_are_sums_over_all_trainable_parameters(model):
-    values = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
-    assert l1_l2_penalty(model, 1.0, 0.0).item() == pytest.approx(float(values.abs().sum()), rel=1e-6)
-    assert l1_l2_penalty(model, 0.0, 1.0).item() == pytest.approx(float((values**2).sum()), rel=1e-6)
-    frozen = next(model.parameters()).requires_grad_(False)
-    expected = values.abs().sum() - frozen.double().abs().sum()
-    assert l1_l2_penalty(model, 1.0, 0.0).item() == pytest.approx(float(expected), rel=1e-6)
+strengths = st.sampled_from([0.0, 1e-4, 0.3, 2.0])
 
 
-def test_penalty_gradients_are_sign_and_twice_the_weight(model):
-    l1_l2_penalty(model, 1.0, 1.0).backward()
-    for weights in model.parameters():
-        assert torch.allclose(weights.grad, weights.detach().sign() + 2 * weights.detach())
+@given(strengths, strengths)
+def test_penalties_are_sums_over_all_trainable_parameters(l1, l2):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(3, 2))
+    model[2].bias.requires_grad_(False)
+    penalty = l1_l2_penalty(model, l1, l2)
+    weights = torch.cat([one.detach().flatten() for one in model.parameters() if one.requires_grad]).double()
+    expected = float(l1 * weights.abs().sum() + l2 * weights.square().sum())
+    assert float(torch.as_tensor(penalty).detach()) == pytest.approx(expected, rel=1e-5)
+    if l1 or l2:
+        penalty.backward()
+        for one in filter(lambda one: one.requires_grad, model.parameters()):
+            assert torch.allclose(one.grad, l1 * one.detach().sign() + 2 * l2 * one.detach(), atol=1e-6)
 
 
-def test_gradients_are_those_of_two_penalties_apart_to_the_last_bit(batches):
-    """As the first published runs computed them."""
-    models = [build_model(BOTTLENECK, CONTROL) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    images, labels = batches[0]
+def train_by_hand(model, parts, optimizer, loss=F.cross_entropy, l1=0.0, l2=0.0):
+    """The loop of every tutorial, with both penalties apart, as the first published runs computed them."""
 
-    def strung(model):
-        return torch.cat([weights.flatten() for weights in model.parameters()])
+    def weights():
+        return torch.cat([one.flatten() for one in model.parameters()])
 
-    def apart(model):
-        return 2e-4 * strung(model).abs().sum() + 1e-4 * strung(model).square().sum()
-
-    for model, penalty_of in zip(models, (lambda model: l1_l2_penalty(model, 2e-4, 1e-4), apart), strict=True):
-        loss = F.cross_entropy(model(images), labels)  # before the penalty: autograd adds up from the last to the first
-        (loss + penalty_of(model)).backward()
-    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_the_penalty_comes_after_the_logits(model, batches):
-    called = []
-    model.register_forward_hook(lambda *_: called.append("logits"))
-    train_epoch(learner(model, lambda model: called.append("penalty") or 0.0), batches[:2])
-    assert called == ["logits", "penalty"] * 2
+    entropy, hits, penalties, count = 0.0, 0, 0.0, 0
+    for images, targets in parts:
+        logits = model(images)
+        data_loss, penalty = loss(logits, targets), l1 * weights().abs().sum() + l2 * weights().square().sum()
+        optimizer.zero_grad()
+        (data_loss + penalty).backward()
+        optimizer.step()
+        count += len(images)
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        entropy += F.cross_entropy(logits, targets).item() * len(images)
+        hits += int((logits.argmax(1) == labels).sum())
+        penalties += penalty.item() * len(images)
+    return entropy / count, hits / count, penalties / count
 
 
-@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda c: c.slug)
-def test_epoch_equals_the_steps_done_by_hand(condition, batches):
+@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: condition.slug)
+def test_an_epoch_is_the_loop_by_hand_to_the_last_bit(condition, some):
     torch.manual_seed(1)
     ours, theirs = (build_model(BOTTLENECK, condition) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    training = train_epoch(learner(ours, condition.penalty_of), batches)
-
-    optimizer = sgd(theirs)
-    losses, penalties, hits = 0.0, 0.0, 0
-    for images, labels in batches:
-        optimizer.zero_grad()
-        logits = theirs(images)
-        loss = F.cross_entropy(logits, labels)
-        penalty = sum(condition.l1 * p.abs().sum() + condition.l2 * (p * p).sum() for p in theirs.parameters())
-        (loss + penalty).backward()
-        optimizer.step()
-        losses += loss.item() * len(labels)
-        penalties += penalty.item() * len(labels)
-        hits += int((logits.argmax(1) == labels).sum())
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-    assert training == pytest.approx((losses / 150, hits / 150, penalties / 150), rel=1e-5)
+    ours.eval()  # an epoch trains in training mode, whatever came before
+    trained = train_epoch(ours, iter(cut(some)), sgd(ours), penalty=condition.penalty_of)
+    expected = train_by_hand(theirs, cut(some), sgd(theirs), l1=condition.l1, l2=condition.l2)
+    assert trained == pytest.approx(expected, rel=1e-5)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
 
 
-def test_training_learns(mnist):
-    torch.manual_seed(1)
-    model = build_model(PLAIN, CONDITIONS[3])
-    images, labels = (tensor[:1280] for tensor in mnist[0][:2])
-    batches = list(zip(normalise(images).split(64), labels.split(64), strict=True))
-    training = learner(model)
-    accuracies = [train_epoch(training, batches).accuracy for _ in range(4)]
-    assert accuracies[0] < 0.7 < 0.8 < accuracies[-1]
-    assert evaluate(model, Digits(images, labels)).accuracy > 0.8
+@pytest.mark.parametrize("kind", ["probabilities", "another loss"])
+def test_cross_entropy_is_recorded_whatever_is_trained(model, some, kind):
+    loss = nn.CrossEntropyLoss(label_smoothing=0.3) if kind == "another loss" else F.cross_entropy
+    parts = cut(some)
+    if kind == "probabilities":
+        parts = [(images, 0.9 * F.one_hot(labels, 10) + 0.01) for images, labels in parts]
+    copy = build_model(BOTTLENECK, CONTROL)
+    copy.load_state_dict(model.state_dict())
+    trained = train_epoch(model, parts, sgd(model), loss)
+    assert trained == pytest.approx(train_by_hand(copy, parts, sgd(copy), loss), rel=1e-5)
+    assert all(map(torch.equal, model.state_dict().values(), copy.state_dict().values()))
 
 
-@pytest.mark.parametrize("bad", [1, 2, 3])
-def test_a_loss_that_is_not_finite_names_its_step(model, batches, bad):
-    images, labels = batches[bad - 1]
-    batches[bad - 1] = (torch.full_like(images, float("nan")), labels)
-    with pytest.raises(NonFiniteLoss, match=f"not finite at step {bad}$"):
-        train_epoch(learner(model), batches)
+def test_batches_are_whatever_gives_images_and_labels(model, some):
+    """s6lib's, a DataLoader's, or a list's; each image counts once in the means."""
+    for parts in (batches(some, 64), DataLoader(Subset(some, range(100)), 64), [[normalise(some.images), some.labels]]):
+        loss, accuracy, penalty = train_epoch(model, parts, sgd(model), penalty=lambda model: 0.5)
+        assert 0 < loss < 100
+        assert 0 <= accuracy <= 1
+        assert penalty == 0.5
 
 
-def test_an_infinite_penalty_is_a_loss_that_is_not_finite(model, batches):
-    with pytest.raises(NonFiniteLoss, match="step 1"):
-        train_epoch(learner(model, Condition("much", l1=1e38).penalty_of), batches)
+def test_the_penalty_comes_after_the_logits(model, some):
+    called = []
+    model.register_forward_hook(lambda *_: called.append("logits"))
+    train_epoch(model, islice(cut(some), 2), sgd(model), penalty=lambda model: called.append("penalty") or 0.0)
+    assert called == ["logits", "penalty"] * 2
 
 
-def test_evaluation_is_torchs(model, mnist):
-    split = mnist[1].part(slice(700))
-    model.train()
-    evaluation = evaluate(model, split)
+@pytest.mark.parametrize("parts", [[], iter(()), ()])
+def test_no_batches_are_one_sentence(model, parts):
+    with pytest.raises(ValueError, match="there must be at least one batch to train on"):
+        train_epoch(model, parts, sgd(model))
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_loss_or_a_penalty_that_is_not_finite_is_one_sentence(model, some, bad):
+    parts = cut(some)
+    spoilt = list(parts)
+    spoilt[bad] = (parts[bad][0] * float("nan"), parts[bad][1])
+    with pytest.raises(FloatingPointError, match="the loss is infinite or not a number; lower the learning rate"):
+        train_epoch(model, spoilt, sgd(model))
+    with pytest.raises(FloatingPointError, match="infinite or not a number"):
+        train_epoch(model, parts, sgd(model), penalty=lambda model: l1_l2_penalty(model, l1=1e38))
+
+
+@pytest.mark.parametrize(
+    "of", [lambda images: images, list, lambda images: Subset(images, range(300)),
+           lambda images: TensorDataset(normalise(images.images), images.labels)],
+)  # fmt: skip
+def test_evaluation_is_torchs_on_any_data_set(model, mnist, of):
+    some = mnist[1].part(slice(300))
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    loss, accuracy = evaluate(model, of(some))
     assert not model.training
-    with torch.no_grad():
-        logits = model(normalise(split.images))
-    assert torch.allclose(predict_logits(model, split), logits, atol=1e-5)
-    assert evaluation.loss == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
-    assert evaluation.predictions.tolist() == logits.argmax(1).tolist()
-    assert evaluation.accuracy == float((logits.argmax(1) == split.labels).double().mean())
-
-
-def test_evaluation_changes_nothing(model, mnist):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(model, mnist[1].part(slice(300)))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert isinstance(model, nn.Module)
+    logits = model(normalise(some.images)).detach()
+    assert torch.allclose(predict_logits(model, of(some)), logits, atol=1e-5)
+    assert loss == pytest.approx(float(F.cross_entropy(logits, some.labels)), rel=1e-5)
+    classes = predict(model, of(some))
+    assert (classes.dtype, classes.shape) == (torch.int64, (300,))
+    assert torch.equal(classes, predict_logits(model, of(some)).argmax(1))
+    assert accuracy == float((classes == some.labels).double().mean())
+
+
+def test_what_evaluation_caches_can_be_trained_with(some):
+    """Positions, for example, that a network computes for the largest batch so far."""
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.cache = nn.Linear(784, 10), torch.ones(0)
+
+        def forward(self, images):
+            if len(self.cache) < len(images):
+                self.cache = torch.ones(len(images), 1)
+            return self.linear(images.flatten(1)) * self.cache[: len(images)]
+
+    model = Cached()
+    evaluate(model, some)
+    train_epoch(model, cut(some), sgd(model))
 
 
 def test_a_saved_model_is_judged_in_the_memory_format_of_training(model, mnist):
@@ -145,3 +175,8 @@ def test_a_saved_model_is_judged_in_the_memory_format_of_training(model, mnist):
     hook.remove()
     assert seen == [(784, 1, 28, 1)]
     assert torch.equal(logits, predict_logits(model.to(memory_format=torch.channels_last), images))
+
+
+def test_the_data_set_brings_its_own_mean_and_sd(model, some):
+    other = ImageDataset(some.images, some.labels, mean=0.5, std=0.5)
+    assert torch.allclose(predict_logits(model, other), model(normalise(some.images, 0.5, 0.5)), atol=1e-5)
