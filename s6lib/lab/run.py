@@ -179,7 +179,7 @@ def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: flo
     average.register_load_state_dict_post_hook(look_again)
 
     @torch.no_grad()
-    def follow(*_: Any) -> None:
+    def follow() -> None:
         nonlocal started
         started = started or bool(average.n_averaged > 0)
         pairs = list(zip(_tensors(average.module), _tensors(model), strict=True))
@@ -192,7 +192,9 @@ def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: flo
         average.n_averaged.add_(1)
         started = True
 
-    optimizer.register_step_post_hook(follow)
+    # Not a hook: torch calls it twice a step if the class's step calls that of a class that was used before.
+    step = optimizer.step
+    setattr(optimizer, "step", lambda: (step(), follow()))  # noqa: B010 - mypy refuses an assignment
     return average
 
 
