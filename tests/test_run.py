@@ -1,26 +1,34 @@
+"""One run, from its seed to its folder: what it starts from, how it goes on after a stop, and what it leaves."""
+
 import io
 import json
 import os
+import random
 import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import GBN, L1_BN, TINY, evaluation_on_few_digits
+from torch import nn
+from torchvision.transforms import v2
 
 import s6lib.lab.run
-import s6lib.lab.setup
-from s6lib.errors import RunError
-from s6lib.lab.device import _denormals_are_flushed
+from s6lib.data import ImageDataset
+from s6lib.errors import RunError, SettingError
+from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint
-from s6lib.lab.run import COLUMNS, save_run, train_run
+from s6lib.lab.record import COLUMNS
+from s6lib.lab.run import _build_average, _on_device, save_run, set_up, train_run
 from s6lib.models import PlainNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.recipes import Run
+from s6lib.recipes import CONTROL, Recipe, Run, forget_images, load_images
+from s6lib.train import memory_format
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -36,21 +44,41 @@ def assert_same_run(a, b):
     assert np.array_equal(a.predictions, b.predictions)
 
 
+def train_watched(run, folder=None, stop=10**6):
+    """Train a run up to a step, as a killed process would; the batches that it saw, and with which learning rate."""
+    original, taken, seen = s6lib.lab.run.train_epoch, count(1), []
+
+    def watched(model, batches, optimizer, *more):
+        def passed():
+            for batch in batches:
+                if next(taken) > stop:
+                    raise Stopped
+                seen.append((*batch, float(optimizer.param_groups[0]["lr"])))
+                yield batch
+
+        return original(model, passed(), optimizer, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s6lib.lab.run, "train_epoch", watched)
+        return train_run(run, folder), seen
+
+
+def set_up_of(recipe, condition=CONTROL, seed=1):
+    with reproducible(CPU):
+        return set_up(Run(recipe, condition, seed), load_images(recipe), CPU)
+
+
 @pytest.fixture(scope="module")
 def undisturbed():
     with evaluation_on_few_digits():
         return train_run(Run(TINY, GBN, 1))
 
 
-def test_run_holds_what_the_design_says(undisturbed):
+def test_run_holds_what_the_design_says(undisturbed, mnist):
     assert [tuple(row) for row in undisturbed.history] == [COLUMNS] * 2
     assert [row["epoch"] for row in undisturbed.history] == [1, 2]
-    assert undisturbed.predictions.dtype == np.uint8
-    assert undisturbed.predictions.shape == (500,)
+    assert (undisturbed.predictions.dtype, undisturbed.predictions.shape) == (np.uint8, (500,))
     assert undisturbed.machines[0]["device"] == "cpu"
-
-
-def test_predictions_and_accuracy_agree(undisturbed, mnist):
     hits = int((undisturbed.predictions == mnist[1].labels[:500].numpy()).sum())
     assert undisturbed.history[-1]["val_accuracy"] == hits / 500
 
@@ -68,77 +96,99 @@ def test_randomness_comes_from_the_seed_alone(undisturbed):
     assert train_run(Run(TINY, GBN, 2)).history != undisturbed.history
 
 
-def test_conditions_of_a_seed_share_batches_but_not_results(monkeypatch):
-    drawn = []
-    original = s6lib.lab.setup.batches
-
-    def spy(*args):
-        for images, labels in original(*args):
-            drawn.append((images, labels))
-            yield images, labels
-
-    monkeypatch.setattr(s6lib.lab.setup, "batches", spy)
-    once = replace(TINY, epochs=1)
-    runs = [train_run(Run(once, condition, 1)) for condition in (L1_BN, GBN)]
-    for (images, labels), (others, other_labels) in zip(drawn[:10], drawn[10:], strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(labels, other_labels)
-    assert runs[0].history != runs[1].history
+def test_conditions_of_a_seed_share_batches_but_not_results():
+    once = replace(TINY, epochs=1, train_images=128)
+    (penalised, batches), (ghosts, others) = (train_watched(Run(once, condition, 1)) for condition in (L1_BN, GBN))
+    for (images, labels, _), (same, same_labels, _) in zip(batches, others, strict=True):
+        assert torch.equal(images, same)
+        assert torch.equal(labels, same_labels)
+    assert penalised.history != ghosts.history
 
 
+# --- a stop ----------------------------------------------------------------------------------------------------------
+
+
+class Temperature(nn.Module):
+    """A loss with a parameter, and with a count of its steps in a buffer, which lowers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, logits, targets):
+        self.steps += self.training
+        return nn.functional.cross_entropy(logits * self.log_scale.exp(), targets) / self.steps.sqrt()
+
+
+class Counting(nn.Sequential):
+    """Counts its steps, in its extra state, and draws from three generators."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10), nn.Dropout(0.1))
+        self.steps = 0
+
+    def forward(self, images):
+        self.steps += self.training
+        drawn = random.gauss(0, 0.1) + np.random.uniform(0, 0.1) if self.training else 0  # noqa: NPY002
+        return super().forward(images) * (1 + drawn) / (1 + self.steps)
+
+    def get_extra_state(self):
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state):
+        self.steps = state["steps"]
+
+
+OWN = Recipe(
+    "own", Counting, epochs=2, train_images=640, loss=Temperature(), transform=v2.RandomRotation(10),
+    optimizer=partial(torch.optim.AdamW, weight_decay=np.logspace(-4, -2, 3)[2]), schedule=lambda done: 1 - done / 2,
+)  # fmt: skip
 CYCLE = replace(
     TINY, schedule="one-cycle", nesterov=True, learning_rate=0.1, shift=2.0, scale=0.1, ema=0.9, held_out=True
 )
 
 
-def test_the_moving_average_is_what_is_judged_and_saved(monkeypatch):
-    """With a decay of 0.5, three steps leave 1/4, 1/4 and 1/2 of the three models; the first is the whole at first."""
-    seen = []
-
-    def spy(learner, batches, *step):
-        weights = list(learner.model.parameters())
-        learner.optimizer.register_step_post_hook(lambda *_: seen.append([w.detach().clone() for w in weights]))
-        return original(learner, batches, *step)
-
-    original = s6lib.lab.run.train_epoch
-    monkeypatch.setattr(s6lib.lab.run, "train_epoch", spy)
-    trained = train_run(Run(replace(TINY, epochs=1, train_images=192, ema=0.5), GBN, 1))
-    weights = torch.load(io.BytesIO(trained.weights))
-    for name, first, second, third in zip(dict(PlainNet().named_parameters()), *seen, strict=True):
-        assert torch.allclose(weights[name], first / 4 + second / 4 + third / 2, atol=1e-6)
-
-
-def test_a_one_cycle_run_on_held_out_digits_goes_on_as_if_never_stopped(mnist, tmp_path, monkeypatch):
-    whole = train_run(Run(CYCLE, GBN, 1))
-    assert [row["lr"] for row in whole.history] == [CYCLE.learning_rates(epoch)[0] for epoch in (1, 2)]
-    right = (torch.from_numpy(whole.predictions) == mnist[0].labels[50_000:50_500]).float().mean()
-    assert whole.history[-1]["val_accuracy"] == pytest.approx(float(right))
-    original = s6lib.lab.run.train_epoch
-
-    def stop_at_epoch_2(learner, batches, *step):
-        if learner.optimizer.state:
-            raise Stopped
-        return original(learner, batches, *step)
-
-    monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
-    with pytest.raises(Stopped):
-        train_run(Run(CYCLE, GBN, 1), tmp_path)
-    monkeypatch.undo()
-    assert_same_run(train_run(Run(CYCLE, GBN, 1), tmp_path), whole)
+@pytest.mark.parametrize("run", [Run(TINY, GBN, 1), Run(CYCLE, GBN, 1), Run(OWN, CONTROL, 1)], ids=str)
+def test_a_stopped_run_ends_as_if_never_stopped(run, tmp_path, undisturbed):
+    """Stopped at the end of its first epoch, and, gone on, in the middle of its second."""
+    whole = undisturbed if run.recipe is TINY else train_run(run)
+    assert [row["lr"] for row in whole.history] == [run.recipe.learning_rates(epoch)[0] for epoch in (1, 2)]
+    for stop in (10, 5):
+        with pytest.raises(Stopped):
+            train_watched(run, tmp_path, stop)
+        assert len(read_checkpoint(tmp_path)["history"]) == 1
+    (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half a file")
+    resumed, steps = train_watched(run, tmp_path)
+    assert_same_run(resumed, whole)
+    assert len(steps) == 10
+    assert not list(tmp_path.glob(".*"))
 
 
-EVERY_WRITE = [pytest.param(n, marks=() if n in (1, 2, 6, 10) else pytest.mark.slow) for n in range(1, 11)]
+def test_a_loss_of_ones_own_is_trained_and_the_callers_is_left_alone(tmp_path):
+    train_run(Run(replace(OWN, epochs=1), CONTROL, 1), tmp_path)
+    state = read_checkpoint(tmp_path)["loss"]
+    assert float(state["0.log_scale"]) != 0
+    assert float(state["0.steps"]) == 10
+    assert not any(value.any() for value in OWN.loss.state_dict().values())
+
+
+def test_held_out_images_are_judged(mnist):
+    trained = train_run(Run(replace(CYCLE, epochs=1, train_images=64), GBN, 1))
+    right = (torch.from_numpy(trained.predictions) == mnist[0].labels[50_000:50_500]).float().mean()
+    assert trained.history[-1]["val_accuracy"] == pytest.approx(float(right))
+
+
+EVERY_WRITE = [pytest.param(n, marks=() if n in (1, 5, 8) else pytest.mark.slow) for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("writes", EVERY_WRITE)
 def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_path, monkeypatch, writes):
     """The process ends in the middle of the n-th file that it writes; then the same run is asked for again."""
-    original, count = os.fsync, 0
+    original, written = os.fsync, count(1)
 
     def fsync(descriptor):
-        nonlocal count
-        count += 1
-        if count == writes:
+        if next(written) == writes:
             raise Stopped
         original(descriptor)
 
@@ -149,95 +199,38 @@ def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_pa
     assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
 
 
-def test_a_run_goes_on_from_its_checkpoint(undisturbed, tmp_path, monkeypatch):
-    def stop_at_epoch_2(learner, batches, *step):
-        if learner.optimizer.state:
-            raise Stopped
-        return original(learner, batches, *step)
-
-    original = s6lib.lab.run.train_epoch
-    monkeypatch.setattr(s6lib.lab.run, "train_epoch", stop_at_epoch_2)
-    with pytest.raises(Stopped):
-        train_run(Run(TINY, GBN, 1), tmp_path)
-    (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half a file")
-
-    epochs = []
-    monkeypatch.setattr(s6lib.lab.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
-    assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
-    assert len(epochs) == 1
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_finished_folder_holds_four_files(undisturbed, tmp_path):
-    train_run(Run(TINY, GBN, 1), tmp_path)
-    assert read_checkpoint(tmp_path)["recipe"]["epochs"] == 2
-    assert not is_complete(tmp_path)
-    save_run(tmp_path, Run(TINY, GBN, 1), undisturbed)
-    assert is_complete(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "history.csv", "weights.pt", "predictions.npy"}
-    about = json.loads((tmp_path / "run.json").read_text())
-    assert about["condition"]["slug"] == "gbn"
-    assert about["seed"] == 1
-    assert about["torch"] == torch.__version__
-    assert about == read_about(tmp_path)
-    assert (tmp_path / "weights.pt").read_bytes() == undisturbed.weights
-    model = PlainNet(partial(GhostBatchNorm, num_splits=4))
-    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path, monkeypatch):
-    monkeypatch.setattr(type(TINY), "learning_rates", lambda _, epoch: [0.01 if epoch == 1 else 1e30] * 10)
-    with pytest.raises(RunError, match=r"GBN \(gbn\), seed 1: the loss is not finite at epoch 2, step \d+; lower"):
-        train_run(Run(TINY, GBN, 1), tmp_path)
-    assert (tmp_path / "history.csv").read_text().splitlines()[1].startswith("1,0.01,")
-    assert read_checkpoint(tmp_path)["history"][0]["epoch"] == 1
-
-
-def test_a_last_step_that_breaks_the_weights_is_found(monkeypatch):
-    original = s6lib.lab.run.evaluate
-    monkeypatch.setattr(s6lib.lab.run, "evaluate", lambda *args: original(*args)._replace(loss=float("nan")))
-    with pytest.raises(RunError, match="epoch 1, step 10"):
-        train_run(Run(TINY, GBN, 1))
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_epoch_before_and_says_so(undisturbed, tmp_path, capfd, monkeypatch):
-    train_run(Run(TINY, GBN, 1), tmp_path)
-    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
-    for place in range(len(content) // 2, len(content) // 2 + 256):  # more than the padding between tensors
-        content[place] ^= 1
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    epochs, original = [], s6lib.lab.run.train_epoch
-    monkeypatch.setattr(s6lib.lab.run, "train_epoch", lambda *args: epochs.append(1) or original(*args))
-    assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
-    assert len(epochs) == 1
-    assert "checkpoint.pt is damaged" in capfd.readouterr().err
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+def test_a_damaged_checkpoint_falls_back_and_one_of_another_run_is_refused(undisturbed, tmp_path, capfd):
     train_run(Run(TINY, GBN, 1), tmp_path)
     for recipe, condition, seed in ((TINY, GBN, 2), (TINY, L1_BN, 1), (replace(TINY, epochs=3), GBN, 1)):
         with pytest.raises(RunError, match="is of another run; delete it"):
             train_run(Run(recipe, condition, seed), tmp_path)
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 256):  # more than the padding between tensors
+        content[place] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    again, steps = train_watched(Run(TINY, GBN, 1), tmp_path)
+    assert_same_run(again, undisturbed)
+    assert len(steps) == 10
+    assert "checkpoint.pt is damaged" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("flushing", [True, False])
-def test_the_callers_denormals_come_back(flushing):
-    torch.set_flush_denormal(flushing)
-    try:
-        train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
-        assert _denormals_are_flushed() == flushing
-    finally:
-        torch.set_flush_denormal(False)
-
-
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")
-def test_the_current_interface_to_tf32_may_have_been_used():
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "ieee"
-    try:
-        train_run(Run(replace(TINY, epochs=1, train_images=64), GBN, 1))
-    finally:
-        torch.backends.fp32_precision = before
+def test_a_finished_folder_holds_four_files_and_the_machines_that_trained(undisturbed, tmp_path, monkeypatch):
+    run = Run(TINY, GBN, 1)
+    train_run(run, tmp_path)
+    assert not is_complete(tmp_path)
+    elsewhere = {**undisturbed.machines[0], "host": "elsewhere", "core": "another"}
+    monkeypatch.setattr(s6lib.lab.run, "machine", lambda device: elsewhere)
+    save_run(tmp_path, run, train_run(run, tmp_path))
+    assert is_complete(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "history.csv", "weights.pt", "predictions.npy"}
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about == read_about(tmp_path)
+    assert (about["condition"]["slug"], about["seed"], about["torch"]) == ("gbn", 1, torch.__version__)
+    assert (about["host"], about["earlier"][0]["host"]) == ("elsewhere", undisturbed.machines[0]["host"])
+    assert re.search(r"L2 unified \d+K", about["earlier"][0]["core"]) or not Path("/sys/devices/system/cpu").exists()
+    assert (tmp_path / "weights.pt").read_bytes() == undisturbed.weights
+    model = PlainNet(partial(GhostBatchNorm, num_splits=4))
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
 
 
 def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(undisturbed, tmp_path, monkeypatch):
@@ -258,14 +251,206 @@ def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(undisturbed, tmp_path,
         }
 
 
-def test_a_run_resumed_on_another_machine_records_both(undisturbed, tmp_path, monkeypatch):
-    train_run(Run(TINY, GBN, 1), tmp_path)
-    elsewhere = {**undisturbed.machines[0], "host": "elsewhere", "core": "another"}
-    monkeypatch.setattr(s6lib.lab.run, "machine", lambda device: elsewhere)
-    trained = train_run(Run(TINY, GBN, 1), tmp_path)
-    assert [machine["host"] for machine in trained.machines] == [undisturbed.machines[0]["host"], "elsewhere"]
-    save_run(tmp_path, Run(TINY, GBN, 1), trained)
-    about = read_about(tmp_path)
-    assert about["host"] == "elsewhere"
-    assert about["earlier"][0]["core"] == undisturbed.machines[0]["core"]
-    assert re.search(r"L2 unified \d+K", about["earlier"][0]["core"]) or not Path("/sys/devices/system/cpu").exists()
+@pytest.mark.parametrize(("share", "epoch"), [(0.5, 2), (0.95, 2)], ids=["a step", "the last step"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path, share, epoch):
+    """The last step's update is found by the evaluation after it."""
+    recipe = replace(TINY, schedule=lambda done: 1.0 if done < share else 1e35)
+    with pytest.raises(RunError, match=rf"GBN \(gbn\), seed 1: the loss is not finite at epoch {epoch}; lower"):
+        train_run(Run(recipe, GBN, 1), tmp_path)
+    assert (tmp_path / "history.csv").read_text().splitlines()[1].startswith("1,0.01,")
+    assert len(read_checkpoint(tmp_path)["history"]) == 1
+
+
+# --- what a run starts from ------------------------------------------------------------------------------------------
+
+
+def squares():
+    """Images with a bright square whose place is the class."""
+    labels = np.arange(60) % 3
+    images = np.zeros((60, 12, 12), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[label : label + 3, label : label + 3] = 200
+    names = [f"square {number}" for number in range(3)]
+    return ImageDataset(images, labels, names), ImageDataset(images[:20], labels[:20], names)
+
+
+def flat(pixels, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
+
+
+SQUARES = Recipe("squares", partial(flat, 144, 3), data=squares, epochs=1, batch_size=16)
+
+
+def test_all_images_are_the_default_and_more_than_there_are_is_an_error():
+    assert set_up_of(SQUARES).settings.train_images == 60
+    assert set_up_of(replace(SQUARES, held_out=True)).settings.train_images == 50
+    with pytest.raises(SettingError, match="train_images must be at most 60, as many as there are, not 61"):
+        set_up_of(replace(SQUARES, train_images=61))
+
+
+def test_images_are_the_first_or_drawn_anew_for_each_seed(mnist):
+    recipe = replace(TINY, train_images=300)
+    assert torch.equal(set_up_of(recipe).train.labels, mnist[0].labels[:300])
+    drawn = [set_up_of(replace(recipe, draw_images=True), seed=seed).train for seed in (1, 2, 1)]
+    assert torch.equal(drawn[0].images, drawn[2].images)
+    assert not torch.equal(drawn[0].images, drawn[1].images)
+    assert all(len(one.images.flatten(1).unique(dim=0)) == 300 for one in drawn)
+    other = set_up_of(replace(recipe, draw_images=True), GBN).train
+    assert torch.equal(drawn[0].images, other.images)  # conditions of a seed train on the same images
+
+
+def test_data_of_the_users_is_the_same_for_every_run():
+    def drawn():
+        images = torch.randint(0, 256, (8, 8, 8), dtype=torch.uint8)
+        return [ImageDataset(images + random.randrange(9), torch.arange(8) % 2, ("a", "b"))] * 2
+
+    first, second = (set_up_of(replace(SQUARES, data=drawn), seed=seed).train for seed in (1, 2) if not forget_images())
+    assert torch.equal(first.images, second.images)
+
+
+def test_an_epoch_may_pass_through_the_images_several_times():
+    parts = list(set_up_of(replace(TINY, train_images=100, passes=3)).batches(1, torch.Generator().manual_seed(1)))
+    assert [len(labels) for _, labels in parts] == [64, 36] * 3
+    assert len({tuple(labels.tolist()) for _, labels in parts}) == 6  # in another order each time
+
+
+def test_the_learning_rate_follows_the_schedule_and_groups_keep_their_ratio():
+    def two_groups(parameters, lr):
+        return torch.optim.SGD([{"params": parameters[:1], "lr": lr / 10}, {"params": parameters[1:]}], lr=lr)
+
+    recipe = replace(SQUARES, optimizer=two_groups, schedule=lambda done: 1 - done, learning_rate=0.3)
+    setup = set_up_of(recipe)
+    batches = setup.batches(1, torch.Generator())
+    rates = [[group["lr"] for group in setup.optimizer.param_groups] for _ in batches]
+    assert rates == [pytest.approx([share * 0.03, share * 0.3]) for share in (1, 0.75, 0.5, 0.25)]
+
+
+def test_a_rate_that_the_optimizer_sets_itself_is_recorded():
+    def at_its_own(parameters, lr):
+        return torch.optim.SGD(parameters, 0.4)
+
+    own = replace(SQUARES, epochs=2, schedule=lambda done: 1 - done, optimizer=at_its_own)
+    trained, seen = train_watched(Run(own, CONTROL, 1))
+    assert [row["lr"] for row in trained.history] == pytest.approx([0.4, 0.2])
+    assert [seen[first][2] for first in (0, 4)] == pytest.approx([0.4, 0.2])
+
+
+@pytest.mark.parametrize("transform", [v2.CutMix(num_classes=3), v2.RandomErasing(p=1.0), v2.MixUp(num_classes=3)])
+def test_batch_transforms_of_torchvision_fit(transform):
+    trained, ((images, targets, _), *_) = train_watched(Run(replace(SQUARES, batch_transform=transform), CONTROL, 1))
+    assert images.shape == (16, 1, 12, 12)
+    assert targets.shape in ((16,), (16, 3))
+    assert 0 <= trained.history[-1]["train_accuracy"] <= 1
+
+
+def test_the_moving_average_is_what_is_judged_and_saved():
+    """With a decay of 0.5, three steps leave 1/4, 1/4 and 1/2 of three networks; whole numbers are the last's."""
+    seen = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            seen.append([weights.detach().clone() for weights in self.param_groups[0]["params"]])
+
+    run = Run(replace(TINY, epochs=1, train_images=192, ema=0.5, optimizer=Noted), GBN, 1)
+    state = torch.load(io.BytesIO(train_run(run).weights))
+    for name, first, second, third in zip(dict(PlainNet().named_parameters()), *seen, strict=True):
+        assert torch.allclose(state[name], first / 4 + second / 4 + third / 2, atol=1e-6)
+    assert {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")} == {3}
+
+
+def test_a_network_says_in_which_memory_format_it_is_trained():
+    assert set_up_of(TINY).model.layers[4].weight.is_contiguous(memory_format=torch.channels_last)
+    assert memory_format(PlainNet().to("meta")) == torch.contiguous_format  # on a GPU
+
+    class Own(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(1, 4, 5, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+
+    recipe = replace(TINY, network=Own, dropout=None)
+    assert set_up_of(recipe).model[1].weight.is_contiguous()
+    Own.memory_format = torch.channels_last
+    assert set_up_of(recipe).model[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_loss_and_a_moving_average_go_to_the_device():
+    """With the tensors of a loss, such as class weights; the caller's stay where they are."""
+    weights, meta = torch.tensor([1.0, 2.0, 3.0]), torch.device("meta")
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for loss in (nn.CrossEntropyLoss(weight=weights), partial(nn.functional.cross_entropy, weight=weights)):
+        moved = _on_device(loss, meta)
+        assert (moved.keywords["weight"] if isinstance(loss, partial) else moved.weight).device == meta
+        assert torch.equal(set_up_of(replace(SQUARES, loss=loss)).loss(logits, labels), loss(logits, labels))
+    model = flat(144, 3).to(meta)
+    average = _build_average(model, torch.optim.SGD(model.parameters(), 0.1), 0.9)
+    assert {tensor.device for tensor in (*average.parameters(), *average.buffers())} == {meta}
+
+
+class Tutorial(nn.Module):
+    """As in the course's first session: it views what a convolution gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(1, 10, 5), nn.Conv2d(10, 20, 5), nn.Linear(320, 10)
+
+    def forward(self, images):
+        for layer in (self.first, self.second):
+            images = nn.functional.max_pool2d(layer(images), 2).relu()
+        return self.last(images.view(-1, 320)).log_softmax(1)
+
+
+class Lazy(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.LazyConv2d(8, 5, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+
+
+class Volume(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv3d(1, 4, (1, 5, 5), (1, 3, 3)), nn.Linear(256, 10)
+
+    def forward(self, images):
+        return self.last(self.first(images.unsqueeze(2)).flatten(1))
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Embedding(16, 4, sparse=True), nn.Linear(3136, 10)
+
+    def forward(self, images):
+        return self.last(self.first(((images + 0.5) * 4).long().clamp(0, 15).flatten(1)).flatten(1))
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(784, 10, dtype=torch.cfloat))
+
+    def forward(self, images):
+        return (images.flatten(1).to(torch.cfloat) @ self.weight).abs()
+
+
+class SittingOut(nn.Module):
+    """A layer that is skipped at random, as in stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(784, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, images):
+        features = self.first(images.flatten(1)).relu()
+        if not self.training or torch.rand(()) < 0.5:
+            features = features + self.middle(features).relu()
+        return self.last(features)
+
+
+@pytest.mark.parametrize("network", [Tutorial, Lazy, Volume, Sparse, Complex, SittingOut])
+def test_all_layers_of_networks_of_every_kind_are_trained(network):
+    recipe = Recipe("r", network, epochs=1, train_images=640)
+    before = set_up_of(recipe).model.state_dict()
+    trained = train_run(Run(recipe, CONTROL, 1))
+    after = torch.load(io.BytesIO(trained.weights))
+    assert after.keys() == before.keys()
+    assert not [name for name, value in after.items() if torch.equal(value, before[name])]
+    assert np.isfinite(trained.history[0]["train_loss"])
