@@ -117,7 +117,8 @@ def _source(thing: Any) -> str | None:
     """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
     thing = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
     members = vars(thing).values() if isinstance(thing, type) else [inspect.unwrap(thing)]
-    codes = {member.__code__ for member in members if inspect.isfunction(member)}
+    # Unwrapped, since torch wraps the step of an optimizer's class.
+    codes = {inspect.unwrap(member).__code__ for member in members if inspect.isfunction(member)}
     with suppress(Exception):  # the source is for people to read; nothing depends on it
         lines, _ = inspect.findsource(thing)
         if codes <= set(_codes_in(compile("".join(lines), "", "exec", dont_inherit=True))):
@@ -232,6 +233,8 @@ def compare(
         parts = [(f"{one} {place}", *pair) for place, pair in enumerate(zip(old, new, strict=True), 1)]
     elif _is_close(old, new, GRADIENT_TOLERANCE if name == "gradient" else tolerance):
         return []
+    elif name == "learning rates":  # a digest
+        return ["other learning rates"]
     else:
         return [f"{name} = {_describe(old)}, not {_describe(new)}"]
     options: dict[str, Any] = {"code": code, "shared": shared, "tolerance": tolerance}
