@@ -55,16 +55,16 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
                 rate for epoch in range(setup.settings.epochs) for rate in setup.settings.learning_rates(epoch + 1)
             ]
         with _error_prefix(f"{name} cannot be trained"):
-            batches = list(_first_batches(run, setup))
-            pickled, steps = _pickles(run), []
-            attributes: dict[str, Any] = {}
+            pickled = _pickles(run)  # before the first transform
+            batches, steps, attributes = list(_first_batches(run, setup)), [], []
             for number, batch in enumerate(batches[:STEPS], 1):
                 with _error_prefix(f"step {number} fails"):
                     steps.append(_step(run, setup, batch))
-                attributes = attributes or _attributes(setup.model)
+                if len(batch[1]) == len(batches[0][1]):  # a network may keep the shape of what it has seen
+                    attributes.append(_attributes(setup))
             if not _same_state(second.model.state_dict(), before):
                 raise SettingError("training one network changed another: `network` must make a new one each time")
-            _require_no_hidden_state(run, setup.model, pickled, attributes)
+            _require_no_hidden_state(run, pickled, attributes)
             _name_what_learns_nothing(name, setup.model)
         with _error_prefix(f"{name} cannot be evaluated"):
             logits = _evaluate(setup)
@@ -216,11 +216,13 @@ def _is_installed(module: ModuleType) -> bool:
     return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
 
 
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """The attributes of modules that are numbers, text, or lists and dicts of them, by name."""
+def _attributes(setup: Setup) -> dict[str, Any]:
+    """The attributes of network and loss that are numbers, text, or lists and dicts of them, by name."""
+    modules = [("network", *pair) for pair in setup.model.named_modules()]
+    modules += [("loss", *pair) for loss in setup.parts.get("loss", ()) for pair in loss.named_modules()]
     return {
-        f"{path}.{name}".lstrip("."): repr(value)
-        for path, module in model.named_modules()
+        f"`{path}{'.' if path else ''}{name}` of the {part}": repr(value)
+        for part, path, module in modules
         for name, value in vars(module).items()
         if name != "training" and name[0] != "_" and _is_plain(value)
     }
@@ -232,10 +234,10 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value.values())) if isinstance(value, dict) else isinstance(value, int | float | str)
 
 
-def _require_no_hidden_state(run: Run, model: nn.Module, pickles: dict[str, bytes], attributes: dict[str, Any]) -> None:
+def _require_no_hidden_state(run: Run, pickles: dict[str, bytes], attributes: list[dict[str, Any]]) -> None:
     """Raise SettingError if the steps have changed something that a checkpoint does not hold."""
-    after = _attributes(model)
-    changed = [f"`{name}` of the network" for name, value in attributes.items() if after.get(name, value) != value]
+    before, after = attributes[0], attributes[-1]
+    changed = [name for name, value in before.items() if after.get(name, value) != value]
     changed += [f"`{name}`" for name, content in _pickles(run).items() if pickles.get(name, content) != content]
     if changed:
         raise SettingError(f"{changed[0]} changes from step to step, and {_STATE}")
