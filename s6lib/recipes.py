@@ -177,7 +177,7 @@ class Condition:
         own = {"l1": l1, "l2": l2, "num_splits": num_splits, "norm": norm, "penalty": penalty}
         own = {name: as_python(value) for name, value in own.items()}
         changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
-        slug = slug or _slug_from({name: value for name, value in {**own, **changes}.items() if value})
+        slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
         for name, value in {"slug": slug, "label": label or slug, **own, "changes": changes}.items():
             object.__setattr__(self, name, value)
         _require_sound({"slug": slug, "label": self.label, **own})
