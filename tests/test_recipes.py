@@ -1,27 +1,39 @@
+import pickle
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from s6lib.errors import SettingError
 from s6lib.models import BottleneckNet, PlainNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.recipes import (
-    ALL_CONDITIONS,
-    BOTTLENECK,
-    CONDITIONS,
-    CONTROL,
-    PLAIN,
-    Condition,
-    Recipe,
-    build_model,
-)
+from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe, build_model
+
+Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
 
 
-def test_the_five_conditions_are_the_designs():
+class Own(nn.Module):
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
+
+
+OWN = Recipe("own", Own, epochs=1, train_images=640)
+
+
+def constant_penalty(model):
+    return model.layers[0].weight.sum()
+
+
+# --- the built-in ones -----------------------------------------------------------------------------------------------
+
+
+def test_the_conditions_and_recipes_are_the_designs():
     rows = [(c.label, c.slug, c.l1, c.l2, c.num_splits) for c in CONDITIONS]
     assert rows == [
         ("L1 + BN", "l1-bn", 2e-4, 0, None),
@@ -32,12 +44,39 @@ def test_the_five_conditions_are_the_designs():
     ]
     assert CONTROL not in CONDITIONS
     assert [c.num_splits for c in ALL_CONDITIONS.values() if c.slug.startswith("gbn-")] == [2, 8, 16, 32]
-
-
-def test_recipes_are_the_designs():
     assert Recipe("plain", PlainNet, 0.04, 25, 60_000, 64, 0.01, 0.1, 6, 0.9, 15.0, 0.0) == PLAIN
     same_but = {"name": "bottleneck", "network": BottleneckNet, "dropout": 0.0, "rotation": 7.0, "jitter": 0.1}
     assert replace(PLAIN, **same_but) == BOTTLENECK
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, BOTTLENECK])
+def test_conditions_of_one_seed_share_their_initial_weights_but_not_their_norms(recipe):
+    states = []
+    for condition in ALL_CONDITIONS.values():
+        torch.manual_seed(3)
+        model = build_model(recipe, condition)
+        norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        kind = nn.BatchNorm2d if condition.num_splits is None else GhostBatchNorm
+        assert {(type(norm), getattr(norm, "num_splits", None)) for norm in norms} == {(kind, condition.num_splits)}
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+
+
+# --- learning rates --------------------------------------------------------------------------------------------------
+
+
+def rates_of(recipe):
+    return [rate for epoch in range(1, recipe.epochs + 1) for rate in recipe.learning_rates(epoch)]
+
+
+def rates_by(scheduler, optimizer, count):
+    for _ in range(count):
+        yield from scheduler.get_last_lr()
+        optimizer.step()
+        if scheduler.last_epoch + 1 < count:
+            scheduler.step()
 
 
 def test_learning_rate_falls_tenfold_every_six_epochs():
@@ -46,97 +85,115 @@ def test_learning_rate_falls_tenfold_every_six_epochs():
     assert [first for first, *_ in rates] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
 
 
-@given(st.integers(1, 6), st.integers(1, 200), st.integers(1, 70))
-def test_one_cycle_is_torchs(epochs, images, batch):
-    recipe = Recipe("cycle", Own, epochs=epochs, train_images=images, batch_size=batch, schedule="one-cycle")
-    ours = [rate for epoch in range(1, epochs + 1) for rate in recipe.learning_rates(epoch)]
-    if len(ours) < 6:  # torch divides by zero where the upward part has one step
-        assert max(ours) <= 0.01
-        return
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.01, total_steps=len(ours), pct_start=0.2, cycle_momentum=False
-    )
-    theirs = []
-    for _ in ours:
-        theirs += scheduler.get_last_lr()
-        optimizer.step()
-        if len(theirs) < len(ours):
-            scheduler.step()
-    assert ours == pytest.approx(theirs)
-
-
-@pytest.mark.parametrize("recipe", [PLAIN, BOTTLENECK])
-def test_conditions_of_one_seed_share_their_initial_weights(recipe):
-    states = []
-    for condition in ALL_CONDITIONS.values():
-        torch.manual_seed(3)
-        states.append(build_model(recipe, condition).state_dict())
-    for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        assert all(torch.equal(state[name], states[0][name]) for name in state)
-
-
-def rates_of(recipe):
-    return [rate for epoch in range(1, recipe.epochs + 1) for rate in recipe.learning_rates(epoch)]
-
-
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 200), st.integers(1, 70), st.integers(1, 3))
-def test_a_cosine_is_torchs(epochs, images, batch, passes):
-    recipe = replace(OWN, epochs=epochs, train_images=images, batch_size=batch, passes=passes, schedule="cosine")
+def test_one_cycle_and_cosine_are_torchs(schedule, epochs, images, batch, passes):
+    recipe = replace(OWN, epochs=epochs, train_images=images, batch_size=batch, passes=passes, schedule=schedule)
     ours = rates_of(recipe)
     assert len(ours) == epochs * passes * -(-images // batch)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.01)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(ours))
-    theirs = []
-    for _ in ours:
-        theirs += scheduler.get_last_lr()
-        optimizer.step()
-        scheduler.step()
-    assert ours == pytest.approx(theirs, abs=1e-12)
+    if schedule == "cosine":
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(ours))
+    elif len(ours) < 6:  # torch divides by zero where the upward part has one step
+        return
+    else:
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.01, total_steps=len(ours), pct_start=0.2, cycle_momentum=False
+        )
+    assert ours == pytest.approx(list(rates_by(scheduler, optimizer, len(ours))), abs=1e-12)
+
+
+@given(st.integers(1, 5))
+def test_the_shortest_cycles_stay_below_the_highest_rate(epochs):
+    assert max(rates_of(replace(OWN, epochs=epochs, train_images=1, schedule="one-cycle"))) <= 0.01
 
 
 def test_a_schedule_of_the_users_is_a_factor_of_the_learning_rate():
     recipe = replace(OWN, epochs=2, train_images=128, schedule=lambda done: np.float64(1 - done))
     assert rates_of(recipe) == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert set(rates_of(replace(recipe, schedule="constant"))) == {0.01}
-    for bad in (lambda done: -1.0, lambda done: None, lambda done: float("nan")):
-        with pytest.raises(ValueError, match="schedule must be a function that gives a finite number from 0, at 0 too"):
+    for bad in (lambda done: -1.0, lambda done: None, lambda done: float("nan"), lambda done: "1"):
+        with pytest.raises(SettingError, match="schedule must be a function that gives a finite number from 0, at 0 t"):
             replace(recipe, schedule=bad).learning_rates(1)
 
 
+# --- conditions of the user's ----------------------------------------------------------------------------------------
+
+
+def test_a_keyword_of_a_condition_changes_a_setting_of_the_recipe():
+    wild = Condition("wild", dropout=0.5, batch_size=256, network=PlainNet, epochs=3, l1=1e-4)
+    assert wild.changes == {"dropout": 0.5, "batch_size": 256, "network": PlainNet, "epochs": 3}
+    assert OWN.changed_by(wild) == replace(OWN, **wild.changes)
+    assert {layer.p for layer in build_model(OWN, wild).modules() if isinstance(layer, nn.Dropout)} == {0.5}
+    assert Condition("wild", changes=wild.changes, l1=1e-4) == wild
+    assert Condition("wild", changes={"epochs": 2}, epochs=3).changes == {"epochs": 3}  # what is said last
+
+
+def test_a_condition_is_a_value():
+    short = Condition("short", "Short", l1=1e-4, epochs=3)
+    assert replace(short, epochs=4) == Condition("short", "Short", l1=1e-4, epochs=4)
+    assert replace(short, l1=0.0, label="x") == Condition("short", "x", epochs=3)
+    assert pickle.loads(pickle.dumps(short)) == short
+    assert hash(replace(short)) == hash(short)
+    assert Condition("groups").label == "groups"
+
+
+@pytest.mark.parametrize(
+    ("changes", "slug"),
+    [
+        ({"l1": 6e-3}, "l1-0.006"),
+        ({"l2": 1e-5}, "l2-1e-5"),
+        ({"l1": 2e-4, "num_splits": 4}, "l1-0.0002-num_splits-4"),
+        ({"epochs": 3}, "epochs-3"),
+        ({"dropout": 0.0, "nesterov": True}, "dropout-0-nesterov-true"),
+        ({"schedule": "one-cycle"}, "schedule-one-cycle"),
+        ({"optimizer": AdamW, "learning_rate": 1e-3}, "optimizer-adamw-learning_rate-0.001"),
+        ({"optimizer": partial(AdamW, weight_decay=0.1)}, "optimizer-adamw"),
+        ({"penalty": constant_penalty, "label": "C"}, "penalty-constant_penalty"),
+    ],
+)
+def test_a_condition_names_itself_after_what_it_changes(changes, slug):
+    assert Condition(**changes).slug == slug
+
+
+@pytest.mark.parametrize("changes", [{}, {"label": "x"}, {"penalty": lambda model: 0.0}, {"l1": 0.0}])
+def test_a_condition_without_a_name_to_make_needs_one(changes):
+    with pytest.raises(SettingError, match="needs a slug, as in 'mine'"):
+        Condition(**changes)
+
+
+@settings(max_examples=30)
+@given(st.from_regex(r"[a-z0-9]+([-_.][a-z0-9]+)*", fullmatch=True))
+def test_names_are_words_joined_by_dashes_underscores_or_points(name):
+    assert Condition(name).slug == Recipe(name, Own).name == name
+
+
+def test_a_norm_and_a_penalty_of_ones_own():
+    groups = Condition("groups", norm=lambda channels: nn.GroupNorm(2, channels))
+    kinds = [type(layer) for layer in build_model(OWN, groups).modules()]
+    assert nn.GroupNorm in kinds
+    assert nn.BatchNorm2d not in kinds
+    model = build_model(OWN, CONTROL)
+    weights = torch.cat([weight.flatten() for weight in model.parameters()])
+    ones = Condition("ones", l1=2.0, l2=3.0, penalty=lambda model: torch.tensor(5.0))
+    assert ones.penalty_of(model).item() == pytest.approx((2 * weights.abs().sum() + 3 * (weights**2).sum() + 5).item())
+    assert CONTROL.penalty_of(model) == 0
+
+
 def test_numbers_of_numpy_are_numbers():
-    condition = Condition("a", l1=np.float64(1e-4), num_splits=np.arange(4, 8)[0], changes={"epochs": np.int64(3)})
+    condition = Condition("a", l1=np.float64(1e-4), num_splits=np.arange(4, 8)[0], epochs=np.int64(3))
     assert (condition.l1, condition.num_splits, condition.changes) == (1e-4, 4, {"epochs": 3})
+    decays = [
+        Condition("b", optimizer=partial(AdamW, weight_decay=np.logspace(-4, -2, 3)[2])).changes["optimizer"],
+        replace(PLAIN, optimizer=partial(AdamW, weight_decay=np.float64(0.01))).optimizer,
+    ]
+    numbers = [*(decay.keywords["weight_decay"] for decay in decays), condition.l1]
+    assert [type(number) for number in numbers] == [float] * 3
     assert type(replace(PLAIN, epochs=np.int64(3)).epochs) is int
 
 
-def test_a_recipe_cannot_be_subclassed():
-    """It would be recorded as if it were the plain one."""
-    with pytest.raises(ValueError, match="Recipe cannot be subclassed, since a run records only the settings"):
-
-        class _Slower(Recipe):
-            def learning_rates(self, epoch):
-                return [1e-3]
-
-
-@pytest.mark.parametrize(("setting", "value"), [("network", PlainNet()), ("norm", nn.BatchNorm2d(4))])
-def test_a_model_where_its_class_is_asked_for(setting, value):
-    name = type(value).__name__
-    with pytest.raises(ValueError, match=f"{setting} must be .*: give the class {name}, not a {name} that is already"):
-        Recipe("r", value) if setting == "network" else Condition("c", norm=value)
-
-
-def test_normalisation_layers_are_the_conditions():
-    def kinds(condition):
-        return {
-            (type(m), getattr(m, "num_splits", None))
-            for m in build_model(PLAIN, condition).modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        }
-
-    assert kinds(CONTROL) == {(nn.BatchNorm2d, None)}
-    assert kinds(ALL_CONDITIONS["gbn-16"]) == {(GhostBatchNorm, 16)}
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,85 +202,74 @@ def test_normalisation_layers_are_the_conditions():
         {"epochs": 0}, {"epochs": True}, {"epochs": 2.0}, {"train_images": 60_001}, {"train_images": 0},
         {"batch_size": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1}, {"dropout": 1.5}, {"momentum": 2},
         {"rotation": float("inf")}, {"jitter": -0.1}, {"shift": -1}, {"scale": 1.0}, {"schedule": "cosines"},
-        {"nesterov": 1}, {"ema": 1.0}, {"held_out": 1}, {"passes": 0}, {"draw_images": 1},
-        {"data": "svhn"}, {"loss": None},
-        {"optimizer": "adam"}, {"transform": 1}, {"decay_epochs": 0}, {"network": "PlainNet"},
-        {"name": "../plain"},
+        {"nesterov": 1}, {"ema": 1.0}, {"held_out": 1}, {"held_out": True}, {"passes": 0}, {"draw_images": 1},
+        {"data": "svhn"}, {"loss": None}, {"optimizer": "adam"}, {"transform": 1}, {"batch_transform": 1},
+        {"decay_epochs": 0}, {"network": "PlainNet"}, {"name": "../plain"}, {"name": "Plain"}, {"name": "a b"},
     ],
 )  # fmt: skip
-def test_recipe_refuses_what_makes_no_sense(change):
+def test_a_recipe_refuses_what_makes_no_sense(change):
     ((field, value),) = change.items()
     with pytest.raises(ValueError, match=rf"{field} must be .*, not {value!r}"):
         replace(PLAIN, **change)
-
-
-def test_held_out_digits_are_not_trained_on():
-    with pytest.raises(ValueError, match="held_out must be False, or True with at most 50,000 train_images"):
-        replace(PLAIN, held_out=True)
     assert replace(PLAIN, held_out=True, train_images=50_000).held_out
 
 
-def test_nesterov_needs_a_momentum():
-    with pytest.raises(ValueError, match="nesterov must be True, with a momentum above 0, or False, not True"):
-        replace(PLAIN, momentum=0.0, nesterov=True)
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        *(({"slug": slug}, "slug must be lower-case words") for slug in ("..", "a/b", "gbn\n", "A", "a-", "a_-b", 5)),
+        ({"label": 5}, "label must be text"),
+        ({"l1": -1}, "l1 must"), ({"l1": float("inf")}, "l1 must"), ({"l2": float("nan")}, "l2 must"),
+        ({"num_splits": 0}, "num_splits must"), ({"num_splits": 1.5}, "num_splits must"),
+        ({"norm": 4}, "norm must"), ({"penalty": 1e-4}, "penalty must"),
+        ({"norm": Own, "num_splits": 4}, "norm must be left out where num_splits is given"),
+        *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "name", "data")),
+        ({"held_out": True}, "must be a setting of the recipe"),
+        ({"changes": {"colour": 1}}, "must be a setting of the recipe"),
+        ({"optimizer": Adam, "momentum": 0.5}, "momentum must be given to the optimizer itself"),
+        ({"optimizer": Adam, "nesterov": True}, "nesterov must be given to the optimizer itself"),
+    ],
+)  # fmt: skip
+def test_a_condition_refuses_what_makes_no_sense(asked, said):
+    with pytest.raises(SettingError, match=said):
+        Condition(**{"slug": "new", **asked})
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"l1": -1}, {"l2": float("nan")}, {"l1": float("inf")}, {"num_splits": 0}, {"num_splits": 1.5},
-     {"norm": 4}, {"penalty": 1e-4}, {"changes": {"colour": 1}}, {"changes": {"name": "other"}}, {"changes": None},
-     {"changes": {"held_out": True}}, {"changes": {"data": "kmnist"}},
-     {"changes": {"optimizer": torch.optim.Adam, "momentum": 0.5}},
-     {"slug": ".."}, {"slug": "a/b"}, {"slug": ""}, {"slug": "gbn\n"}],
-)  # fmt: skip
-def test_condition_refuses_what_makes_no_sense(change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))} must "):
-        replace(Condition("new", "New"), **change)
+    ("recipe", "changes", "said"),
+    [
+        (PLAIN, {"num_splits": 65}, "num_splits must be at most the batch size, 64, not 65"),
+        (PLAIN, {"optimizer": partial(Adam, lr=1e-6)}, "lr must be left out of the optimizer: .* `learning_rate`"),
+        (PLAIN, {"epochs": -1}, "epochs must be a whole number from 1, not -1"),
+        (BOTTLENECK, {"dropout": 0.5}, r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"),
+        (PLAIN, {"momentum": 0.0, "nesterov": True}, "nesterov must be True, with a momentum above 0, or False"),
+    ],
+)
+def test_a_condition_that_does_not_fit_its_recipe_is_named(recipe, changes, said):
+    with pytest.raises(SettingError, match=rf"^New \(new\) with recipe {recipe.name}: {said}"):
+        recipe.changed_by(Condition("new", "New", **changes))
+    assert recipe.changed_by(Condition("new", num_splits=128, batch_size=128)).batch_size == 128
 
 
-class Own(nn.Module):
-    def __init__(self, norm=nn.BatchNorm2d):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
-
-    def forward(self, images):
-        return self.layers(images)
-
-
-class WithoutNorm(nn.Module):
-    def forward(self, images):
-        return images.flatten(1)[:, :10]
+def test_a_rate_inside_an_optimizer_is_refused():
+    for optimizer in (partial(Adam, lr=1e-6), partial(partial(Adam, lr=1e-6), weight_decay=0.1)):
+        with pytest.raises(
+            SettingError, match="lr must be left out of the optimizer: give the rate as `learning_rate`"
+        ):
+            Recipe("mine", Own, optimizer=optimizer)
+    assert Recipe("mine", Own, optimizer=partial(Adam, weight_decay=0.1), learning_rate=1e-6).learning_rate == 1e-6
 
 
-OWN = Recipe("own", Own, epochs=1, train_images=640)
-GROUPS = Condition("groups", norm=lambda channels: nn.GroupNorm(2, channels))
+@pytest.mark.parametrize(("setting", "value"), [("network", PlainNet()), ("norm", nn.BatchNorm2d(4))])
+def test_a_layer_where_its_class_is_asked_for(setting, value):
+    name = type(value).__name__
+    with pytest.raises(SettingError, match=f"{setting} must be .*: give the class {name}, not a {name} already made"):
+        Recipe("r", value) if setting == "network" else Condition("c", norm=value)
 
 
-def test_a_network_and_a_normalisation_of_ones_own():
-    kinds = [type(layer) for layer in build_model(OWN, GROUPS).modules()]
-    assert nn.GroupNorm in kinds
-    assert nn.BatchNorm2d not in kinds
-
-
-def test_a_condition_changes_any_setting_of_the_recipe():
-    wild = Condition("wild", changes={"dropout": 0.5, "batch_size": 256, "network": PlainNet, "epochs": 3})
-    changed = OWN.changed_by(wild)
-    assert changed == replace(OWN, dropout=0.5, batch_size=256, network=PlainNet, epochs=3)
-    assert {layer.p for layer in build_model(OWN, wild).modules() if isinstance(layer, nn.Dropout)} == {0.5}
-
-
-def test_a_recipe_refuses_a_dropout_that_its_network_does_not_take():
-    with pytest.raises(ValueError, match=r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"):
-        replace(BOTTLENECK, dropout=0.5)
-
-
-def test_the_penalties_add_up():
-    model = build_model(PLAIN, CONTROL)
-    ones = Condition("ones", l1=2.0, l2=3.0, penalty=lambda model: torch.tensor(5.0))
-    weights = torch.cat([weight.flatten() for weight in model.parameters()])
-    assert ones.penalty_of(model).item() == pytest.approx((2 * weights.abs().sum() + 3 * (weights**2).sum() + 5).item())
-    assert CONTROL.penalty_of(model) == 0
-
-
-def test_a_label_is_the_slug_if_there_is_none():
-    assert Condition("groups").label == "groups"
+@pytest.mark.parametrize("kind", [Recipe, Condition])
+def test_a_subclass_would_be_recorded_as_if_it_were_the_plain_one(kind):
+    with pytest.raises(
+        SettingError, match=f"{kind.__name__} cannot be subclassed, since a run records only the settin"
+    ):
+        type("Other", (kind,), {})
