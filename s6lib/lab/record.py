@@ -83,9 +83,16 @@ def _entry(value: Any) -> Any:
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and is_library(one)}
+        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and _is_setting(one)}
         return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
     return {"name": name_of(value), "source": _source(value)}
+
+
+def _is_setting(value: Any) -> bool:
+    """Return whether an attribute of a library's object is a setting: a number, a text, another such object."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, _PLAIN_TYPES) or (callable(value) and _is_in_library(type(value)))
 
 
 def _is_in_library(thing: Any) -> bool:
