@@ -1,9 +1,11 @@
+"""What run.json says of a run's settings, and which differences make it another run."""
+
 from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
-from torch import nn
+from test_run import Tutorial
+from torch import nn, optim
 from torchvision.transforms import v2
 
 from s6lib.lab.record import (
@@ -13,40 +15,29 @@ from s6lib.lab.record import (
     read_condition,
     read_recipe,
     recipe_entry,
+    settings_of,
 )
 from s6lib.models import PlainNet, SeparableNet
 from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN, Condition, Recipe, Run, build_model
-
-
-class Own(nn.Module):
-    def __init__(self, norm=nn.BatchNorm2d):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
-
-    def forward(self, images):
-        return self.layers(images)
 
 
 def two_groups(channels):
     return nn.GroupNorm(2, channels)
 
 
-OWN = Recipe("own", Own, epochs=1, train_images=640)
+OWN = Recipe("own", Tutorial, epochs=1, train_images=640)
 GROUPS = Condition("groups", norm=two_groups)
 SMOOTH = partial(nn.functional.cross_entropy, label_smoothing=0.1)
-ADAMW = partial(torch.optim.AdamW, weight_decay=0.05)
-WILD = Condition("wild", changes={"dropout": 0.0})
-LIBRARY = Condition("library", changes={"loss": SMOOTH, "optimizer": ADAMW, "schedule": "cosine"})
+LIBRARY = Condition("library", loss=SMOOTH, optimizer=partial(optim.AdamW, weight_decay=0.05), schedule="cosine")
 
 
-@pytest.mark.parametrize("condition", [*ALL_CONDITIONS.values(), GROUPS, LIBRARY, WILD])
+@pytest.mark.parametrize("condition", [*ALL_CONDITIONS.values(), GROUPS, LIBRARY, Condition("wild", dropout=0.0)])
 def test_what_is_recorded_can_be_read_again(condition):
     entry = condition_entry(condition)
     again = read_condition(entry)
     assert condition_entry(again) == entry
     assert again == condition or condition in (GROUPS, LIBRARY)
     assert recipe_entry(read_recipe(recipe_entry(OWN))) == recipe_entry(OWN)
-    assert read_recipe(recipe_entry(PLAIN)) == PLAIN
 
 
 def test_settings_that_are_not_used_are_not_recorded():
@@ -58,29 +49,24 @@ def test_settings_that_are_not_used_are_not_recorded():
     changed = replace(
         PLAIN, schedule="one-cycle", shift=2.0, scale=0.1, nesterov=True, ema=0.9, held_out=True, train_images=9
     )
-    assert read_recipe(recipe_entry(changed)) == changed
+    for recipe in (PLAIN, changed):
+        assert read_recipe(recipe_entry(recipe)) == recipe
 
 
 @pytest.mark.parametrize("network", [partial(SeparableNet, width=14), partial(SeparableNet, 14)])
 def test_a_network_of_the_library_with_numbers_can_be_made_from_what_is_recorded(network):
-    entry = recipe_entry(Recipe("small", network))
-    again = read_recipe(entry)
-    assert recipe_entry(again) == entry
+    again = read_recipe(recipe_entry(Recipe("small", network)))
+    assert recipe_entry(again) == recipe_entry(Recipe("small", network))
     assert sum(weights.numel() for weights in build_model(again, CONTROL).parameters()) == 1_694
 
 
-@pytest.mark.parametrize("network", [partial(Own), partial(PlainNet, norm=nn.InstanceNorm2d)])
-def test_a_partial_of_ones_own_is_known_by_name_alone(network):
+@pytest.mark.parametrize("network", [Tutorial, partial(Tutorial), partial(PlainNet, norm=nn.InstanceNorm2d)])
+def test_what_is_ones_own_is_known_by_name_alone_and_cannot_be_made(network):
     entry = recipe_entry(Recipe("own", network))
     again = read_recipe(entry)
     assert recipe_entry(again) == entry
-    with pytest.raises(ValueError, match=r"is known from run\.json alone"):
+    with pytest.raises(ValueError, match=r"is known from run\.json alone, .* give the recipe and the conditions"):
         build_model(again, CONTROL)
-
-
-def test_what_is_known_by_name_alone_cannot_be_made():
-    with pytest.raises(ValueError, match=r"Own is known from run\.json alone, .* give the recipe and the conditions"):
-        build_model(read_recipe(recipe_entry(OWN)), CONTROL)
 
 
 def test_what_is_a_librarys_is_known_by_its_settings():
@@ -90,58 +76,82 @@ def test_what_is_a_librarys_is_known_by_its_settings():
     assert entry["loss"]["arguments"] == {"label_smoothing": 0.1}
     assert entry["optimizer"]["arguments"] == {"weight_decay": 0.05}
     assert recipe_entry(Recipe("a", PlainNet))["network"] == "PlainNet"
-    assert (
-        condition_entry(Condition("a", norm=nn.InstanceNorm2d))["norm"]
-        == "torch.nn.modules.instancenorm.InstanceNorm2d"
-    )
+    norm = condition_entry(Condition("a", norm=nn.InstanceNorm2d))["norm"]
+    assert norm == "torch.nn.modules.instancenorm.InstanceNorm2d"
 
 
 @pytest.mark.parametrize(
-    "condition",
-    [GROUPS, Condition("a", penalty=lambda model: 0), Condition("a", changes={"transform": v2.CutMix(num_classes=10)}),
-     Condition("a", changes={"schedule": lambda done: 1.0}),
-     Condition("a", changes={"network": partial(PlainNet, two_groups)})],
+    "settings",
+    [{"norm": two_groups}, {"penalty": lambda model: 0}, {"batch_transform": v2.CutMix(num_classes=10)},
+     {"schedule": lambda done: 1.0}, {"network": partial(PlainNet, two_groups)}],
 )  # fmt: skip
-def test_a_run_with_code_of_the_users_is_own(condition):
-    assert has_user_code(Run(PLAIN, condition, 1))
+def test_a_run_with_code_of_the_users_is_ones_own(settings):
+    run = Run(PLAIN, Condition("a", **settings), 1)
+    assert has_user_code(run)
+    assert not run.is_built_in
 
 
-def entry(**changes):
-    return condition_entry(Condition("a", changes=changes))
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def requested(**settings):
+    return {"condition": condition_entry(Condition("a", **settings)), "first_steps": {}}
 
 
 def test_a_number_in_a_librarys_object_counts():
-    erasing = [entry(transform=v2.RandomErasing(p=p)) for p in (0.1, 0.11)]
+    erasing = [requested(batch_transform=v2.RandomErasing(p=p)) for p in (0.1, 0.11)]
     assert differences(*erasing) == ["p = 0.1, not 0.11"]
-    nested = [entry(transform=v2.Compose([v2.RandomErasing(p=p)])) for p in (0.1, 0.11)]
+    nested = [requested(batch_transform=v2.Compose([v2.RandomErasing(p=p)])) for p in (0.1, 0.11)]
     assert differences(*nested)
-    assert differences(entry(loss=SMOOTH), entry(loss=partial(SMOOTH, label_smoothing=0.2)))
-    assert not differences(entry(loss=nn.CrossEntropyLoss()), entry(loss=nn.CrossEntropyLoss()))
+    assert differences(requested(loss=SMOOTH), requested(loss=partial(SMOOTH, label_smoothing=0.2)))
+    assert not differences(requested(loss=nn.CrossEntropyLoss()), requested(loss=nn.CrossEntropyLoss()))
 
 
 def test_a_setting_that_one_version_of_an_object_lacks_is_no_difference():
-    new = entry(transform=v2.RandomErasing())
-    old = entry(transform=v2.RandomErasing())
-    old["changes"]["transform"]["arguments"]["retired"] = 1
-    del old["changes"]["transform"]["arguments"]["inplace"]
+    new, old = requested(batch_transform=v2.RandomErasing()), requested(batch_transform=v2.RandomErasing())
+    old["condition"]["changes"]["batch_transform"]["arguments"]["retired"] = 1
+    del old["condition"]["changes"]["batch_transform"]["arguments"]["inplace"]
     assert not differences(old, new)
-    assert differences(old, entry(transform=v2.GaussianNoise()))
-
-
-def test_names_and_words_of_code_are_no_difference():
-    def f(model):
-        "Some words."
-        return model
-
-    old, new = condition_entry(Condition("a", penalty=f)), condition_entry(Condition("a", "Label", penalty=lambda m: m))
-    assert "Some words." in old["penalty"]["source"]
-    assert not differences(old, new)
-    assert differences(condition_entry(Condition("groups", norm=nn.InstanceNorm2d)), condition_entry(GROUPS)) == [
+    assert differences(old, requested(batch_transform=v2.GaussianNoise()))
+    assert differences(requested(norm=nn.InstanceNorm2d), requested(norm=two_groups)) == [
         "norm = 'torch.nn.modules.instancenorm.InstanceNorm2d', not two_groups"
     ]
 
 
-def test_a_source_that_is_not_what_runs_is_left_out(tmp_path, monkeypatch):
+def with_source(source):
+    return {"condition": {"penalty": {"name": "penalty", "source": source}}, "first_steps": {"evaluation": 1.0}}
+
+
+SOURCE = "def penalty(model):\n    return 2 * model.sum()\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "edited", "differs"),
+    [
+        (SOURCE, "    def penalty(model):\n\n        return (2 * model.sum())  # as before\n", False),
+        (SOURCE, SOURCE.replace("2", "3"), True),
+        (SOURCE, None, False),  # as typed at a prompt
+        ("    lambda x: x > 0.5,  # alone on its line\n", "penalty=lambda x: x > 0.5)\n", False),
+        ("    lambda x: x > 0.5,\n", "    lambda x: x > 0.6,\n", True),
+        ("f(lambda x: x, lambda y: y)\n", "f(lambda x: x, lambda y: -y)\n", False),  # which is it?
+    ],
+)
+def test_the_syntax_tree_of_code_counts_where_it_can_be_had(source, edited, differs):
+    assert differences(with_source(source), with_source(edited)) == ["other code in penalty"] * differs
+    steps_alone = {"first_steps": {"evaluation": 1.0}}
+    assert not differences({**with_source(source), **steps_alone}, steps_alone)
+
+
+def test_runs_of_before_are_read():
+    """Their run.json has no learning rates among its first steps, and neither have they later settings."""
+    steps = {"evaluation": 1.0, "learning rates": "a digest"}
+    asked = {**settings_of(Run(OWN, GROUPS, 1)), "first_steps": steps}
+    assert differences({**asked, "first_steps": {"evaluation": 1.0}}, asked) == []
+    assert differences({**asked, "first_steps": {**steps, "learning rates": "b"}}, asked) == ["other learning rates"]
+    assert differences(settings_of(Run(OWN, GROUPS, 1)), asked) == ["no record of its first steps"]
+
+
+def test_a_source_that_is_not_what_runs_or_that_cannot_be_had_is_left_out(tmp_path, monkeypatch):
     file = tmp_path / "edited_after_import.py"
     file.write_text("def penalty(model):\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -150,9 +160,6 @@ def test_a_source_that_is_not_what_runs_is_left_out(tmp_path, monkeypatch):
     assert "return 1" in condition_entry(Condition("a", penalty=edited_after_import.penalty))["penalty"]["source"]
     file.write_text("def penalty(model):\n    return 2\n")
     assert condition_entry(Condition("a", penalty=edited_after_import.penalty))["penalty"]["source"] is None
-
-
-def test_a_source_that_cannot_be_had_is_no_error():
     typed = {"__name__": "a_prompt"}
     exec("def typed(channels): return channels", typed)
     assert condition_entry(Condition("a", norm=typed["typed"]))["norm"] == {"name": "typed", "source": None}
