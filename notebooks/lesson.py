@@ -1,0 +1,211 @@
+"""What the notebooks need beside the lesson: pictures that move, a reader's guesses, sources, times."""
+
+import inspect
+import io
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from IPython.display import DisplayHandle, Image, Markdown, display
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from s6lib import CONDITIONS, Recipe, S6Error, Study, run_study
+from s6lib.plots import INK, OTHER_COLORS, STYLE
+from s6lib.recipes import name_of
+from s6lib.study import recipes_in
+
+SHOWN_IMAGES = 16  # of each batch, whose activations are counted: more look the same
+
+
+def describe_machine() -> str:
+    """The versions of Python and torch, and the GPU, in a line."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, the CPU will do"
+    return f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {version('torchvision')}, {gpu}"
+
+
+def show_source(thing: Any) -> Markdown:
+    """Show the source of a function or class."""
+    return Markdown(f"```python\n{inspect.getsource(thing)}```")
+
+
+class Live:
+    """One figure in the output of a cell, which a loop draws anew with each call of `show`."""
+
+    def __init__(self) -> None:
+        self._view: DisplayHandle | None = None
+
+    def show(self, figure: Figure) -> None:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=figure.dpi)
+        # As an image, whose text is the same however many panels there are: nbval compares the text.
+        image = Image(file.getvalue())
+        if self._view is None:
+            self._view = display(image, display_id=True)
+        else:
+            self._view.update(image)
+
+
+def last_gaps(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute the gap between training and test accuracy after the last epoch of each condition, in points."""
+    return {row["condition"]: 100 * (row["train_accuracy"] - row["test_accuracy"]) for row in rows}
+
+
+def gap_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how wide the gap is after the last epoch of each condition."""
+    gaps = [f"{gap:.1f} points with {condition}" for condition, gap in last_gaps(rows).items()]
+    return f"Epoch {rows[-1]['epoch']}, the gap: {', '.join(gaps)}"
+
+
+def plot_guess(guess: float | None, results: Mapping[str, float], what: str) -> Figure:
+    """Draw a reader's guess beside the results, on one line.
+
+    Args:
+        guess: None as long as there is none.
+        results: numbers by name.
+        what: the number that is guessed, with its unit.
+    """
+    numbers = [0.0, *results.values(), *([] if guess is None else [guess])]
+    margin = 0.15 * (max(numbers) - min(numbers) or 1.0)
+    figure = Figure(figsize=(8, 1 + 0.4 * (1 + len(results))), layout="constrained")
+    with rc_context(STYLE):
+        axes = figure.subplots()
+        for row, value in enumerate(results.values(), 1):
+            axes.plot(value, row, "D", color=OTHER_COLORS[0], markersize=9)
+            axes.annotate(_short(value), (value, row), (9, 0), textcoords="offset points", va="center")
+        if guess is not None:
+            axes.axvline(guess, color=INK, linestyle="--", linewidth=1)
+            axes.plot(guess, 0, "o", color=INK, markersize=9)
+            axes.annotate(_short(guess), (guess, 0), (9, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(1 + len(results)), ["your guess", *results])
+        axes.set(xlim=(min(numbers) - margin / 5, max(numbers) + margin), ylim=(len(results) + 0.6, -0.6), xlabel=what)
+        axes.grid(visible=False, axis="y")
+        axes.set_title("" if guess is not None else "no guess yet: write a number in the cell, and run it again")
+    return figure
+
+
+def _short(number: float) -> str:
+    return f"{number:,.1f}".removesuffix(".0")
+
+
+def receptive_fields(model: nn.Module) -> list[tuple[str, int]]:
+    """List each convolution and pool, in order: its description, and the width of its receptive field in pixels.
+
+    Valid for a chain of square convolutions and pools (Dumoulin and Visin, arXiv:1603.07285).
+    """
+    fields, size, step = [], 1, 1
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+            kernel, stride = (
+                side[0] if isinstance(side, tuple) else side for side in (layer.kernel_size, layer.stride)
+            )
+            size += (kernel - 1) * step
+            step *= stride
+            fields.append((f"{type(layer).__name__} {kernel}x{kernel}", size))
+    return fields
+
+
+@contextmanager
+def watch_activations(model: nn.Module, reach: float = 2.0, bins: int = 41) -> Iterator[list[list[np.ndarray]]]:
+    """Count the outputs of each convolution at each step of training in the block: a list a convolution.
+
+    It holds an array a step, the shares of the outputs in `bins` equal parts of -reach to reach.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    seen: list[list[np.ndarray]] = [[] for _ in layers]
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if layer.training:
+            values = output.detach()[:SHOWN_IMAGES].flatten().clamp(-reach, reach)
+            seen[layers.index(layer)].append((torch.histc(values, bins, -reach, reach) / len(values)).numpy())
+
+    hooks = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def plot_activations(seen: Mapping[str, Sequence[Sequence[np.ndarray]]], reach: float = 2.0) -> Figure:
+    """Draw what `watch_activations` saw: a row a network, a panel a convolution, a column of pixels a step.
+
+    The darker, the more outputs. The idea is fastai's "colorful dimension".
+    """
+    figure = Figure(figsize=(10, 0.6 + 1.6 * len(seen)), layout="constrained")
+    count = len(next(iter(seen.values())))
+    with rc_context({**STYLE, "axes.grid": False}):
+        rows = figure.subfigures(len(seen), 1, squeeze=False).ravel()
+        for row, (name, layers) in zip(rows, seen.items(), strict=True):
+            row.suptitle(name, fontsize=12, x=0.01, ha="left")
+            grid = row.subplots(1, count, sharex=True, sharey=True, squeeze=False).ravel()
+            for number, (axes, steps) in enumerate(zip(grid, layers, strict=True), 1):
+                extent = (0.5, len(steps) + 0.5, -reach, reach)
+                shares = np.sqrt(np.stack(steps, axis=1))
+                axes.imshow(shares, "magma_r", aspect="auto", origin="lower", extent=extent, vmin=0, vmax=0.7)
+                axes.set_yticks([-reach, 0, reach])
+                axes.tick_params(labelsize=9)
+                axes.set_title(f"convolution {number}" if number == 1 else str(number), fontsize=9, loc="left")
+        figure.supxlabel("step of training", fontsize=11)
+        figure.supylabel("output", fontsize=11)
+    return figure
+
+
+def minutes_here(recipe: Recipe) -> float:
+    """Estimate from two short epochs how many minutes the five conditions take on this machine.
+
+    On a CPU, an epoch takes as long as its images. A GPU first records a step, which takes longer than hundreds of
+    images: there the epochs are whole ones.
+    """
+    gpu = torch.cuda.is_available()
+    few = replace(recipe, epochs=2, train_images=recipe.train_images if gpu else min(3_200, recipe.train_images))
+    with TemporaryDirectory() as folder:
+        trial = run_study(few, CONDITIONS, out=folder, show_progress=False)
+        seconds = trial.history().query("epoch == 2")["seconds"].mean()
+    seconds *= recipe.epochs * recipe.train_images / few.train_images
+    return seconds * ceil(len(CONDITIONS) / (1 if gpu else os.cpu_count() or 1)) / 60
+
+
+def first_runs(folder: str | Path) -> dict[str, Study]:
+    """Open the first seed of each recipe in a folder, by recipe and network: the five conditions, or those there are.
+
+    Raises S6Error if there are no runs.
+    """
+    studies = {}
+    for name in recipes_in(folder):
+        whole = Study(folder, name)
+        five = [condition.slug for condition in CONDITIONS if condition.slug in whole.conditions]
+        studies[f"{name} ({name_of(whole.recipe.network)})"] = Study(folder, name, five or None, whole.seeds[0])
+    if not studies:
+        raise S6Error("no runs yet: train some in 03, or set FOLDER")
+    return studies
+
+
+def five_conditions(mode: str, recipe: Recipe, folder: str | Path) -> dict[str, Study]:
+    """Train the five conditions with seed 1, or train nothing, and open the `first_runs` of the folder.
+
+    Args:
+        mode: "open" to train nothing, "quick" for three short epochs, "full" for the whole recipe, after a sentence
+            that says how long it takes. What is there already is not trained again.
+    """
+    if mode not in ("open", "quick", "full"):
+        raise S6Error(f'MODE must be "open", "quick" or "full", not {mode!r}')
+    if mode == "full":
+        print("timing two epochs of each condition first ...", flush=True)
+        print(f"one study, recipe {recipe.name}: {len(CONDITIONS)} runs of {recipe.epochs} epochs,", end=" ")
+        print(f"about {max(1, minutes_here(recipe)):.0f} min on this machine, less what is there already", flush=True)
+    if mode == "quick":
+        recipe = replace(recipe, name=f"{recipe.name}-quick", epochs=3, train_images=12_800)
+    if mode != "open":
+        run_study(recipe, CONDITIONS, seeds=1, out=folder)
+    return first_runs(folder)
