@@ -189,6 +189,7 @@ def _plot_curves(history: History, column: str, title: str, formatted: Callable[
                 _draw_line(axes, rows, column, colors[slug], band=bands)
             axes.set(title=name, xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # two decimals say each tick exactly
             if column == "test_accuracy":
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
             _mark_new_rates(axes, table, start)
