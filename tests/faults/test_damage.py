@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import GBN, L1_BN, TINY
 from processes import THOROUGH
-from test_data import ARCHIVES, archives, no_network  # noqa: F401
+from test_data import ARCHIVES, archives  # noqa: F401
 from test_study import assert_same_study
 
 from s6lib.data import DataError, load_mnist
@@ -104,7 +104,7 @@ def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_damaged_archive_is_named(archives, no_network, number):  # noqa: F811
+def test_a_damaged_archive_is_named(archives, number):  # noqa: F811
     path, other = archives / ARCHIVES[number], archives / ARCHIVES[number - 1]
     for damaged in damages(path.read_bytes(), other.read_bytes(), PLACES if THOROUGH else 2):
         path.write_bytes(damaged)
@@ -114,7 +114,7 @@ def test_a_damaged_archive_is_named(archives, no_network, number):  # noqa: F811
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_damaged_unpacked_file_is_unpacked_again(archives, no_network, mnist, number):  # noqa: F811
+def test_a_damaged_unpacked_file_is_unpacked_again(archives, mnist, number):  # noqa: F811
     load_mnist(archives.parents[1])
     path, other = ((archives / ARCHIVES[k]).with_suffix("") for k in (number, number - 1))
     content = path.read_bytes()
