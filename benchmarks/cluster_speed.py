@@ -19,8 +19,9 @@ from loky import ProcessPoolExecutor
 
 from s6lib.lab.files import serialise
 from s6lib.lab.launch import run_study
-from s6lib.lab.run import COLUMNS, RunResult
-from s6lib.lab.workers import pack
+from s6lib.lab.record import COLUMNS
+from s6lib.lab.run import RunResult
+from s6lib.lab.trial import pack
 from s6lib.recipes import CONTROL, PLAIN, Run, build_model
 
 ROUNDS, RUNS = 3, 1_000
@@ -69,7 +70,7 @@ def seconds_a_run() -> float:
         list(executor.map(pickle.loads, [result] * 10))
         begun = time.perf_counter()
         for seed in range(RUNS):
-            pack(Run(PLAIN, CONTROL, seed))  # which the real one sends
+            pack((Run(PLAIN, CONTROL, seed),), [])  # which the real one sends
             futures.append(executor.submit(pickle.loads, result))
         assert sum(1 for _ in as_completed(futures)) == RUNS
         return (time.perf_counter() - begun) / RUNS

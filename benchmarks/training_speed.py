@@ -3,11 +3,16 @@
 Each round measures, one after the other on an idle machine: the usual recipe (a DataLoader with per-image PIL
 transforms, torch's own layers, default threads), the study on all cores (or the GPU), and a run with BatchNorm and one
 with GhostBatchNorm alone. It prints medians over the rounds, and the ratios with their lowest and highest.
+
+`python benchmarks/training_speed.py transforms` measures instead, in processor time on one thread, what a recipe's
+`transform` of each image costs beside the built-in augmentation and a step.
 """
 
 import re
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +23,13 @@ from loky import cpu_count, get_reusable_executor
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
-from s6lib.data import DATA, FILL, MEAN, STD
+from s6lib.data import DATA, FILL, MEAN, STD, Augmentation, batches, load_mnist
 from s6lib.lab.run import train_run
 from s6lib.models import Dropout, PlainNet
 from s6lib.recipes import ALL_CONDITIONS, CONTROL, PLAIN, Run
+from s6lib.train import train_epoch
 
 ROUNDS = 7
 IMAGES = 12_800
@@ -70,6 +77,35 @@ def whole_study() -> tuple[float, float]:
     return sum(speed for speed, _ in runs), max(memory for _, memory in runs)
 
 
+def transforms_beside_a_step() -> None:
+    """Print milliseconds for a batch of 64: built-in augmentation, transforms of each image, and a step."""
+    torch.set_num_threads(1)
+    train = load_mnist()[0].part(slice(1_280))
+
+    def milliseconds(work: Callable[[], object]) -> float:
+        work()
+        times = []
+        for _ in range(5):
+            begun = time.process_time()  # which other processes hardly change
+            work()
+            times.append(1000 * (time.process_time() - begun) / 20)
+        return statistics.median(times)
+
+    print("| a batch of 64 | ms |\n|---|---|")
+    for name, limits in (("rotation", Augmentation(15.0)), ("all of it", Augmentation(15.0, 0.1, 2.0, 0.1))):
+        print(
+            f"| built-in augmentation: {name} | {milliseconds(lambda one=limits: list(batches(train, 64, one))):.1f} |"
+        )
+    rotation, jitter = v2.RandomRotation(15, fill=FILL), v2.ColorJitter(0.1, 0.1)
+    both = v2.Compose([rotation, jitter, v2.RandomAffine(0, (0.07, 0.07), (0.9, 1.1))])
+    for transform in (v2.RandomCrop(28, padding=2), jitter, rotation, both):
+        name = " ".join(type(one).__name__ for one in getattr(transform, "transforms", [transform]))
+        print(f"| {name} | {milliseconds(lambda one=transform: list(batches(train, 64, transform=one))):.1f} |")
+    model, parts = PlainNet().to(memory_format=PlainNet.memory_format), list(batches(train, 64))
+    optimizer = torch.optim.SGD(model.parameters(), PLAIN.learning_rate, PLAIN.momentum, fused=True)
+    print(f"| a step of PlainNet | {milliseconds(lambda: train_epoch(model, parts, optimizer)):.0f} |")
+
+
 def spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -97,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    transforms_beside_a_step() if sys.argv[1:] == ["transforms"] else main()
