@@ -26,9 +26,9 @@ _broken: set[ref] = set()  # networks of whose steps a recording broke off
 _BREAKS_FOR_EVER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
-def records_steps() -> bool:
+def records_steps(device: torch.device) -> bool:
     """Return whether steps are recorded; the environment variable S6LIB_RECORD=0 switches this off."""
-    return os.environ.get("S6LIB_RECORD") != "0" and not (_BREAKS_FOR_EVER and _broken)
+    return device.type == "cuda" and os.environ.get("S6LIB_RECORD") != "0" and not (_BREAKS_FOR_EVER and _broken)
 
 
 def place_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

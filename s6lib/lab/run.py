@@ -277,7 +277,7 @@ def _train(run: Run, epoch: int, setup: Setup) -> Training:
         seen = watch(setup.batches(epoch, generator))
         return train_epoch(setup.model, seen, setup.optimizer, setup.loss, run.condition.penalty_of)
 
-    if device.type != "cuda" or not run.is_built_in or not records_steps():
+    if not run.is_built_in or not records_steps(device):
         return train()
     place_learning_rates(setup.optimizer, setup.settings.learning_rates(epoch))
     return train_recorded(train, setup.parts, device)
