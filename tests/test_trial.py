@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GBN, TINY
-from test_run import squares
+from test_run import Counting, squares
 from torch import nn
 from torch.nn.utils import parametrizations
 from torchvision.models import VisionTransformer
@@ -488,6 +488,7 @@ LOCK = threading.Lock()
 ALLOWED = {
     "transformer": (replace(NET, network=ThreeChannels), CONTROL),
     "LSTM": (replace(NET, network=LSTM), CONTROL),
+    "extra state": (replace(NET, network=Counting), CONTROL),
     "lazy": (replace(NET, network=lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))), CONTROL),
     "spectral norm": (flat_then(lambda: parametrizations.spectral_norm(nn.Linear(10, 10)), train_images=160), CONTROL),
     "weight norm": (flat_then(lambda: parametrizations.weight_norm(nn.Linear(10, 10)), train_images=160), CONTROL),

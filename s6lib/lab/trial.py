@@ -223,6 +223,7 @@ def _attributes(setup: Setup) -> dict[str, Any]:
     return {
         f"`{path}{'.' if path else ''}{name}` of the {part}": repr(value)
         for part, path, module in modules
+        if type(module).get_extra_state is nn.Module.get_extra_state  # what it keeps would be in the checkpoint
         for name, value in vars(module).items()
         if name != "training" and name[0] != "_" and _is_plain(value)
     }
