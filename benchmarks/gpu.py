@@ -163,12 +163,12 @@ def study() -> None:
         command = [*COMMAND, "--out", out, *SHORT, *(["--conditions", "bn", "gbn"] if DRY else [])]
         status = subprocess.run(command, check=False).returncode
         say(f"the command took {time.perf_counter() - begun:.1f} s, exit code {status}")
-        published = Study(PROJECT / "results", "plain").outcomes()
+        published = Study(PROJECT / "results", "plain").summary().groupby("condition")["test_accuracy"]
         for row in Study(out).summary().itertuples():
-            mean, sd = published[row.condition].mean(), published[row.condition].std()
-            distance = abs(100 * row.test_accuracy - mean) / sd
-            say(f"  {row.condition}: {row.seconds:.1f} s, test accuracy {100 * row.test_accuracy:.2f}")
-            say(f"    {distance:.1f} SD from the mean of {len(published)} published seeds, {mean:.2f} (SD {sd:.2f})")
+            mean, sd = published.mean()[row.condition], published.std()[row.condition]
+            distance = abs(row.test_accuracy - mean) / sd
+            say(f"  {row.condition}: {row.seconds:.1f} s, test accuracy {row.test_accuracy:.2%}")
+            say(f"    {distance:.1f} SD from the mean of the published seeds, {mean:.2%} (SD {sd:.2%})")
 
 
 def resume() -> None:
