@@ -70,10 +70,15 @@ def printed(cell: NotebookNode) -> str:
     return "".join(texts)
 
 
+def is_ignored(cell: NotebookNode | dict) -> bool:
+    """Whether nbval runs a cell without comparing its output: a comment says so, or a tag, which readers do not see."""
+    return "NBVAL_IGNORE_OUTPUT" in cell["source"] or "nbval-ignore-output" in cell["metadata"].get("tags", [])
+
+
 def differences(saved: NotebookNode, ran: NotebookNode) -> tuple[int, list[str]]:
-    """How many cells were compared, all but the first and those with NBVAL_IGNORE_OUTPUT, and what differs in them."""
+    """How many cells were compared, all but the first and those that nbval ignores, and what differs in them."""
     pairs = [pair for pair in zip(saved.cells, ran.cells, strict=True) if pair[0].cell_type == "code"][1:]
-    pairs = [pair for pair in pairs if "NBVAL_IGNORE_OUTPUT" not in pair[0].source]
+    pairs = [pair for pair in pairs if not is_ignored(pair[0])]
     lines = []
     for number, pair in enumerate(pairs, 1):
         names = (f"cell {number}, saved", f"cell {number}, here")

@@ -1,0 +1,128 @@
+"""What the notebooks need beside the lesson: sources, guesses, pictures that move, activations, times."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import s6lib
+from s6lib.data import PROJECT
+from s6lib.recipes import PLAIN
+
+sys.path.insert(0, str(PROJECT / "notebooks"))
+import lesson
+
+
+def test_a_source_is_shown_as_code():
+    shown = lesson.show_source(s6lib.train_epoch).data
+    assert shown.startswith("```python\ndef train_epoch(")
+    assert "optimizer.step()" in shown
+    assert shown.endswith("\n```")
+
+
+def test_a_live_figure_is_one_output_that_changes(monkeypatch):
+    shown = []
+    view = SimpleNamespace(update=shown.append)
+    monkeypatch.setattr(lesson, "display", lambda image, display_id: shown.append(image) or view)
+    live = lesson.Live()
+    for panels in (1, 2):
+        figure = Figure(figsize=(2, 2))
+        figure.subplots(1, panels)
+        live.show(figure)
+    first, second = shown
+    assert first.data != second.data
+    assert first.data.startswith(b"\x89PNG")
+    assert repr(first) == repr(second)  # nbval compares it
+
+
+@pytest.mark.parametrize("guess", [None, 30])
+def test_a_guess_stands_beside_the_results(guess):
+    (axes,) = lesson.plot_guess(guess, {"with": 834.0, "without": 91.25}, "images").axes
+    dots = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() in "oD"]
+    assert dots == [(834, 1), (91.25, 2)] + ([] if guess is None else [(30, 0)])
+    assert [text.get_text() for text in axes.texts][:2] == ["834", "91.2"]
+    assert ("no guess yet" in axes.get_title()) == (guess is None)
+    low, high = axes.get_xlim()
+    assert low < 0 < 834 < high
+
+
+def test_the_gap_is_that_of_the_last_epoch_of_each_condition():
+    epochs = [("nothing", 1, 0.5, 0.4), ("nothing", 2, 1.0, 0.85), ("rotation", 1, 0.7, 0.6)]
+    names = ("condition", "epoch", "train_accuracy", "test_accuracy")
+    rows = [dict(zip(names, row, strict=True)) for row in epochs]
+    assert lesson.last_gaps(rows) == pytest.approx({"nothing": 15, "rotation": 10})
+    assert lesson.gap_sentence(rows) == "Epoch 1, the gap: 15.0 points with nothing, 10.0 points with rotation"
+
+
+def test_receptive_fields_are_the_pixels_that_change_an_output():
+    layers = [nn.Conv2d(1, 1, 3), nn.AvgPool2d(2), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 1), nn.AvgPool2d(3)]
+    for count, (name, size) in enumerate(lesson.receptive_fields(nn.Sequential(*layers)), 1):
+        image = torch.rand(1, 1, 40, 40, requires_grad=True)
+        nn.Sequential(*layers[:count])(image)[0, 0, 2, 2].backward()
+        assert image.grad[0, 0].any(0).sum() == size, name
+    assert lesson.receptive_fields(s6lib.PlainNet())[-1] == ("Conv2d 1x1", 32)
+
+
+def test_activations_are_counted_at_each_step_of_training(mnist):
+    few = mnist[0].part(slice(128))
+    model = s6lib.PlainNet(nn.Identity)
+    with lesson.watch_activations(model) as seen:
+        s6lib.train_epoch(model, s6lib.batches(few, 64), torch.optim.SGD(model.parameters(), lr=0.01))
+        s6lib.evaluate(model, few)
+    assert [len(steps) for steps in seen] == [2] * 8
+    assert all(step.sum() == pytest.approx(1) for steps in seen for step in steps)
+    assert seen[0][0].max() < 0.9 < seen[6][0].max()  # without a normalisation the signal fades
+    s6lib.train_epoch(model, s6lib.batches(few, 64), torch.optim.SGD(model.parameters(), lr=0.01))
+    assert len(seen[0]) == 2  # no longer
+    figure = lesson.plot_activations({"one": seen, "two": seen})
+    assert [row.get_suptitle() for row in figure.subfigs] == ["one", "two"]
+    assert [len(row.axes) for row in figure.subfigs] == [8, 8]
+    (image,) = figure.subfigs[0].axes[0].images
+    np.testing.assert_allclose(image.get_array() ** 2, np.stack(seen[0], axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("gpu", "fixed", "an_image"), [(False, 0.0, 4e-4), (True, 0.3, 1e-5)])
+def test_the_estimate_is_right_where_an_epoch_has_a_price_of_its_own(monkeypatch, gpu, fixed, an_image):
+    """A GPU records a step at the beginning of each epoch, which costs as much as thousands of images."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    def run_study(recipe, conditions, out, show_progress):
+        seconds = fixed + an_image * recipe.train_images
+        return SimpleNamespace(history=lambda: pd.DataFrame({"epoch": [1, 2], "seconds": [99, seconds]}))
+
+    monkeypatch.setattr(lesson, "run_study", run_study)
+    turns = 5 if gpu else 3  # five runs, one after the other or two at a time
+    assert lesson.minutes_here(PLAIN) == pytest.approx(turns * 25 * (fixed + 60_000 * an_image) / 60)
+
+
+@pytest.mark.parametrize(("mode", "trained"), [("open", []), ("quick", ["plain-quick"]), ("full", ["plain"])])
+def test_the_mode_decides_what_is_trained(monkeypatch, capsys, mode, trained):
+    asked = []
+    monkeypatch.setattr(lesson, "run_study", lambda recipe, conditions, seeds, out: asked.append(recipe))
+    monkeypatch.setattr(lesson, "minutes_here", lambda recipe: 0.2)
+    studies = lesson.five_conditions(mode, PLAIN, PROJECT / "results")
+    assert [recipe.name for recipe in asked] == trained
+    assert asked == [PLAIN] or mode != "full"
+    said = (
+        r"timing .*\none study, recipe plain: 5 runs of 25 epochs, about 1 min on this machine, less what is there .*\n"
+    )
+    assert re.fullmatch(said if mode == "full" else "", capsys.readouterr().out)
+    assert list(studies)[:2] == ["plain (PlainNet)", "bottleneck (BottleneckNet)"]
+    for study in studies.values():
+        assert len(study.seeds) == 1
+    five = [condition.slug for condition in s6lib.CONDITIONS]
+    assert list(studies["plain (PlainNet)"].conditions) == five
+
+
+def test_an_unknown_mode_and_a_folder_without_runs_are_sentences(tmp_path):
+    with pytest.raises(s6lib.S6Error, match='MODE must be "open", "quick" or "full", not \'fast\''):
+        lesson.five_conditions("fast", PLAIN, tmp_path)
+    with pytest.raises(s6lib.S6Error, match="no runs yet"):
+        lesson.first_runs(tmp_path)
