@@ -36,9 +36,11 @@ CLAIMS = {
         "the training accuracy that is logged lies below the test accuracy": lambda it: (
             it.fair["training, as logged"] < it.fair["test"]
         ).all(),
-        "measured in the same way it is higher, by less than 0.1 points": lambda it: 0 < it.on_training - it.on_test < 0.1,
-        "most of GBN's lower training accuracy comes from how it is measured": lambda it: (
-            0 < -it.fair.diff().iloc[1, 1] < -0.5 * it.fair.diff().iloc[1, 0]
+        "measured in the same way it is higher, by less than 0.1 points": lambda it: (
+            0 < it.on_training - it.on_test < 0.1
+        ),
+        "nearly all of GBN's lower training accuracy comes from how it is measured": lambda it: (
+            abs(it.fair.diff().iloc[1, 1]) < -0.3 * it.fair.diff().iloc[1, 0]
         ),
         "L1 leaves a spike at zero": lambda it: min(it.small[slug] for slug in it.small if "l1" in slug) > 0.25,
         "nothing else does": lambda it: max(it.small[slug] for slug in it.small if "l1" not in slug) < 0.01,
@@ -74,8 +76,8 @@ CLAIMS = {
             it.comparisons["difference"].abs().max() == abs(it.differences.mean())
         ),
         "no difference is left after the correction": lambda it: it.comparisons["p_holm"].min() > 0.05,
-        "the six pairs on top compare BN with GBN, and their intervals exclude zero": lambda it: (
-            _compare_bn_with_gbn(it.comparisons.nlargest(6, "difference"))
+        "the six pairs on top compare BN with GBN, and their intervals exclude zero": lambda it: _compare_bn_with_gbn(
+            it.comparisons.nlargest(6, "difference")
         ),
         "the new runs neither confirm the difference nor rule it out": lambda it: (
             it.again.low < 0 < it.again.difference < it.differences.mean() < it.again.high and it.again.p > 0.05
@@ -88,7 +90,9 @@ CLAIMS = {
         ),
         "a cost of GBN is not shown": lambda it: it.gains["p"][0] <= 0.05 < it.gains["p_holm"][0],
         "GBN has the higher loss": lambda it: mean_interval(-it.measures["test loss"]["G"])[0] > 0,
-        "L1 has its spike at zero": lambda it: all((share > 25) == ("L1" in label) for label, share in it.small.items()),
+        "L1 has its spike at zero": lambda it: all(
+            (share > 25) == ("L1" in label) for label, share in it.small.items()
+        ),
         "the highest on PlainNet is the lowest on BottleneckNet": lambda it: (
             it.means.idxmin() == it.outcomes.mean().idxmax()
         ),
