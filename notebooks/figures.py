@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
 from s6lib.data import CLASS_NAMES, ImageDataset
@@ -17,6 +17,7 @@ from s6lib.plots import (
     DOTS,
     INK,
     OTHER_COLORS,
+    QUIET,
     STYLE,
     colors_of,
     join_words,
@@ -347,56 +348,36 @@ REGULARISERS = {
 }
 
 
-def plot_fit(summary: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
-    """Draw training and test accuracy of runs at the last epoch, a row a run: the line between them is the gap.
+def plot_gains_by_size(effects: pd.DataFrame, title: str = "", other: int = 60_000) -> Figure:
+    """Draw what each regulariser gains by the number of training images: in points, and as a share of the errors.
 
     Args:
-        summary: from `Study.summary`: condition, label, train_accuracy, test_accuracy.
+        effects: one row per scale, regulariser and size: scale ("points" or "share"), name (of REGULARISERS), size,
+            mean, low, high (points or percent).
+        other: the number of images of another recipe, drawn as hollow markers without a line.
     """
-    colors = colors_of(list(summary["condition"]))
-    with rc_context(STYLE):
-        axes = panel((9, 1.4 + 0.45 * len(summary)), ax)
-        for row in summary.reset_index(drop=True).itertuples():
-            ends, look = [100 * row.test_accuracy, 100 * row.train_accuracy], {"color": colors[row.condition]}
-            axes.plot(ends, [row.Index] * 2, linewidth=2, zorder=1, alpha=0.4, **look)
-            axes.plot(ends[0], row.Index, "o", markersize=9, **look)
-            axes.plot(ends[1], row.Index, "o", markersize=9, markerfacecolor="white", **look)
-        beside = [f"{100 * accuracy:.1f}%" for accuracy in summary["test_accuracy"]]
-        label_rows(axes, list(summary["label"]), beside, header="test")
-        axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-        axes.set(xlabel="accuracy at the last epoch: test filled, training hollow", title=title)
-    return axes.figure
-
-
-def plot_gains_by_size(gains: pd.DataFrame, others: pd.DataFrame, title: str = "") -> Figure:
-    """Draw what each regulariser gains by the number of training digits: all of it, and enlarged around zero.
-
-    Args:
-        gains: a row a regulariser and size: name (of REGULARISERS), size, mean, low, high (points).
-        others: the same for runs with another recipe, drawn as hollow markers.
-    """
+    scales = {"points": "gain over no regularisation, points", "share": "share of the errors removed"}
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     with rc_context(STYLE):
-        for axes, reach, name in zip(figure.subplots(1, 2), (None, 0.8), ("the whole range", "enlarged"), strict=True):
+        for axes, (scale, name) in zip(figure.subplots(1, 2), scales.items(), strict=True):
             axes.axhline(0, color="#333333", linewidth=1)
+            rows = effects[effects["scale"] == scale]
             for aside, (slug, (label, _)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
                 look = {"color": COLORS[slug], "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
-                _draw_gains(axes, gains[gains["name"] == slug], 1.12**aside, look)
+                mine = rows[rows["name"] == slug]
+                _draw_gains(axes, mine[mine["size"] != other], 1.12**aside, look)
                 hollow = {**look, "label": None, "markerfacecolor": "white", "linestyle": "none"}
-                _draw_gains(axes, others[others["name"] == slug], 1.12**aside, hollow)
-            sizes = sorted({*gains["size"], *others["size"]})
+                _draw_gains(axes, mine[mine["size"] == other], 1.12**aside, hollow)
+            sizes = sorted(set(effects["size"]))
             axes.set_xscale("log")
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(visible=False, axis="x")
-            axes.set(xlabel="training digits", title=name)
-            if reach:
-                axes.set_ylim(-reach / 2, reach)
-        figure.axes[0].set_ylabel("gain over no regularisation, points\nof test accuracy (bars: 95% intervals)")
+            hollow = f" (hollow: {other:,}, another recipe)" if other in sizes else ""
+            axes.set(xlabel=f"training images{hollow}", ylabel=name)
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         figure.axes[0].legend(frameon=False)
-        if len(others):
-            figure.axes[1].set_xlabel("training digits (hollow: 60,000, another recipe)")
-        figure.suptitle(title)
+        figure.suptitle(join_words(title, "\n", "means over seeds, with their 95% intervals"))
     return figure
 
 
@@ -405,8 +386,54 @@ def _draw_gains(axes: Axes, rows: pd.DataFrame, aside: float, look: Mapping[str,
     axes.errorbar(aside * rows["size"].to_numpy(), mean, [mean - low, high - mean], **look)
 
 
+def plot_trials(
+    trials: pd.DataFrame,
+    size: int,
+    name: str,
+    strength: float,
+    own: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw training and held-out accuracy of one regulariser by its strength, and say them for one strength.
+
+    Args:
+        trials: one row per trial, also of "nothing": size, name, strength, train_accuracy, accuracy (percent).
+        own: the reader's trials, drawn as stars.
+    """
+    rows = trials[(trials["size"] == size) & (trials["name"] == name)]
+    base = trials[(trials["size"] == size) & (trials["name"] == "nothing")]["accuracy"].mean()
+    label, unit = REGULARISERS[name]
+    training, held_out = rows[rows["strength"] == strength][["train_accuracy", "accuracy"]].mean()
+    with rc_context(STYLE):
+        axes = panel((8, 4), ax)
+        axes.axvline(strength, color=QUIET, linewidth=6, alpha=0.4)
+        axes.axhline(base, color=COLORS["nothing"], linewidth=1.5, label="held-out images, no regularisation")
+        for column, dash, face in (("train_accuracy", "--", "white"), ("accuracy", "-", COLORS[name])):
+            look = {"color": COLORS[name], "markerfacecolor": face}
+            means = rows.groupby("strength")[column].mean()
+            kind = "training" if dash == "--" else "held-out"
+            axes.plot(means.index, means, dash, label=f"{kind} images, {label}", **look)
+            axes.plot(rows["strength"], rows[column], "o", **look)
+            if own is not None:
+                mine = own[(own["size"] == size) & (own["name"] == name)]
+                axes.plot(mine["strength"], mine[column], "*", markersize=16, **(look | {"markeredgecolor": INK}))
+        axes.set_xscale("log")
+        strengths = sorted(set(rows["strength"]))
+        axes.set_xticks(strengths, [f"{one:g}" for one in strengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+        lowest = base - 1.2 * (101 - base)
+        axes.set(ylim=(lowest, 101), xlabel=f"{label}: {unit}", ylabel="accuracy")
+        axes.legend(frameon=False, loc="lower center", fontsize=10)
+        below = ", below this panel" if held_out < lowest else ""
+        said = f"training {training:.1f}%, held-out {held_out:.1f}%{below}, gap {training - held_out:.1f} points"
+        axes.set_title(f"{size:,} images, {label} {strength:g}: {said}\nwithout regularisation: held-out {base:.1f}%")
+    return axes.figure
+
+
 def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
-    """Draw the gain of each regulariser by its strength: a column each, a row for each number of digits.
+    """Draw the gain of each regulariser by its strength: a column each, a row for each number of images.
 
     A dot is a trial, a line joins the means, a star is the best mean of those with the most seeds. Each row has its own
     scale; trials that lose much more than the best gains are below the panel.
@@ -422,7 +449,7 @@ def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
             for axes, slug in zip(row, REGULARISERS, strict=True):
                 _draw_strengths(axes, trials[(trials["name"] == slug) & (trials["size"] == size)], COLORS[slug])
             highest = max(0.2, trials.loc[trials["size"] == size, "gain"].max())
-            row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} digits\ngain, points")
+            row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} images\ngain, points")
         for column, (slug, (label, strength)) in zip(panels.T, REGULARISERS.items(), strict=True):
             strengths = sorted(set(trials.loc[trials["name"] == slug, "strength"]))
             column[0].set(title=label, xscale="log")
@@ -435,7 +462,7 @@ def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _draw_strengths(axes: Axes, trials: pd.DataFrame, color: str) -> None:
-    """Draw one regulariser on one number of digits."""
+    """Draw one regulariser on one number of images."""
     gains = trials.groupby("strength")["gain"]
     means, counts = gains.mean(), gains.count()
     best = means[counts == counts.max()].idxmax()
@@ -446,16 +473,16 @@ def _draw_strengths(axes: Axes, trials: pd.DataFrame, color: str) -> None:
 
 
 def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
-    """Draw training and test accuracy by the number of training digits; the gap is what regularisation can close.
+    """Draw training and test accuracy by the number of training images; the gap is what regularisation can close.
 
     Args:
-        accuracies: a row a number of digits (the index); "training", "nothing" and "rotation", in percent. The first
-            two are of training and test digits without regularisation, the last is of test digits with rotation.
+        accuracies: one row per number of images (the index); "training", "nothing" and "rotation", in percent. The
+            first two are of training and test images without regularisation, the last of test images with rotation.
     """
     lines = {
-        "training": ("o--", COLORS["nothing"], "training digits, no regularisation"),
-        "rotation": ("o-", COLORS["rotation"], "test digits, rotation"),
-        "nothing": ("o-", COLORS["nothing"], "test digits, no regularisation"),
+        "training": ("o--", COLORS["nothing"], "training images, no regularisation"),
+        "rotation": ("o-", COLORS["rotation"], "test images, rotation"),
+        "nothing": ("o-", COLORS["nothing"], "test images, no regularisation"),
     }
     with rc_context(STYLE):
         axes = panel((8, 4.6), ax)
@@ -466,7 +493,7 @@ def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) 
         axes.set_xticks(list(accuracies.index), [f"{size:,}" for size in accuracies.index])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-        axes.set(xlabel="training digits", ylabel="accuracy at the last epoch", title=title)
+        axes.set(xlabel="training images", ylabel="accuracy at the last epoch", title=title)
         axes.legend(frameon=False, loc="lower right")
     return axes.figure
 

@@ -1,0 +1,85 @@
+"""A knob to turn: trials of every regulariser at many strengths, and a button that trains one more."""
+
+from collections.abc import Callable
+from io import BytesIO
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures import REGULARISERS, plot_trials
+from s6lib.errors import S6Error
+
+try:
+    import ipywidgets
+except ImportError:  # a figure is shown instead
+    ipywidgets = None
+
+Train = Callable[[int, str, float, int], tuple[float, float]]
+MISSING = "To turn the knob, install ipywidgets; until then, change the numbers in this cell."
+
+
+def turn_the_knob(trials: pd.DataFrame, train: Train, size: int, name: str, strength: float):
+    """Show sliders over the trials, with a button that trains one more; or one figure, where ipywidgets is missing.
+
+    Args:
+        trials: as in `plot_trials`.
+        train: from size, name, strength and seed to the accuracy on training and held-out images, in percent.
+        size, name, strength: of the trial that is shown first.
+    """
+    if ipywidgets is None:
+        print(MISSING)
+        return plot_trials(trials, size, name, strength)
+    return _widget(trials, train, size, name, strength)
+
+
+def _widget(trials: pd.DataFrame, train: Train, size: int, name: str, strength: float):
+    class Shown(ipywidgets.VBox):
+        def __repr__(self) -> str:  # shown until the cell is run
+            return "Run this cell for sliders and a button. The picture below shows all trials."
+
+    sizes = [(f"{one:,} images", one) for one in sorted(set(trials["size"]))]
+    names = [(label, one) for one, (label, _) in REGULARISERS.items()]
+    size_slider = ipywidgets.SelectionSlider(options=sizes, value=size, description="train on")
+    name_list = ipywidgets.Dropdown(options=names, value=name, description="regulariser")
+    strength_slider = ipywidgets.SelectionSlider(options=[strength], description="strength")
+    button, said, picture = ipywidgets.Button(), ipywidgets.Label(), ipywidgets.Image(format="png", width=720)
+    own = pd.DataFrame(columns=["size", "name", "strength", "seed", "train_accuracy", "accuracy"])
+
+    def redraw(_=None) -> None:
+        button.description = "train this one"
+        figure = plot_trials(trials, size_slider.value, name_list.value, strength_slider.value, own)
+        picture.value = as_png(figure)
+
+    def offer_strengths(_=None) -> None:
+        here = trials[(trials["size"] == size_slider.value) & (trials["name"] == name_list.value)]
+        strengths, before = sorted(set(here["strength"])), strength_slider.value
+        strength_slider.unobserve(redraw, "value")  # drawn once, below
+        strength_slider.options = [(f"{one:g}", one) for one in strengths]
+        strength_slider.value = before if before in strengths else strengths[len(strengths) // 2]
+        strength_slider.observe(redraw, "value")
+        redraw()
+
+    def train_this(_=None) -> None:
+        trial = size_slider.value, name_list.value, strength_slider.value, 101 + len(own)
+        button.disabled, button.description = True, "training ..."
+        try:
+            own.loc[len(own)] = [*trial, *train(*trial)]
+            said.value = "your trial: training {:.1f}%, held-out {:.1f}%".format(*own.iloc[-1, 4:])
+        except S6Error as error:
+            said.value = str(error)
+        button.disabled = False
+        redraw()
+
+    strength_slider.observe(redraw, "value")
+    for one in (size_slider, name_list):
+        one.observe(offer_strengths, "value")
+    button.on_click(train_this)
+    offer_strengths()
+    return Shown([size_slider, name_list, strength_slider, ipywidgets.HBox([button, said]), picture])
+
+
+def as_png(figure: Figure) -> bytes:
+    """The bytes of a figure, to be shown by a widget."""
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=90)
+    return content.getvalue()
