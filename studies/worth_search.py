@@ -13,7 +13,7 @@ import sys
 from s6lib import Condition, PlainNet, Recipe, run_study
 
 # How often each of the two epochs goes through the images, the first at a rate of 0.01 and the second at 0.001.
-PASSES = {300: 50, 1_000: 19, 3_000: 9, 10_000: 5, 30_000: 5, 50_000: 5}
+PASSES = {100: 125, 300: 50, 1_000: 19, 3_000: 9, 10_000: 5, 30_000: 5, 50_000: 5}
 RECIPE = Recipe("plain", PlainNet, dropout=0.0, epochs=2, decay_epochs=1, held_out=True, draw_images=True)
 
 Grid = dict[str, tuple[float, ...]]
@@ -27,6 +27,14 @@ SMALL: Grid = {
     "rotation": (3.0, 5.0, 10.0, 15.0),
     "ghosts": (2, 4, 8),
 }
+FEW: Grid = {"l1": (2e-3, 6e-3, 2e-2), "l2": (1e-2, 3e-2, 1e-1), "dropout": (0.02, 0.05, 0.1), "ghosts": (8, 16, 32)}
+SOME: Grid = {
+    "l1": (6e-4, 2e-3, 6e-3),
+    "l2": (3e-3, 1e-2, 3e-2),
+    "dropout": (0.02,),
+    "rotation": (10.0, 15.0, 25.0),
+    "ghosts": (4, 8, 16),
+}
 LARGE: Grid = {
     "l2": (1e-3, 3e-3, 1e-2),
     "rotation": (5.0, 10.0, 15.0),
@@ -39,12 +47,17 @@ BLOCKS: tuple[tuple[int, tuple[int, ...], Grid], ...] = (
     (10_000, (1,), LOWER),
     (50_000, (1,), NOTHING | LARGE),
     (10_000, (2,), SMALL | {"l1": (6e-5,)}),  # the other two are there
+    # What studies/when_search.py lacks of three seeds of the best and its neighbours.
+    (100, (3,), {"rotation": (25.0, 40.0), "ghosts": (8, 16, 32)}),
+    (300, (3,), NOTHING | FEW | {"rotation": (15.0, 25.0, 40.0)}),
+    (1_000, (3,), NOTHING | FEW | {"l1": (6e-4, 2e-3, 6e-3), "dropout": (0.02,), "rotation": (10.0, 15.0, 25.0)}),
+    (1_000, (1, 2, 3), {"dropout": (0.005,)}),
+    (1_000, (2,), {"rotation": (10.0,)}),
+    (3_000, (3,), NOTHING | SOME),
+    (3_000, (1, 2, 3), {"dropout": (0.005,)}),
     (10_000, (3,), NOTHING | SMALL),
     (30_000, (1, 2, 3), NOTHING),
     (50_000, (2, 3), NOTHING | LARGE),
-    (3_000, (3,), NOTHING),
-    (1_000, (3,), NOTHING),
-    (300, (3,), NOTHING),
 )
 
 
