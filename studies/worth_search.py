@@ -1,6 +1,7 @@
 """How strong each regulariser of studies/worth.py should be: trials on held-out images.
 
-    python studies/worth_search.py trials            # trains what is not there yet, two at a time
+    python studies/worth_search.py train studies/worth_search      # what is not there yet, two at a time
+    python studies/worth_search.py collect studies/worth_search    # writes studies/worth_search.csv
 
 Each trial has one regulariser over nothing, as studies/when_search.py has it, from which the grids start: PlainNet
 without dropout or rotation, on images that are drawn anew for each seed from the first 50,000 training images, and ten
@@ -8,7 +9,10 @@ passes over them. No trial has seen a test image. The trials of studies/when_sea
 settings; they count here too and are not repeated. 50,000 images stand for 60,000, of which none could be held out.
 """
 
+import csv
+import json
 import sys
+from pathlib import Path
 
 from s6lib import Condition, PlainNet, Recipe, run_study
 
@@ -86,11 +90,34 @@ def block(size: int, grid: Grid) -> list[Condition]:
 CONDITIONS = tuple({one.slug: one for size, _, grid in BLOCKS for one in block(size, grid)}.values())
 
 
-def run(out: str) -> None:
+def train(out: str) -> None:
     """Train it all; what is there already is not trained again."""
     for size, seeds, grid in BLOCKS:
         run_study(RECIPE, block(size, grid), seeds, out, jobs=2)
 
 
+def collect(out: str) -> None:
+    """Write the accuracies of all complete trials, in percent, into a table beside their folder."""
+    rows = []
+    for file in Path(out).glob("*/*/seed-*/run.json"):
+        about = json.loads(file.read_text())
+        size, name, strength = read_slug(about["condition"])
+        with open(file.with_name("history.csv"), newline="") as lines:
+            last = list(csv.DictReader(lines))[-1]
+        accuracies = [round(100 * float(last[column]), 2) for column in ("train_accuracy", "val_accuracy")]
+        rows.append((about["recipe"]["name"], size, name, strength, about["seed"], *accuracies))
+    with open(Path(out).with_suffix(".csv"), "w", newline="") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(("recipe", "size", "name", "strength", "seed", "train_accuracy", "accuracy"))
+        writer.writerows(sorted(rows))
+
+
+def read_slug(condition: dict) -> tuple[int, str, float]:
+    """The number of images, the regulariser and the strength of a trial from its entry in run.json."""
+    size, name, *_ = condition["slug"].split("-")
+    own = {"ghosts": condition["num_splits"], "l1": condition["l1"], "l2": condition["l2"], "nothing": 0}
+    return int(size), name, own.get(name, condition["changes"].get(name))
+
+
 if __name__ == "__main__":
-    run(*sys.argv[1:])
+    {"train": train, "collect": collect}[sys.argv[1]](sys.argv[2])
