@@ -1,0 +1,163 @@
+"""studies/worth_analysis.py on the few-image runs and on invented ones, and the choice of studies/worth.py."""
+
+import importlib.util
+import math
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from s6lib.data import PROJECT
+
+WHEN, WHEN_SIZES, WHEN_SEEDS = PROJECT / "results" / "when", (100, 300, 1_000, 3_000, 10_000), range(11, 17)
+ERRORS = dict(zip((100, 300, 1_000, 3_000, 10_000, 30_000, 60_000), (25.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.4), strict=True))
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "studies" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+analysis = load("worth_analysis")
+
+
+def write(folder, recipe, condition, rates):
+    """Invent runs with these error rates in percent, one for each seed."""
+    for seed, rate in zip(analysis.SEEDS, rates, strict=True):
+        run = folder / recipe / condition / f"seed-{seed}"
+        run.mkdir(parents=True)
+        (run / "history.csv").write_text(f"epoch,val_accuracy\n1,0.1\n2,{1 - rate / 100}\n")
+        (run / "run.json").touch()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs in which rotation halves the errors, L2 is worth 1.5 times the data, L1 adds a tenth, the rest do nothing.
+
+    With wrong labels, all remove twice as much (in logs) in the MLP; chosen on the 300 images, half; longer, the same.
+    """
+    folder, rng = tmp_path_factory.mktemp("worth"), np.random.default_rng(5)
+
+    def noisy(rate):
+        noise = rng.normal(scale=0.01, size=len(analysis.SEEDS))
+        return rate * np.exp(noise - noise.mean())
+
+    def removed(size, name):
+        if name == "l2":
+            logs, errors = np.log(list(ERRORS)), np.log(list(ERRORS.values()))
+            return math.log(ERRORS[size]) - np.interp(math.log(1.5 * size), logs, errors)
+        return {"rotation": math.log(2), "l1": -math.log(1.1)}.get(name, 0.0)
+
+    for size, rate in ERRORS.items():
+        for recipe in ("plain", "mlp", "plain-wrong", "mlp-wrong"):
+            for suffix in ("", analysis.LONG):
+                write(folder, recipe, f"{size}-nothing{suffix}", noisy(rate))
+                for name in analysis.REGULARISERS:
+                    twice = 2 if recipe == "mlp-wrong" else 1
+                    write(
+                        folder, recipe, f"{size}-{name}{suffix}", noisy(rate * math.exp(-twice * removed(size, name)))
+                    )
+    rows = [
+        f"plain,{size}-nothing,{seed},1,{100 - rate / 2}" for size, rate in ERRORS.items() for seed in analysis.SEEDS
+    ]
+    (folder / "clean.csv").write_text("\n".join(["recipe,condition,seed,images,accuracy", *rows]))
+    for name in analysis.REGULARISERS:
+        write(folder, "plain", f"300-own-{name}", noisy(8.0 * math.exp(-removed(300, name) / 2)))
+    rows = [f"{seed},{name},1,300-own-{name}" for name in analysis.REGULARISERS for seed in analysis.SEEDS]
+    (folder / "own.csv").write_text("\n".join(["seed,name,strength,condition", *rows]))
+    return folder
+
+
+def said(rows):
+    return {row["subject"]: row["said"] for row in rows}
+
+
+def test_every_question_answers_what_was_put_in(runs):
+    shares = said(analysis.removes(runs))
+    assert shares["rotation, 60,000 images"].startswith("removes 50% of the errors (")
+    assert shares["l1, 300 images"].startswith("adds 10% of the errors (")
+    assert shares["ghosts, 10,000 images"].startswith("not shown to remove or add errors")
+    worth = said(analysis.data(runs))
+    assert worth["l2, 10,000 images"].startswith("worth 1.5")
+    assert worth["rotation, 300 images"].startswith("worth 3.")
+    assert worth["ghosts, 3,000 images"].endswith("not shown to be worth more or less than itself")
+    fall = said(analysis.fall(runs))
+    assert fall["l2"].startswith("the same to within a quarter: from 1.5")
+    gaps = said(analysis.gap(runs))
+    assert gaps["nothing, 300 images"].startswith("4.00 points better (3.9")
+    own = said(analysis.own(runs))
+    assert "; keeps 50% of the gain (" in own["rotation"]
+    assert own["ghosts"].endswith("how much it keeps cannot be told")
+    longer = said(analysis.longer(runs))
+    assert longer["more steps, 300 images"].startswith("not shown to remove")
+    assert longer["rotation, 300 images"].startswith("no change shown: 50% of the errors in place of")
+    assert said(analysis.second_network(runs))["l2, 300 images"].startswith("worth 1.5")
+    assert said(analysis.networks(runs))["rotation, mlp-wrong, 10,000 images"].startswith("removes 75% of the errors")
+    labels = said(analysis.labels(runs))
+    assert labels["rotation, mlp"] == "removes more: 75% of the errors in place of 50%"
+    assert labels["l1, mlp"].startswith("removes less")
+    assert labels["rotation, plain"].startswith("no change shown")
+    assert said(analysis.capacity(runs))["rotation"] == "wrong labels raise the share more in the MLP"
+
+
+def test_a_question_waits_for_all_its_runs_and_no_other_does(runs, capsys):
+    lost = runs / "plain" / f"300-l2{analysis.LONG}" / f"seed-{analysis.SEEDS[0]}" / "run.json"
+    lost.unlink()
+    try:
+        analysis.main(runs)
+    finally:
+        lost.touch()
+    printed = capsys.readouterr().out
+    assert f"1 of {len(analysis.SEEDS)} runs are not complete, the first of them {lost.parent}" in printed
+    assert printed.count("not complete") == 1
+    assert all(f"Question {number}: " in printed for number in range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "factor"), [("rotation", 300, 2.26), ("l2", 1_000, 1.84), ("l1", 3_000, 1.24)]
+)
+def test_the_factors_of_the_few_image_runs_are_those_of_the_issue(name, size, factor):
+    """Which took means of errors, not of logs, and all seeds of each size."""
+    curve = analysis.read_curve(WHEN, "when", WHEN_SIZES, WHEN_SEEDS)
+    with_it = np.log(analysis.errors(WHEN, "when", f"{size}-{name}", WHEN_SEEDS))
+    estimate, low, high = analysis.worth(curve, with_it, size, WHEN_SIZES)
+    assert estimate == pytest.approx(factor, rel=0.1)
+    assert math.log(estimate) == pytest.approx(analysis.log_worth(curve, with_it, size, WHEN_SIZES), abs=0.002)
+    assert low < factor < high
+
+
+def test_a_factor_inside_the_first_step_has_the_interval_of_fieller():
+    """Where the mean of y minus g times the mean of x is not rejected, g solves a quadratic."""
+    rng, n = np.random.default_rng(2), 8
+    curve = np.log([8.0, 3.0]) + rng.normal(scale=0.1, size=(n, 2))
+    with_it = np.log(5.5) + rng.normal(scale=0.1, size=n)
+    x, y = curve[:, 0] - curve[:, 1], curve[:, 0] - with_it
+    (xx, xy), (_, yy) = np.cov(x, y) / n
+    t = scipy.stats.t.ppf(0.975, n - 1) ** 2
+    quadratic = x.mean() ** 2 - t * xx, -2 * (x.mean() * y.mean() - t * xy), y.mean() ** 2 - t * yy
+    low, high = sorted(np.exp(np.roots(quadratic) * math.log(1_000 / 300)))
+    assert analysis.worth(curve, with_it, 300, (300, 1_000)) == pytest.approx(
+        (math.exp(y.mean() / x.mean() * math.log(1_000 / 300)), low, high), rel=0.002
+    )
+
+
+def test_a_factor_beyond_the_curve_has_no_bound_there():
+    rng = np.random.default_rng(3)
+    curve = np.log([8.0, 4.0]) + rng.normal(scale=0.05, size=(8, 2))
+    _, low, high = analysis.worth(curve, np.log(4.0) + rng.normal(scale=0.05, size=8), 300, (300, 1_000))
+    assert 2 < low < 1_000 / 300
+    assert high == math.inf
+    assert analysis.say_worth(3.3, low, high).startswith("worth at least")
+    with pytest.raises(ValueError, match="fewer errors with each size"):
+        analysis.log_worth(curve[:, ::-1], curve[:, 0], 300, (300, 1_000))
+
+
+def test_the_jackknife_of_a_mean_is_the_t_interval():
+    values = np.array([1.0, 3.0, 2.0, 5.0])
+    pseudo = analysis.jackknife(lambda seeds: float(values[seeds].mean()), 4)
+    np.testing.assert_allclose(pseudo, values)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(analysis.mean_interval(values), expected)
