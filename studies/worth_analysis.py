@@ -261,22 +261,26 @@ def fall(folder: str | Path) -> list[Row]:
     curve, rows = read_curve(folder), []
     for name in REGULARISERS:
         small, large = (np.log(errors(folder, "plain", f"{size}-{name}")) for size in (SMALL, LARGE))
-
-        def factors(seeds: np.ndarray, small: np.ndarray = small, large: np.ndarray = large) -> tuple[float, float]:
-            few, many = log_worth(curve[seeds], small[seeds], SMALL), log_worth(curve[seeds], large[seeds], LARGE)
-            return few, many
-
-        values = jackknife(lambda seeds, factors=factors: float(np.subtract(*factors(seeds))), len(curve))
+        values = fall_values(curve, small, large)
         low, high = mean_interval(values, 0.90)
-        few, many = np.exp(factors(np.arange(len(curve))))
+        factors = {"few": math.exp(log_worth(curve, small, SMALL)), "many": math.exp(log_worth(curve, large, LARGE))}
         same = -math.log(WITHIN) < low < high < math.log(WITHIN)
-        rows.append(describe(name, values) | {"few": few, "many": many, "same": same})
+        rows.append(describe(name, values) | factors | {"same": same})
     return conclude(
         rows,
         lambda row: f"falls {_factors(row)}",
         lambda row: f"grows {_factors(row)}",
         lambda row: f"{'the same to within a quarter' if row['same'] else 'cannot be told at this n'}: {_factors(row)}",
     )
+
+
+def fall_values(curve: np.ndarray, small: np.ndarray, large: np.ndarray) -> np.ndarray:
+    """The jackknife's pseudo-values, (seeds,), of the log of the factor on SMALL images over that on LARGE images."""
+
+    def log_ratio(seeds: np.ndarray) -> float:
+        return log_worth(curve[seeds], small[seeds], SMALL) - log_worth(curve[seeds], large[seeds], LARGE)
+
+    return jackknife(log_ratio, len(curve))
 
 
 def _factors(row: Row) -> str:
