@@ -3,26 +3,25 @@
     python studies/worth_search.py train studies/worth_search      # what is not there yet, two at a time
     python studies/worth_search.py collect studies/worth_search    # writes studies/worth_search.csv
 
-Each trial has one regulariser over nothing, as studies/when_search.py has it, from which the grids start: PlainNet
-without dropout or rotation, on images that are drawn anew for each seed from the first 50,000 training images, and ten
-passes over them. No trial has seen a test image. The trials of studies/when_search.csv on 10,000 images have the same
-settings; they count here too and are not repeated. 50,000 images stand for 60,000, of which none could be held out.
+Each trial has one regulariser over nothing, on images that are drawn anew for each seed from the first 50,000 training
+images. No trial has seen a test image. The grids for PlainNet start from studies/when_search.csv, whose trials have the
+same settings; they count here too and are not repeated. 50,000 images stand for 60,000, which leave none to hold out.
 """
 
 import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from s6lib import Condition, PlainNet, Recipe, run_study
+sys.path.insert(0, str(Path(__file__).parent))  # for the command line, which loads this file alone
 
-# How often each of the two epochs goes through the images, the first at a rate of 0.01 and the second at 0.001.
-PASSES = {100: 125, 300: 50, 1_000: 19, 3_000: 9, 10_000: 5, 30_000: 5, 50_000: 5}
-RECIPE = Recipe("plain", PlainNet, dropout=0.0, epochs=2, decay_epochs=1, held_out=True, draw_images=True)
+from worth import NETWORK_SIZES, at, condition, recipes, times
+
+from s6lib import Condition, run_study
 
 Grid = dict[str, tuple[float, ...]]
 NOTHING: Grid = {"nothing": (0,)}
-# Below the grids of studies/when_search.py.
 LOWER: Grid = {"l1": (6e-5,), "l2": (1e-3,), "dropout": (0.005, 0.01), "rotation": (3.0,)}
 SMALL: Grid = {
     "l1": (6e-5, 2e-4, 6e-4),
@@ -46,54 +45,66 @@ LARGE: Grid = {
     "l1": (6e-5, 2e-4, 6e-4),
     "ghosts": (2, 4, 8),
 }
-# What is trained, in this order: a number of images, seeds, and the strengths.
-BLOCKS: tuple[tuple[int, tuple[int, ...], Grid], ...] = (
-    (10_000, (1,), LOWER),
-    (50_000, (1,), NOTHING | LARGE),
-    (10_000, (2,), SMALL | {"l1": (6e-5,)}),  # the other two are there
+MLP: Grid = {
+    "l2": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "rotation": (5.0, 10.0, 15.0, 25.0, 40.0),
+    "dropout": (0.1, 0.2, 0.3, 0.5, 0.7),
+    "l1": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+}
+WRONG: Grid = {
+    "l2": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "rotation": (5.0, 10.0, 15.0, 25.0, 40.0),
+    "dropout": (0.02, 0.05, 0.1, 0.2, 0.3),
+    "l1": (2e-4, 6e-4, 2e-3, 6e-3),
+}
+# What is trained, in this order: a recipe, a number of images, seeds, and the strengths.
+BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
+    ("plain", 10_000, (1,), LOWER),
+    ("plain", 50_000, (1,), NOTHING | LARGE),
+    ("plain", 10_000, (2,), SMALL | {"l1": (6e-5,)}),  # the other two are there
     # What studies/when_search.py lacks of three seeds of the best and its neighbours.
-    (100, (3,), {"rotation": (25.0, 40.0), "ghosts": (8, 16, 32)}),
-    (300, (3,), NOTHING | FEW | {"rotation": (15.0, 25.0, 40.0)}),
-    (1_000, (3,), NOTHING | FEW | {"l1": (6e-4, 2e-3, 6e-3), "dropout": (0.02,), "rotation": (10.0, 15.0, 25.0)}),
-    (1_000, (1, 2, 3), {"dropout": (0.005,)}),
-    (1_000, (2,), {"rotation": (10.0,)}),
-    (3_000, (3,), NOTHING | SOME),
-    (3_000, (1, 2, 3), {"dropout": (0.005,)}),
-    (10_000, (3,), NOTHING | SMALL),
-    (30_000, (1, 2, 3), NOTHING),
-    (50_000, (2, 3), NOTHING | LARGE),
+    ("plain", 100, (3,), {"rotation": (25.0, 40.0), "ghosts": (8, 16, 32)}),
+    ("plain", 100, (2, 3), {"dropout": (0.2,)}),
+    ("plain", 300, (3,), NOTHING | FEW | {"rotation": (15.0, 25.0, 40.0)}),
+    (
+        "plain",
+        1_000,
+        (3,),
+        NOTHING | FEW | {"l1": (6e-4, 2e-3, 6e-3), "dropout": (0.02,), "rotation": (10.0, 15.0, 25.0)},
+    ),
+    ("plain", 1_000, (1, 2, 3), {"dropout": (0.005,)}),
+    ("plain", 1_000, (2,), {"rotation": (10.0,)}),
+    ("plain", 3_000, (3,), NOTHING | SOME),
+    ("plain", 3_000, (1, 2, 3), {"dropout": (0.005,)}),
+    ("plain", 10_000, (3,), NOTHING | SMALL),
+    *(("mlp-wrong", size, (1,), NOTHING | MLP) for size in reversed(NETWORK_SIZES)),
+    *(("mlp", size, (1,), NOTHING | MLP) for size in reversed(NETWORK_SIZES)),
+    *(("plain-wrong", size, (1,), NOTHING | WRONG) for size in reversed(NETWORK_SIZES)),
+    ("plain", 30_000, (1, 2, 3), NOTHING),
+    ("plain", 50_000, (2, 3), NOTHING | LARGE),
 )
 
 
-def slug_of(size: int, name: str, strength: float) -> str:
-    """The slug of a trial, such as 10000-l2-3e-03 or 10000-rotation-15."""
-    strength_slug = f"{strength:g}" if strength >= 1 else f"{strength:.0e}"
-    return f"{size}-{name}-{strength_slug}" if strength else f"{size}-{name}"
+def block(recipe: str, size: int, grid: Grid) -> list[Condition]:
+    """One regulariser each, at one strength, on so many images."""
+    return [
+        condition(f"{size}-{at(name, strength)}", size, name, strength, times(recipe))
+        for name, strengths in grid.items()
+        for strength in strengths
+    ]
 
 
-def condition(size: int, name: str = "nothing", strength: float = 0) -> Condition:
-    """One regulariser, at one strength, on so many images."""
-    changes = {"train_images": size, "passes": PASSES[size]}
-    own = {}
-    if name in ("dropout", "rotation"):
-        changes[name] = strength
-    elif name != "nothing":
-        own = {"num_splits": strength} if name == "ghosts" else {name: strength}
-    label = f"{size:,} images, {name} {strength:g}" if strength else f"{size:,} images, {name}"
-    return Condition(slug_of(size, name, strength), label, changes=changes, **own)
+RECIPE = recipes(held_out=True)["plain"]
+CONDITIONS = tuple(
+    {one.slug: one for name, size, _, grid in BLOCKS if name == "plain" for one in block(name, size, grid)}.values()
+)
 
 
-def block(size: int, grid: Grid) -> list[Condition]:
-    return [condition(size, name, strength) for name, strengths in grid.items() for strength in strengths]
-
-
-CONDITIONS = tuple({one.slug: one for size, _, grid in BLOCKS for one in block(size, grid)}.values())
-
-
-def train(out: str) -> None:
-    """Train it all; what is there already is not trained again."""
-    for size, seeds, grid in BLOCKS:
-        run_study(RECIPE, block(size, grid), seeds, out, jobs=2)
+def train(out: str, *only: str) -> None:
+    """Train it all, or the recipes that are named; what is there already is not trained again."""
+    for recipe, size, seeds, grid in BLOCKS:
+        if recipe in (only or recipes()):
+            run_study(recipes(held_out=True)[recipe], block(recipe, size, grid), seeds, out, jobs=2)
 
 
 def collect(out: str) -> None:
@@ -101,7 +112,7 @@ def collect(out: str) -> None:
     rows = []
     for file in Path(out).glob("*/*/seed-*/run.json"):
         about = json.loads(file.read_text())
-        size, name, strength = read_slug(about["condition"])
+        size, name, strength = read_strength(about["condition"])
         with open(file.with_name("history.csv"), newline="") as lines:
             last = list(csv.DictReader(lines))[-1]
         accuracies = [round(100 * float(last[column]), 2) for column in ("train_accuracy", "val_accuracy")]
@@ -112,12 +123,12 @@ def collect(out: str) -> None:
         writer.writerows(sorted(rows))
 
 
-def read_slug(condition: dict) -> tuple[int, str, float]:
-    """The number of images, the regulariser and the strength of a trial from its entry in run.json."""
-    size, name, *_ = condition["slug"].split("-")
-    own = {"ghosts": condition["num_splits"], "l1": condition["l1"], "l2": condition["l2"], "nothing": 0}
-    return int(size), name, own.get(name, condition["changes"].get(name))
+def read_strength(trial: dict[str, Any]) -> tuple[int, str, float]:
+    """The number of images, the regulariser and its strength from the condition's entry in run.json."""
+    size, name, *_ = trial["slug"].split("-")
+    own = {"nothing": 0, "ghosts": trial["num_splits"], "l1": trial["l1"], "l2": trial["l2"]}
+    return int(size), name, own[name] if name in own else trial["changes"][name]
 
 
 if __name__ == "__main__":
-    {"train": train, "collect": collect}[sys.argv[1]](sys.argv[2])
+    {"train": train, "collect": collect}[sys.argv[1]](*sys.argv[2:])

@@ -1,12 +1,14 @@
-"""studies/worth_analysis.py on the few-image runs and on invented ones, and the choice of studies/worth.py."""
+"""studies/worth_analysis.py on the few-image runs and on invented ones, and what studies/worth.py chooses."""
 
 import importlib.util
 import math
+import re
 import sys
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 from s6lib.data import PROJECT
 
@@ -21,7 +23,7 @@ def load(name):
     return module
 
 
-analysis = load("worth_analysis")
+analysis, worth = load("worth_analysis"), load("worth")
 
 
 def write(folder, recipe, condition, rates):
@@ -161,3 +163,64 @@ def test_the_jackknife_of_a_mean_is_the_t_interval():
     np.testing.assert_allclose(pseudo, values)
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose(analysis.mean_interval(values), expected)
+
+
+def test_the_study_trains_what_the_analysis_reads():
+    names = (
+        "SEEDS",
+        "FEWER",
+        "SIZES",
+        "REGULARISED",
+        "ALL",
+        "REGULARISERS",
+        "LONGER",
+        "LONG",
+        "NETWORK_SIZES",
+        "ON_BOTH",
+    )
+    for name in names:
+        assert getattr(worth, name) == getattr(analysis, name)
+
+
+def test_the_page_has_every_question_and_the_seeds_of_every_size():
+    page = (PROJECT / "docs" / "preregistration_worth.md").read_text()
+    numbers = [re.match(r"Question (\d+): ", question.__doc__)[1] for question in analysis.QUESTIONS]
+    assert re.findall(r"^\| (\d+) \| [A-Z]", page, re.MULTILINE) == numbers
+    for size in (*analysis.SIZES, analysis.ALL):
+        seeds = analysis.seeds_of(size)
+        assert re.search(
+            rf"^\| {size:,} \| \d+ \| nothing.* \| {seeds[0]} to {seeds[-1]} \| {len(seeds)} \|$", page, re.MULTILINE
+        )
+
+
+def test_the_best_strength_is_no_end_and_was_tried_as_often_as_its_neighbours(tmp_path, monkeypatch):
+    def choose(*means, name="l1", seeds=3):
+        """Choose from 1e-5, 1e-4, 1e-3 and so on; the last is tried with so many seeds, the others with three."""
+        rows = [
+            f"plain,300,{name},{10.0**place},{seed},100,{mean + seed}"
+            for place, mean in enumerate(means, start=-5)
+            for seed in (1, 2, 3)[: seeds if place == len(means) - 6 else 3]
+        ]
+        (tmp_path / "trials.csv").write_text(
+            "\n".join(["recipe,size,name,strength,seed,train_accuracy,accuracy", *rows])
+        )
+        return worth.strength_of("plain", 300, name)
+
+    monkeypatch.setattr(worth, "TRIALS", [tmp_path / "trials.csv"])
+    assert choose(90, 92, 91) == 1e-4
+    assert choose(90, 92, 92, 91) == 1e-4
+    assert choose(93, 92, 91) == 1e-5  # where L1 is next to nothing
+    with pytest.raises(ValueError, match=r"0\.001 is the best of those tried, but at their end"):
+        choose(90, 91, 92)
+    with pytest.raises(ValueError, match=r"0\.001, beside the best, was not tried"):
+        choose(90, 92, 91, seeds=2)
+    with pytest.raises(ValueError, match="no strength was tried"):
+        worth.strength_of("mlp", 300, "l1")
+
+
+def test_a_fifth_of_the_labels_is_wrong_and_the_same_fifth_each_time():
+    labels = torch.arange(1_000) % 10
+    wrong = worth.mislabel(labels)
+    assert (wrong != labels).sum() == 200
+    assert set(wrong.tolist()) == set(range(10))
+    assert torch.equal(wrong, worth.mislabel(labels))
