@@ -103,13 +103,9 @@ def recipes(held_out: bool = False) -> dict[str, Recipe]:
 
 def condition(slug: str, size: int, name: str, strength: float, times: int = 1) -> Condition:
     """One regulariser, or nothing, on so many images, with so many times the usual passes."""
-    changes: dict[str, float] = {"train_images": size, "passes": PASSES[size] * times}
-    own = {}
-    if name in ("dropout", "rotation"):
-        changes[name] = strength
-    elif name != "nothing":
-        own = {"num_splits" if name == "ghosts" else name: strength}
-    return Condition(slug, f"{label(name, strength)}, {size:,} images", changes=changes, **own)
+    own = {} if name == "nothing" else {"num_splits" if name == "ghosts" else name: strength}
+    text = f"{label(name, strength)}, {size:,} images"
+    return Condition(slug, text, train_images=size, passes=PASSES[size] * times, **own)
 
 
 def label(name: str, strength: float) -> str:
@@ -269,34 +265,27 @@ def train_own(out: str) -> None:
     for seed in FEWER:
         recipe = Recipe(f"own-{seed}", PlainNet, dropout=0.0, epochs=2, decay_epochs=1, data=partial(own_images, seed))
         grid = {at(name, one): (name, one) for name, strengths in OWN_GRIDS.items() for one in strengths}
-        conditions = [own_trial(slug, *grid[slug]) for slug in grid]
-        history = run_study(recipe, conditions, [seed], out, jobs=2).history()
-        last = history[history["epoch"] == 2].set_index("condition")
+        study = run_study(recipe, [own_trial(slug, *grid[slug]) for slug in grid], [seed], out, jobs=2)
+        last = study.history().query("epoch == 2").set_index("condition")
+        conditions = []
         for name in REGULARISERS:
-            # Fewest errors, then the lowest loss; nothing at all may be best.
-            tried = {
-                slug: (-last["test_accuracy"][slug], last["test_loss"][slug])
-                for slug in grid
-                if slug == "nothing" or grid[slug][0] == name
-            }
-            chosen, strength = grid[min(tried, key=tried.__getitem__)]
-            slug = f"300-own-{at(chosen, strength)}" if strength else "300-nothing"
-            rows.append({"seed": seed, "name": name, "strength": strength, "condition": slug})
-            if strength:
-                run_study(recipes()["plain"], [condition(slug, 300, chosen, strength)], [seed], out, jobs=2)
+            name_slugs = [slug for slug in grid if grid[slug][0] in (name, "nothing")]
+            # Most right, then the lowest loss; nothing at all may be best.
+            best = min(name_slugs, key=lambda slug: (-last["test_accuracy"][slug], last["test_loss"][slug]))
+            slug = f"300-own-{best}" if best != "nothing" else "300-nothing"
+            rows.append({"seed": seed, "name": name, "strength": grid[best][1], "condition": slug})
+            if best != "nothing":
+                conditions.append(condition(slug, OWN_IMAGES, *grid[best]))
+        if conditions:
+            run_study(recipes()["plain"], conditions, [seed], out, jobs=2)
     write_rows(Path(out) / "own.csv", rows)
 
 
 def own_trial(slug: str, name: str, strength: float) -> Condition:
-    """A trial on 240 of 300 images, with as many steps as on 300."""
-    trial = condition(slug, 300, name, strength)
-    return Condition(
-        slug,
-        l1=trial.l1,
-        l2=trial.l2,
-        num_splits=trial.num_splits,
-        changes={**trial.changes, "train_images": 240, "passes": OWN_PASSES},
-    )
+    """A trial on all that a data set has, 240 images, with as many steps as on 300."""
+    trial = condition(slug, OWN_IMAGES, name, strength)
+    changes = {**trial.changes, "train_images": None, "passes": OWN_PASSES}
+    return Condition(slug, l1=trial.l1, l2=trial.l2, num_splits=trial.num_splits, changes=changes)
 
 
 def read_rows(file: Path) -> list[dict[str, object]]:
