@@ -40,10 +40,10 @@ SOME: Grid = {
     "ghosts": (4, 8, 16),
 }
 LARGE: Grid = {
-    "l2": (1e-3, 3e-3, 1e-2),
+    "l2": (1e-4, 3e-4, 1e-3, 3e-3),
     "rotation": (5.0, 10.0, 15.0),
     "dropout": (0.01, 0.02, 0.05),
-    "l1": (6e-5, 2e-4, 6e-4),
+    "l1": (2e-5, 6e-5, 2e-4, 6e-4),
     "ghosts": (2, 4, 8),
 }
 MLP: Grid = {
@@ -64,7 +64,9 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     ("plain", 10_000, (2,), SMALL | {"l1": (6e-5,)}),  # the other two are there
     # What studies/when_search.py lacks of three seeds of the best and its neighbours.
     ("plain", 300, (3,), NOTHING | FEW | {"rotation": (15.0, 25.0, 40.0)}),
-    ("plain", 10_000, (3,), NOTHING | SMALL),
+    ("plain", 10_000, (3,), NOTHING | SMALL | {"l1": (6e-5, 2e-4, 6e-4, 2e-3)}),
+    ("plain", 10_000, (1, 2, 3), {"dropout": (0.0025,)}),
+    ("plain", 10_000, (2, 3), {"l2": (3e-2,), "rotation": (25.0,)}),
     ("plain", 3_000, (3,), NOTHING | SOME),
     ("plain", 3_000, (1, 2, 3), {"dropout": (0.005,)}),
     ("plain", 1_000, (3,), NOTHING | FEW | MORE),
@@ -76,6 +78,7 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     *(("mlp", size, (1,), NOTHING | MLP) for size in reversed(NETWORK_SIZES)),
     *(("plain-wrong", size, (1,), NOTHING | WRONG) for size in reversed(NETWORK_SIZES)),
     ("plain", 50_000, (1,), NOTHING | LARGE),
+    ("plain", 50_000, (1,), {"l2": (1e-2,)}),
     ("plain", 30_000, (1, 2, 3), NOTHING),
     ("plain", 50_000, (2, 3), NOTHING | LARGE),
 )
