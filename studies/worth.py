@@ -36,7 +36,7 @@ TRIALS = (PROJECT / "studies" / "worth_search.csv", PROJECT / "studies" / "when_
 TRIAL_SEEDS = (1, 2, 3)
 # At these strengths a regulariser is next to nothing, so that the weakest one tried may be the best; of two ghosts,
 # since one ghost is BatchNorm.
-FLOORS = {"l1": 2e-5, "l2": 1e-4, "dropout": 0.0025, "rotation": 2.0, "ghosts": 2}
+FLOORS = {"l1": 2e-5, "l2": 1e-4, "dropout": 0.002, "rotation": 2.0, "ghosts": 2}
 OWN_GRIDS = {
     "nothing": (0,),
     "rotation": (10.0, 15.0, 25.0, 40.0),

@@ -65,7 +65,7 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     # What studies/when_search.py lacks of three seeds of the best and its neighbours.
     ("plain", 300, (3,), NOTHING | FEW | {"rotation": (15.0, 25.0, 40.0)}),
     ("plain", 10_000, (3,), NOTHING | SMALL | {"l1": (6e-5, 2e-4, 6e-4, 2e-3)}),
-    ("plain", 10_000, (1, 2, 3), {"dropout": (0.0025,)}),
+    ("plain", 10_000, (1, 2, 3), {"dropout": (0.002,)}),
     ("plain", 10_000, (2, 3), {"l2": (3e-2,), "rotation": (25.0,)}),
     ("plain", 3_000, (3,), NOTHING | SOME),
     ("plain", 3_000, (1, 2, 3), {"dropout": (0.005,)}),
