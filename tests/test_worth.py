@@ -1,8 +1,10 @@
 """studies/worth_analysis.py on the few-image runs and on invented ones, and what studies/worth.py chooses."""
 
 import importlib.util
+import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -224,3 +226,13 @@ def test_a_fifth_of_the_labels_is_wrong_and_the_same_fifth_each_time():
     assert (wrong != labels).sum() == 200
     assert set(wrong.tolist()) == set(range(10))
     assert torch.equal(wrong, worth.mislabel(labels))
+
+
+def test_the_table_of_trials_is_what_their_histories_say_and_none_saw_a_test_image(tmp_path):
+    folder = PROJECT / "studies" / "worth_search"
+    abouts = [json.loads(file.read_text()) for file in folder.glob("*/*/seed-*/run.json")]
+    assert abouts
+    assert all(about["recipe"]["held_out"] for about in abouts)
+    shutil.copytree(folder, tmp_path / "worth_search")
+    load("worth_search").collect(tmp_path / "worth_search")
+    assert (tmp_path / "worth_search.csv").read_text() == folder.with_suffix(".csv").read_text()
