@@ -100,7 +100,7 @@ def test_nbval_fails_when_a_number_is_falsified(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout
     assert "1 failed, 1 passed" in result.stdout
-    assert "its label, 6" in result.stdout
+    assert "- ts label, 6" in result.stdout
 
 
 def test_one_command_rewrites_the_address_everywhere(tmp_path):
