@@ -67,15 +67,16 @@ def gap_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Epoch {rows[-1]['epoch']}, the gap: {', '.join(gaps)}"
 
 
-def plot_guess(guess: float | None, results: Mapping[str, float], what: str) -> Figure:
+def plot_guess(guess: float | str, results: Mapping[str, float], what: str) -> Figure:
     """Draw a reader's guess beside the results, on one line.
 
     Args:
-        guess: None as long as there is none.
+        guess: "?" as long as there is none.
         results: numbers by name.
         what: the number that is guessed, with its unit.
     """
-    numbers = [0.0, *results.values(), *([] if guess is None else [guess])]
+    guesses = [] if isinstance(guess, str) else [guess]
+    numbers = [0.0, *results.values(), *guesses]
     margin = 0.15 * (max(numbers) - min(numbers) or 1.0)
     figure = Figure(figsize=(8, 1 + 0.4 * (1 + len(results))), layout="constrained")
     with rc_context(STYLE):
@@ -83,14 +84,14 @@ def plot_guess(guess: float | None, results: Mapping[str, float], what: str) -> 
         for row, value in enumerate(results.values(), 1):
             axes.plot(value, row, "D", color=OTHER_COLORS[0], markersize=9)
             axes.annotate(_short(value), (value, row), (9, 0), textcoords="offset points", va="center")
-        if guess is not None:
-            axes.axvline(guess, color=INK, linestyle="--", linewidth=1)
-            axes.plot(guess, 0, "o", color=INK, markersize=9)
-            axes.annotate(_short(guess), (guess, 0), (9, 0), textcoords="offset points", va="center")
+        for number in guesses:
+            axes.axvline(number, color=INK, linestyle="--", linewidth=1)
+            axes.plot(number, 0, "o", color=INK, markersize=9)
+            axes.annotate(_short(number), (number, 0), (9, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(1 + len(results)), ["your guess", *results])
         axes.set(xlim=(min(numbers) - margin / 5, max(numbers) + margin), ylim=(len(results) + 0.6, -0.6), xlabel=what)
         axes.grid(visible=False, axis="y")
-        axes.set_title("" if guess is not None else "no guess yet: write a number in the cell, and run it again")
+        axes.set_title("" if guesses else "no guess yet: write a number in the cell, and run it again")
     return figure
 
 
