@@ -401,7 +401,9 @@ class Tutorial(nn.Module):
 
 class Lazy(nn.Sequential):
     def __init__(self):
-        super().__init__(nn.LazyConv2d(8, 5, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+        super().__init__(
+            nn.LazyConv2d(8, 5, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)
+        )
 
 
 class Volume(nn.Module):
