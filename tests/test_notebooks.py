@@ -102,7 +102,7 @@ def test_nbval_fails_when_a_number_is_falsified(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout
     assert "1 failed, 1 passed" in result.stdout
-    assert "- ts label, 6" in result.stdout
+    assert "label, 6\n" in result.stdout
 
 
 def test_one_command_rewrites_the_address_everywhere(tmp_path):
@@ -277,6 +277,7 @@ def test_nothing_is_trained_until_the_reader_says_so(monkeypatch):
 
 SLIDE = """\
 import gc
+import ipywidgets
 
 (slider,) = [thing for thing in gc.get_objects() if type(thing) is ipywidgets.SelectionSlider]
 (shown,) = [thing for thing in gc.get_objects() if type(thing) is ipywidgets.HTML]
