@@ -40,7 +40,7 @@ _CRC32 = {
 Transform = Callable[[Tensor], Tensor]  # from one image (1, H, H), uint8, to one image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset(torch.utils.data.Dataset):
     """Images and their labels; item `i` is a pair of a network's input, float32 (1, H, H), and a label.
 
@@ -76,6 +76,9 @@ class ImageDataset(torch.utils.data.Dataset):
             )
         for name, value in (("images", images), ("labels", labels.long()), ("class_names", names)):
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"ImageDataset({len(self):,} images of {tuple(self.images.shape[1:])}, {len(self.class_names)} classes)"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -204,15 +207,17 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
 def _read_dataset(dataset: Any) -> ImageDataset:
     if isinstance(dataset, ImageDataset):
         return dataset
-    if len(dataset) and (not isinstance(dataset[0], tuple | list) or len(dataset[0]) != 2):
-        raise DataError(f"a data set must hold pairs (image, label), not {type(dataset[0]).__name__}")
+    if not len(dataset) or not isinstance(dataset[0], tuple | list) or len(dataset[0]) != 2:
+        held = type(dataset[0]).__name__ if len(dataset) else "nothing"
+        raise DataError(f"a data set must hold pairs (image, label), not {held}")
     items = (dataset[index] for index in range(len(dataset)))
     images, labels = map(list, zip(*((_grey_levels(image), label) for image, label in items), strict=True))
     whole = dataset
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a Subset
         whole = whole.dataset
-    names = getattr(whole, "classes", None) or range(max(2, 1 + int(max(labels))))
-    return ImageDataset(images, labels, tuple(map(str, names)))
+    numbers = _as_tensor(labels, "labels")
+    names = getattr(whole, "classes", None) or range(max(2, 1 + int(numbers.max())))
+    return ImageDataset(images, numbers, tuple(map(str, names)))
 
 
 def _grey_levels(image: Any) -> np.ndarray:

@@ -176,6 +176,7 @@ class Condition:
     ) -> None:
         own = {"l1": l1, "l2": l2, "num_splits": num_splits, "norm": norm, "penalty": penalty}
         own = {name: as_python(value) for name, value in own.items()}
+        _require(isinstance(changes, Mapping | None), "changes", "a dict of settings", changes)
         changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
         slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
         for name, value in {"slug": slug, "label": label or slug, **own, "changes": changes}.items():

@@ -95,7 +95,8 @@ class Study:
             if (conditions is None or one.run.condition.slug in slugs) and (seeds is None or one.run.seed in chosen)
         }
         if not self._records:
-            there = ", ".join(sorted(f"{one.run.condition.slug} {one.run.seed}" for one in records)) or "none"
+            there = ", ".join(sorted(f"{one.run.condition.slug} {one.run.seed}" for one in records))
+            there = there or ", ".join(f"runs of {other}" for other in recipes_in(self.folder)) or "none"
             raise StudyError(
                 f"no complete {name} run of those asked for in {folder} (there are: {there}); train some with "
                 "run_study or python -m s6lib run"

@@ -258,6 +258,9 @@ def _syntax_tree(source: str) -> str | None:
     """The syntax tree of a function, a class or the only lambda in a source, as text; None if there is no such tree."""
     with suppress(SyntaxError, IndexError):  # IndexError: there is no source
         tree = ast.parse(textwrap.dedent(source).strip())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
         lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
         if isinstance(tree.body[0], ast.FunctionDef | ast.ClassDef):
             return ast.dump(tree)
