@@ -172,7 +172,7 @@ def _download_dataset(name: str) -> tuple[ImageDataset, ImageDataset]:
     except Exception as error:  # torchvision raises a dozen kinds, for faults of network, disk or file
         raise DataError(
             f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
-            f"network, and if a file there is damaged, delete the folder first ({str(error).partition(chr(10))[0]})"
+            f"network, and if a file there is damaged, delete the folder first ({' '.join(str(error).split())[:300]})"
         ) from None
     names = tuple(train.classes)
     return ImageDataset(train.data, train.targets, names), ImageDataset(test.data, test.targets, names)
@@ -196,7 +196,8 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
     except S6Error:
         raise
     except Exception as error:  # the user's own code: any
-        raise DataError(f"the data cannot be made: {type(error).__name__}: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the data cannot be made: {type(error).__name__}: {reason}") from None
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = [tuple(part.images.shape[1:]) for part in (train, test)]
         raise DataError(f"training and test images must be of one size, not {sizes[0]} and {sizes[1]}: resize them")
