@@ -139,7 +139,12 @@ def _report_all(arguments: argparse.Namespace) -> None:
 
     folder, images = Path(arguments.dir), arguments.images
     own, conditions = (None, []) if arguments.study is None else read_study_file(arguments.study)
-    for name in recipes_in(folder) or [own.name if own else "plain"]:
+    names = recipes_in(folder) or [own.name if own else "plain"]
+    if own is not None and own.name not in names:
+        raise StudyError(
+            f"{folder} holds no run of {own.name}, the recipe of {arguments.study}, but {', '.join(names)}"
+        )
+    for name in names:
         study = Study(folder, name)
         if own is not None and own.name == name:
             given = {condition.slug: condition for condition in conditions}
@@ -156,6 +161,7 @@ def _report(study: "Study", images: Path) -> None:
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
     print(f"{title} ({name})\n{result_table(study).to_string(index=False)}\n")
+    title += " (held-out images)" if study.recipe.held_out else ""
     figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
     slug = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
     with suppress(StudyError):  # without --study, the user's own model has only a name

@@ -144,6 +144,8 @@ def load_data(data: str | Callable[[], Any]) -> tuple[ImageDataset, ImageDataset
     """
     if data == "mnist":
         return load_mnist()
+    if not callable(data) and data not in DATASETS:
+        raise DataError(f"data must be a function or one of {', '.join(DATASETS)}, not {data!r}")
     train, test = _download_dataset(data) if isinstance(data, str) else _call_dataset(data)
     if callable(data):
         train = train.part(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
@@ -368,6 +370,8 @@ def batches(
     `batches_at_once` batches are augmented together, which changes no bit: by default one on a CPU, and about 6,400
     images elsewhere, since a GPU waits for the copy of their indices and amounts.
     """
+    if batch_size < 1:
+        raise SettingError(f"batch_size must be a whole number from 1, not {batch_size!r}")
     images, labels = dataset.images, dataset.labels
     count, device = len(labels), labels.device
     order = torch.randperm(count, generator=generator)

@@ -204,7 +204,7 @@ class GhostBatchNorm3d(GhostBatchNorm, nn.BatchNorm3d):
 
 
 def _folded(input: Tensor, ghosts: int, mean: Any, variance: Any, weight: Any, bias: Any, *options: Any) -> Tensor:
-    """batch_norm of equal ghosts side by side, as channels; in channels_last in rows of a value each, as is faster."""
+    """batch_norm of equal ghosts side by side, as channels; channels_last input becomes rows first, which is faster."""
     last = input.movedim(1, -1)
     rows = last.flatten(0, -2) if last.is_contiguous() and not input.is_contiguous() else input
     parts = rows.unflatten(0, (ghosts, -1)).transpose(0, 1)

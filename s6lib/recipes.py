@@ -59,7 +59,7 @@ def _one_of(names: tuple[str, ...]) -> Check:
 _TRUE_OR_FALSE: Check = (lambda value: type(value) is bool, "True or False")
 _NAME: Check = (
     lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, value)),
-    "lower-case words joined by - or _",
+    "lower-case words joined by -, _ or .",
 )
 _CHECKS = {
     **dict.fromkeys(("epochs", "batch_size", "decay_epochs", "passes"), _whole(1)),
@@ -223,7 +223,8 @@ class Recipe:
         ema: decay of an exponential moving average of the weights, such as 0.999; the average is then evaluated and
             saved. 0 for no average.
         held_out: whether to measure accuracy on the last sixth of the training images instead of the test images, for
-            choices. Those images are then not trained on.
+            choices. Those images are then not trained on; a copy of a built-in recipe needs `train_images` of at most
+            50,000 too.
         data: "mnist", "fashion-mnist", "kmnist", or a function that gives the training and the test set, two data sets
             of (image, label), see `s6lib.data.load_data`.
         transform: a data set's transform, as torchvision's: from one training image (1, H, H), uint8 and before
@@ -279,7 +280,7 @@ class Recipe:
             count = self.train_images or 0
             _require(count <= 60_000, "train_images", "a whole number from 1 to 60,000", count)
             fits = count <= most
-            _require(fits, "held_out", "False, or True with at most 50,000 train_images", self.held_out)
+            _require(fits, "train_images", "at most 50,000 with held_out", count)
         _require(not self.nesterov or self.momentum > 0, "nesterov", "True, with a momentum above 0, or False", True)
         if self.dropout and not self.takes("dropout"):
             network = name_of(self.network)

@@ -66,8 +66,9 @@ class Study:
             itself if it contains your own code.
         seeds: the seeds, or the one seed, to read; by default all.
 
-    Raises StudyError if there is no such run, or if runs of one name were trained differently from each other or from
-    the recipe and conditions given here; DamagedFile if the content of a file does not match its checksum.
+    Conditions and seeds without a complete run are left out. Raises StudyError if no run is left, or if runs of one
+    name were trained differently from each other or from the recipe and conditions given here; DamagedFile if the
+    content of a file does not match its checksum.
 
     Attributes:
         recipe, conditions (by slug), runs (pairs of slug and seed), seeds.
@@ -95,7 +96,7 @@ class Study:
             if (conditions is None or one.run.condition.slug in slugs) and (seeds is None or one.run.seed in chosen)
         }
         if not self._records:
-            there = ", ".join(sorted(f"{one.run.condition.slug} {one.run.seed}" for one in records))
+            there = ", ".join(dict.fromkeys(one.run.condition.slug for one in records))
             there = there or ", ".join(f"runs of {other}" for other in recipes_in(self.folder)) or "none"
             raise StudyError(
                 f"no complete {name} run of those asked for in {folder} (there are: {there}); train some with "
@@ -272,7 +273,7 @@ def _recipe_name(folder: Path, recipe: str | Recipe | None) -> str:
         names = recipes_in(folder)
         if len(names) != 1:
             there = f"it has those of {', '.join(names)}: name one of them" if names else "train some with run_study"
-            raise StudyError(f"no recipe is named, and {folder} must hold the runs of one then; {there}")
+            raise StudyError(f"no recipe is named, and {folder} does not hold the runs of exactly one; {there}")
         return names[0]
     name = recipe.name if isinstance(recipe, Recipe) else recipe
     if not isinstance(name, str) or not re.fullmatch(SLUG, name):

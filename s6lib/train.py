@@ -99,7 +99,9 @@ def predict_logits(model: nn.Module, dataset: Any, batch_size: int = 250) -> Ten
     """
     model.eval()
     if not isinstance(dataset, ImageDataset):
-        return torch.cat([model(images) for images, _ in DataLoader(dataset, batch_size)])
+        weights = next(model.parameters(), None)
+        device = "cpu" if weights is None else weights.device
+        return torch.cat([model(images.to(device)) for images, _ in DataLoader(dataset, batch_size)])
     parts = (normalise(part, dataset.mean, dataset.std) for part in dataset.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
         # With one channel, only the strides tell the memory format, and `to` would not change them.

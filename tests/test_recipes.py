@@ -202,7 +202,7 @@ def test_numbers_of_numpy_are_numbers():
         {"epochs": 0}, {"epochs": True}, {"epochs": 2.0}, {"train_images": 60_001}, {"train_images": 0},
         {"batch_size": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1}, {"dropout": 1.5}, {"momentum": 2},
         {"rotation": float("inf")}, {"jitter": -0.1}, {"shift": -1}, {"scale": 1.0}, {"schedule": "cosines"},
-        {"nesterov": 1}, {"ema": 1.0}, {"held_out": 1}, {"held_out": True}, {"passes": 0}, {"draw_images": 1},
+        {"nesterov": 1}, {"ema": 1.0}, {"held_out": 1}, {"passes": 0}, {"draw_images": 1},
         {"data": "svhn"}, {"loss": None}, {"optimizer": "adam"}, {"transform": 1}, {"batch_transform": 1},
         {"decay_epochs": 0}, {"network": "PlainNet"}, {"name": "../plain"}, {"name": "Plain"}, {"name": "a b"},
     ],
@@ -211,6 +211,8 @@ def test_a_recipe_refuses_what_makes_no_sense(change):
     ((field, value),) = change.items()
     with pytest.raises(ValueError, match=rf"{field} must be .*, not {value!r}"):
         replace(PLAIN, **change)
+    with pytest.raises(ValueError, match="train_images must be at most 50,000 with held_out, not 60000"):
+        replace(PLAIN, held_out=True)
     assert replace(PLAIN, held_out=True, train_images=50_000).held_out
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from test_run import Tutorial
-from torch import nn, optim
+from torch import nn, ones, optim
 from torchvision.transforms import v2
 
 from s6lib.lab.record import (
@@ -27,16 +27,19 @@ def two_groups(channels):
 
 OWN = Recipe("own", Tutorial, epochs=1, train_images=640)
 GROUPS = Condition("groups", norm=two_groups)
+WEIGHTED = Condition("weighted", loss=partial(nn.functional.cross_entropy, weight=ones(10)))
 SMOOTH = partial(nn.functional.cross_entropy, label_smoothing=0.1)
 LIBRARY = Condition("library", loss=SMOOTH, optimizer=partial(optim.AdamW, weight_decay=0.05), schedule="cosine")
 
 
-@pytest.mark.parametrize("condition", [*ALL_CONDITIONS.values(), GROUPS, LIBRARY, Condition("wild", dropout=0.0)])
+@pytest.mark.parametrize(
+    "condition", [*ALL_CONDITIONS.values(), GROUPS, LIBRARY, WEIGHTED, Condition("wild", dropout=0.0)]
+)
 def test_what_is_recorded_can_be_read_again(condition):
     entry = condition_entry(condition)
     again = read_condition(entry)
     assert condition_entry(again) == entry
-    assert again == condition or condition in (GROUPS, LIBRARY)
+    assert again == condition or condition in (GROUPS, LIBRARY, WEIGHTED)
     assert recipe_entry(read_recipe(recipe_entry(OWN))) == recipe_entry(OWN)
 
 

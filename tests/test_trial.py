@@ -608,7 +608,7 @@ def test_conditions_that_cannot_be_told_apart_are_named(tmp_path, capfd):
     for lam in (0.0, 1e-3):
         loop.append(Condition(f"lam-{lam}", penalty=lambda model: lam * model[0].weight.abs().sum()))  # noqa: B023
     run_study(NET, loop, 1, tmp_path, jobs=1, show_progress=False)
-    assert "lam-0.0 and lam-0.001 train alike, as far as their first steps show" in capfd.readouterr().err
+    assert "lam-0.0 and lam-0.001 train alike, as far as settings and first steps show" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("few_digits")

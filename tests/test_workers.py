@@ -123,7 +123,9 @@ def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
     cluster.worker("--no-nanny", python=("-c", WITHOUT))
     done = subprocess.run(command(cluster, tmp_path / "out"), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert re.search(r"^python -m s6lib: worker tcp://\S+: a worker cannot import s6lib .*: install it", done.stderr)
+    assert re.search(
+        r"^python -m s6lib: worker tcp://\S+: a worker cannot import what the run needs .*: install it", done.stderr
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -45,8 +45,8 @@ def run_study(
     """Train every condition with every seed into `out`/<recipe>/<condition>/seed-<k>/, and open these runs.
 
     Complete runs are not repeated; stopped runs resume from their last complete epoch. On a CPU, `jobs` processes (by
-    default, and at most, one per core) train in parallel, each with one thread. On a GPU, or with one job, the runs
-    take turns in this process.
+    default, and at most, one per core) train in parallel, each with one thread. On a GPU the default is one. With one
+    job, the runs take turns in this process.
 
     An `executor`, any of concurrent.futures, trains the runs instead, `jobs` at a time (by default all). Its workers
     need s6lib and the data set; your own code is sent to them. This process writes the folder, so they need no shared
@@ -58,8 +58,8 @@ def run_study(
     of the runs in the folder. This raises StudyError or SettingError if a seed is not a whole number, two conditions
     share a name, a condition cannot be trained, the device is missing, `out` cannot be written, another study is using
     it, it holds runs of this name that were trained differently, or a link in it leads elsewhere; DataError if the data
-    set is missing; DamagedFile if a finished run is damaged. Raises RunsFailed if some runs fail, once all others are
-    complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
+    set is missing; DamagedFile if the run.json of a finished run is damaged. Raises RunsFailed if some runs fail, once
+    all others are complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
     """
     chosen: Recipe = _built_in(recipe, RECIPES, Recipe)
     conditions = _conditions(conditions)
@@ -88,7 +88,8 @@ def run_study(
                 )
                 reasons = [_save(run.folder(out), run, outcome) for run, outcome in outcomes]
             except KeyboardInterrupt:
-                raise Stopped("every finished epoch is kept: run the cell again to go on") from None
+                kept = "epoch" if executor is None else "run"
+                raise Stopped(f"every finished {kept} is kept: run the cell again to go on") from None
     if any(reasons):
         raise RunsFailed("\n".join(filter(None, reasons)))
     return Study(out, chosen, conditions, seeds)
@@ -99,7 +100,7 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
     found = choices.get(given) if isinstance(given, str) else given
     if not isinstance(found, kind):
         raise StudyError(
-            f"{given!r} is no {kind.__name__} and not the name of a built-in one, which are: {', '.join(choices)}"
+            f"{given!r} is neither a {kind.__name__} nor the name of a built-in one, which are: {', '.join(choices)}"
         )
     return found
 
@@ -181,11 +182,11 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
         if "first_steps" in about:
             _require_same(other, about, identity(*tried[slug]))
     for (first, one), (second, another) in combinations(tried.items(), 2):
-        renamed = replace(another[0], condition=replace(another[0].condition, slug=first))
+        renamed = replace(another[0], seed=one[0].seed, condition=replace(another[0].condition, slug=first))
         if not differences(identity(*one), identity(renamed, another[1])):
             print(
-                f"{first} and {second} train alike, as far as their first steps show: does a lambda in a loop read the "
-                "loop's variable? Give it a default, as in `lambda model, weight=weight: ...`",
+                f"{first} and {second} train alike, as far as settings and first steps show; if a lambda in a loop "
+                "reads the loop's variable, give it a default, as in `lambda model, weight=weight: ...`",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""What run.json says of a run, and the one answer to "is this the run that is asked for?"."""
+"""What run.json says of a run, and whether a recorded run is the requested one."""
 
 import ast
 import inspect
@@ -38,11 +38,7 @@ _LATER_SETTINGS = {
 
 def settings_of(run: Run) -> dict[str, Any]:
     """Recipe, condition and seed of a run, as JSON."""
-    return {
-        "recipe": recipe_entry(run.recipe),
-        "condition": condition_entry(run.condition),
-        "seed": run.seed,
-    }
+    return {"recipe": recipe_entry(run.recipe), "condition": condition_entry(run.condition), "seed": run.seed}
 
 
 def recipe_entry(recipe: Recipe) -> dict[str, Any]:
@@ -123,10 +119,12 @@ def has_user_code(run: Run) -> bool:
 def _source(thing: Any) -> str | None:
     """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
     thing = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+    if _is_in_library(thing):  # such as Tensor, of class weights
+        return None
     members = vars(thing).values() if isinstance(thing, type) else [inspect.unwrap(thing)]
-    # Unwrapped, since torch wraps the step of an optimizer's class.
-    codes = {inspect.unwrap(member).__code__ for member in members if inspect.isfunction(member)}
-    with suppress(Exception):  # the source is for people to read; nothing depends on it
+    with suppress(Exception):  # Python finds a source, or it does not
+        # Unwrapped, since torch wraps the step of an optimizer's class.
+        codes = {inspect.unwrap(member).__code__ for member in members if inspect.isfunction(member)}
         lines, _ = inspect.findsource(thing)
         if codes <= set(_codes_in(compile("".join(lines), "", "exec", dont_inherit=True))):
             return inspect.getsource(thing)

@@ -21,7 +21,7 @@ from s6lib.train import Training
 
 Batch = tuple[Tensor, ...]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
-_broken: set[ref] = set()  # networks of whose steps a recording broke off
+_broken: set[ref] = set()  # networks whose recording has failed
 # Then torch's allocator cannot serve another recording (pytorch pull request 180395).
 _BREAKS_FOR_EVER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
@@ -41,7 +41,7 @@ def train_recorded(train: Callable[[Watch], Training], parts: Mapping[str, Any],
     """Train an epoch with recorded steps; if a recording breaks off, train it and later ones step by step, and say so.
 
     Args:
-        train: trains the epoch on its batches, as the function that it is given passes them on.
+        train: trains the epoch; it passes its batches through the function that it is given.
         parts: what is trained, with a state_dict each, by name.
     """
     if ref(parts["model"]) in _broken:

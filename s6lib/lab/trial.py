@@ -1,9 +1,10 @@
-"""The trial of a run with the user's code: its first steps, which also identify it, and what it must not carry."""
+"""The trial of a run with the user's code: its first steps, which also identify it, and a check for hidden state."""
 
 import hashlib
 import io
 import json
 import sys
+import sysconfig
 import traceback
 import zlib
 from collections.abc import Iterable, Iterator
@@ -44,7 +45,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     optimizer if they are the user's.
 
     Raises SettingError, naming the condition, if the run cannot be trained: its network cannot be built, two builds
-    with its seed differ or share parameters, a step fails, or it does not go on alike from a saved state.
+    with its seed differ or share parameters, a step fails, or it continues differently from a saved state.
     """
     name = f"{run.condition.label} ({run.condition.slug})"
     with reproducible(CPU):
@@ -94,14 +95,15 @@ def _error_prefix(what: str) -> Iterator[None]:
 def _place(error: Exception) -> str:
     """Locate an error in the user's code; empty if it came from a library."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and str(PACKAGE) not in frame.filename]
+    libraries = ("site-packages", "dist-packages", str(PACKAGE), sysconfig.get_path("stdlib"))
+    own = [frame for frame in frames if not any(part in frame.filename for part in libraries)]
     return f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
 
 
 def _require_equal_builds(first: nn.Module, second: nn.Module) -> dict[str, Any]:
     """Return a copy of the second's state. Raises SettingError if the two differ."""
     state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in second.state_dict().items()}
-    if first is not second and not _same_state(first.state_dict(), state):
+    if not _same_state(first.state_dict(), state):
         raise SettingError(
             "two networks built with one seed differ: draw random numbers from the global generators of torch, numpy "
             "or random, which each run seeds"
@@ -210,7 +212,7 @@ def _module_of(thing: Any) -> str:
 
 
 def _is_installed(module: ModuleType) -> bool:
-    """Return whether a worker can import a module: one of Python's, __main__, or an installed package's."""
+    """Return whether a worker can import a module: one of Python's or an installed package's."""
     file = getattr(module, "__file__", None) or ""
     package = module.__name__.partition(".")[0]
     return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
@@ -281,7 +283,7 @@ def _evaluate(setup: Setup) -> Tensor:
 
 
 def _require_going_on_alike(run: Run, setup: Setup, second: Setup, logits: Tensor, batches: list[Any]) -> None:
-    """Raise SettingError if a second setup with the saved state predicts otherwise, or takes another next step."""
+    """Raise SettingError if a second setup with the saved state predicts or continues differently."""
     state = serialise(lambda file: torch.save({name: part.state_dict() for name, part in setup.parts.items()}, file))
     saved = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
     layers = setup.model.state_dict().keys() ^ second.model.state_dict().keys()

@@ -32,7 +32,10 @@ WORKERS_DIE = (
     "worker processes were killed again and again: is memory short (a worker needs about 1 GB)? Every finished epoch "
     "is kept: give the same command again, with fewer jobs"
 )
-LACKS_S6LIB = "a worker cannot import s6lib ({error}): install it there, `pip install -r requirements.txt` in a clone"
+LACKS_MODULE = (
+    "a worker cannot import what the run needs ({error}): install it there; for s6lib, run "
+    "`pip install -r requirements.txt` in a clone"
+)
 _STUDIES: dict[str, tuple[Run, ...]] = {}  # runs that this process has sent out, or has unpacked as a worker, by study
 _ALONE = threading.Lock()  # the threads of a process share the random generators, so they take turns
 
@@ -157,7 +160,7 @@ def _outcome(run: Run, future: Future) -> Outcome:
     try:
         return future.result()
     except ModuleNotFoundError as error:
-        return f"{run}: {LACKS_S6LIB.format(error=error)}"
+        return f"{run}: {LACKS_MODULE.format(error=error)}"
     except CancelledError:
         return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
     except Exception as error:
@@ -188,10 +191,10 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
     try:
         folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
         with _ALONE:
-            own = not run.is_built_in and has_user_code(run)
-            with reproducible(CPU):  # a function that gives the data may draw
-                data = load_images(run.recipe)
-            steps = first_steps(run, data) if own else None
+            steps = None
+            if has_user_code(run):
+                with reproducible(CPU):  # a function that gives the data may draw
+                    steps = first_steps(run, load_images(run.recipe))
             return train_run(run, folder, resolve_device(settings.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
@@ -242,7 +245,7 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
         answers = client.run(import_module, "s6lib.lab.workers", on_error="return")
         for address, answer in answers.items():
             if isinstance(answer, ModuleNotFoundError):
-                raise RunError(f"worker {address}: {LACKS_S6LIB.format(error=answer)}")
+                raise RunError(f"worker {address}: {LACKS_MODULE.format(error=answer)}")
         if not answers:
             print(f"waiting for workers: none has come to {scheduler} yet", file=sys.stderr, flush=True)
         yield client.get_executor(pure=False, retries=POOLS)
