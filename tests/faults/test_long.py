@@ -55,7 +55,7 @@ def test_in_a_terminal_progress_is_bars(tmp_path):
     shown = printed.decode()
     assert "\r" in shown
     assert re.search(r"all runs: 100%\|█+\| 2/2", shown)
-    assert re.search(r"GBN, seed 1: .*accuracy \d\d\.\d\d%", shown)
+    assert re.search(r"GBN \(gbn\), seed 1: .*accuracy \d\d\.\d\d%", shown)
     assert "Traceback" not in shown
 
 
