@@ -90,7 +90,7 @@ def test_a_full_disk_hinders_unpacking_alone_and_a_read_only_one_is_named(archiv
     def fail(number, path, *_):
         raise OSError(number, "it cannot be written", path)
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", partial(fail, errno.ENOSPC))
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: fail(errno.ENOSPC, archives))
     assert_same_images(load_mnist(archives.parents[1]), mnist)
     assert not list(archives.glob("*-ubyte"))
     (archives / ARCHIVES[2]).unlink()
