@@ -1,7 +1,8 @@
 """How much data is a regulariser worth? Trained as docs/preregistration_worth.md fixes it.
 
-    python studies/worth.py train results/worth     # what is not there yet, two at a time
-    python studies/worth.py strengths               # the page's table of strengths
+    python studies/worth.py train results/worth one     # the page's first part: what is not there yet, two at a time
+    python studies/worth.py train results/worth two     # its second part
+    python studies/worth.py strengths one               # the page's table of strengths, and `two`
 
 The base, "nothing", is PlainNet without dropout or rotation, on images that are drawn anew for each seed. Beside it
 stand a larger network, an MLP, and training labels of which a fifth are wrong. The strengths did best on held-out
@@ -22,7 +23,7 @@ from s6lib import Condition, ImageDataset, PlainNet, Recipe, Study, evaluate, lo
 from s6lib.data import DATA, PROJECT
 
 # As in studies/worth_analysis.py, which imports nothing.
-SEEDS, FEWER = range(31, 43), range(31, 39)
+SEEDS = range(31, 39)
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000)
 REGULARISED, ALL = (100, 300, 1_000, 3_000, 10_000), 60_000
 REGULARISERS = ("rotation", "l2", "l1", "ghosts", "dropout")
@@ -181,56 +182,59 @@ def block(recipe: str, size: int, names: tuple[str, ...], longer: bool = False) 
     ]
 
 
-Block = tuple[str, range, list[Condition]]
+Block = tuple[str, list[Condition]]
 
 
-def headline() -> list[Block]:
-    """What each recipe trains, with which seeds: PlainNet on 100 to 60,000 images."""
+def part_one() -> list[Block]:
+    """PlainNet on 100 to 30,000 images, by recipe."""
     return [
-        *(("plain", SEEDS, block("plain", size, ("nothing",))) for size in SIZES),
-        *(("plain", SEEDS, block("plain", size, REGULARISERS)) for size in REGULARISED),
-        ("plain", FEWER, block("plain", ALL, ("nothing", *REGULARISERS))),
+        *(("plain", block("plain", size, ("nothing",))) for size in SIZES),
+        *(("plain", block("plain", size, REGULARISERS)) for size in REGULARISED),
     ]
 
 
-def rest() -> list[Block]:
-    """The MLP, wrong labels, and more steps."""
+def part_two() -> list[Block]:
+    """All 60,000 images, four times the steps, the MLP, and wrong labels."""
     return [
-        *(("mlp", FEWER, block("mlp", size, ("nothing",))) for size in SIZES),
-        *(("mlp", FEWER, block("mlp", size, ON_BOTH)) for size in NETWORK_SIZES),
+        ("plain", block("plain", ALL, ("nothing", *REGULARISERS))),
+        *(("plain", block("plain", size, ("nothing", *LONGER), longer=True)) for size in (300, 10_000)),
+        *(("mlp", block("mlp", size, ("nothing",))) for size in SIZES),
+        *(("mlp", block("mlp", size, ON_BOTH)) for size in NETWORK_SIZES),
         *(
-            (recipe, FEWER, block(recipe, size, ("nothing", *ON_BOTH)))
+            (recipe, block(recipe, size, ("nothing", *ON_BOTH)))
             for recipe in ("mlp-wrong", "plain-wrong")
             for size in NETWORK_SIZES
         ),
-        *(("plain", FEWER, block("plain", size, ("nothing", *LONGER), longer=True)) for size in (300, 10_000)),
     ]
 
 
+PARTS = {"one": part_one, "two": part_two}
+# Recipes, numbers of images and regularisers whose strengths a part needs.
+STRENGTHS = {
+    "one": [("plain", REGULARISED, REGULARISERS)],
+    "two": [
+        ("plain", (ALL,), REGULARISERS),
+        *((recipe, NETWORK_SIZES, ON_BOTH) for recipe in ("mlp", "mlp-wrong", "plain-wrong")),
+    ],
+}
 RECIPE = recipes()["plain"]
 CONDITIONS = tuple(one for size in SIZES for one in block("plain", size, ("nothing",)))
 
 
-def train(out: str) -> None:
-    """Train it all, in order of its worth; what is there already is not trained again."""
-    first, last = headline(), rest()  # before the first run, since a strength may be missing
-    train_blocks(first, out)
-    train_own(out)
-    train_blocks(last, out)
+def train(out: str, part: str) -> None:
+    """Train a part of the page, "one" or "two", in its order; what is there already is not trained again."""
+    for recipe, conditions in PARTS[part]():  # a list, so that a strength may not be missing after the first runs
+        measure(run_study(recipes()[recipe], conditions, SEEDS, out, jobs=2), out)
+    if part == "one":
+        train_own(out)
 
 
-def train_blocks(blocks: list[Block], out: str) -> None:
-    for recipe, seeds, conditions in blocks:
-        measure(run_study(recipes()[recipe], conditions, seeds, out, jobs=2), out)
-
-
-def strengths() -> None:
-    """Print the page's table: each strength, with its mean gain in the trials in points."""
+def strengths(part: str) -> None:
+    """Print a part's table of strengths, each with its mean gain in the trials in points."""
     accuracies = trials()
-    for recipe in recipes():
-        sizes = (*REGULARISED, ALL) if recipe == "plain" else NETWORK_SIZES
+    for recipe, sizes, names in STRENGTHS[part]:
         print(f"| {recipe} | " + " | ".join(f"{size:,}" for size in sizes) + " |\n" + "|---" * (len(sizes) + 1) + "|")
-        for name in REGULARISERS if recipe == "plain" else ON_BOTH:
+        for name in names:
             cells = []
             for size in sizes:
                 strength = strength_of(recipe, size, name)
@@ -262,7 +266,7 @@ def measure(study: Study, out: str) -> None:
 def train_own(out: str) -> None:
     """Choose strengths on a fifth of each seed's own 300 images, and train on all of them with what was chosen."""
     rows = []
-    for seed in FEWER:
+    for seed in SEEDS:
         recipe = Recipe(f"own-{seed}", PlainNet, dropout=0.0, epochs=2, decay_epochs=1, data=partial(own_images, seed))
         grid = {at(name, one): (name, one) for name, strengths in OWN_GRIDS.items() for one in strengths}
         study = run_study(recipe, [own_trial(slug, *grid[slug]) for slug in grid], [seed], out, jobs=2)

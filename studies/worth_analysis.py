@@ -18,9 +18,9 @@ import numpy as np
 import scipy.stats
 
 Row = dict[str, Any]
-SEEDS, FEWER = range(31, 43), range(31, 39)  # the former for PlainNet on at most 30,000 images with right labels
+SEEDS = range(31, 39)
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000)  # images of nothing: the curve
-REGULARISED = (100, 300, 1_000, 3_000, 10_000)  # images of each regulariser alone; and ALL of them
+REGULARISED = (100, 300, 1_000, 3_000, 10_000)  # images of each regulariser alone; and, in part two, ALL of them
 REGULARISERS = ("rotation", "l2", "l1", "ghosts", "dropout")
 SMALL, LARGE, ALL = 300, 10_000, 60_000
 LONGER, LONG = ("rotation", "l2"), "-longer"  # with four times the steps, on SMALL and LARGE images
@@ -34,7 +34,7 @@ WITHIN = 1.5  # two factors are the same if neither is this many times the other
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def errors(folder: str | Path, recipe: str, condition: str, seeds: Sequence[int]) -> np.ndarray:
+def errors(folder: str | Path, recipe: str, condition: str, seeds: Sequence[int] = SEEDS) -> np.ndarray:
     """Test errors at the last epoch, in percent, one for each seed.
 
     Raises ValueError if a run is missing or not complete.
@@ -46,25 +46,27 @@ def errors(folder: str | Path, recipe: str, condition: str, seeds: Sequence[int]
 
 
 def read_pair(
-    folder: str | Path, size: int, name: str, seeds: Sequence[int], recipe: str = "plain", suffix: str = ""
+    folder: str | Path, size: int, name: str, recipe: str = "plain", suffix: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """Test errors on so many images without and with a regulariser, each (seeds,)."""
-    without, with_it = (errors(folder, recipe, f"{size}-{one}{suffix}", seeds) for one in ("nothing", name))
+    without, with_it = (errors(folder, recipe, f"{size}-{one}{suffix}") for one in ("nothing", name))
     return without, with_it
 
 
 def read_log_ratio(folder: str | Path, size: int, name: str, recipe: str = "plain", suffix: str = "") -> np.ndarray:
-    """The log of the errors without a regulariser over those with it, of FEWER seeds: above 0 if it removes errors."""
-    without, with_it = read_pair(folder, size, name, FEWER, recipe, suffix)
+    """The log of the errors without a regulariser over those with it, seed by seed: above 0 if it removes errors."""
+    without, with_it = read_pair(folder, size, name, recipe, suffix)
     return np.log(without / with_it)
 
 
-def read_curve(folder: str | Path, recipe: str, seeds: Sequence[int], sizes: Sequence[int] = SIZES) -> np.ndarray:
+def read_curve(
+    folder: str | Path, recipe: str, seeds: Sequence[int] = SEEDS, sizes: Sequence[int] = SIZES
+) -> np.ndarray:
     """The log errors of nothing by number of images, (seeds, sizes)."""
     return np.log([errors(folder, recipe, f"{size}-nothing", seeds) for size in sizes]).T
 
 
-def read_gap(folder: str | Path, condition: str, seeds: Sequence[int]) -> np.ndarray:
+def read_gap(folder: str | Path, condition: str) -> np.ndarray:
     """Accuracy of the finished networks on their own training images minus that on test images, in points, (seeds,).
 
     clean.csv holds the former: in evaluation mode, on images that are not rotated.
@@ -74,9 +76,9 @@ def read_gap(folder: str | Path, condition: str, seeds: Sequence[int]) -> np.nda
         for row in read_rows(Path(folder) / "clean.csv")
         if (row["recipe"], row["condition"]) == ("plain", condition)
     }
-    if missing := [seed for seed in seeds if seed not in clean]:
+    if missing := [seed for seed in SEEDS if seed not in clean]:
         raise ValueError(f"clean.csv has no seed {missing[0]} of {condition}")
-    return np.array([clean[seed] for seed in seeds]) - (100 - errors(folder, "plain", condition, seeds))
+    return np.array([clean[seed] for seed in SEEDS]) - (100 - errors(folder, "plain", condition))
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
@@ -231,31 +233,27 @@ def say_worth(factor: float, low: float, high: float) -> str:
 
 def removes(folder: str | Path) -> list[Row]:
     """Question 1: which share of the errors does each regulariser remove? Paired t tests, Holm over the five."""
-    rows = []
-    for size in (*REGULARISED, ALL):
-        pairs = {name: read_pair(folder, size, name, seeds_of(size)) for name in REGULARISERS}
-        rows += conclude_removed([describe_removed(f"{name}, {size:,} images", *pairs[name]) for name in pairs])
-    return rows
+    return [row for size in REGULARISED for row in describe_size(folder, "plain", size, REGULARISERS)]
+
+
+def describe_size(folder: str | Path, recipe: str, size: int, names: Sequence[str]) -> list[Row]:
+    """Say which share of the errors each regulariser removes on so many images, after Holm's correction over them."""
+    pairs = {name: read_pair(folder, size, name, recipe) for name in names}
+    where = f"{size:,} images" if recipe == "plain" else f"{recipe}, {size:,} images"
+    return conclude_removed([describe_removed(f"{name}, {where}", *pairs[name]) for name in pairs])
 
 
 def data(folder: str | Path) -> list[Row]:
     """Question 2: how many times the images are needed without it? By paired t tests along nothing's curve."""
-    return describe_data(folder, "plain", SEEDS, REGULARISED, REGULARISERS)
+    return describe_data(folder, "plain", REGULARISED, REGULARISERS)
 
 
-def seeds_of(size: int) -> range:
-    """The seeds of PlainNet on so many images with right labels."""
-    return FEWER if size == ALL else SEEDS
-
-
-def describe_data(
-    folder: str | Path, recipe: str, seeds: Sequence[int], sizes: Sequence[int], names: Sequence[str]
-) -> list[Row]:
+def describe_data(folder: str | Path, recipe: str, sizes: Sequence[int], names: Sequence[str]) -> list[Row]:
     """Say of each regulariser, on each number of images, how many times the data it is worth."""
-    curve, rows = read_curve(folder, recipe, seeds), []
+    curve, rows = read_curve(folder, recipe), []
     for size in sizes:
         for name in names:
-            factor, low, high = worth(curve, np.log(errors(folder, recipe, f"{size}-{name}", seeds)), size)
+            factor, low, high = worth(curve, np.log(errors(folder, recipe, f"{size}-{name}")), size)
             row = {"subject": f"{name}, {size:,} images", "n": len(curve), "mean": factor, "low": low, "high": high}
             rows.append(row | {"said": say_worth(factor, low, high)})
     return rows
@@ -263,9 +261,9 @@ def describe_data(
 
 def fall(folder: str | Path) -> list[Row]:
     """Question 3: is that factor smaller on 10,000 images than on 300? Jackknife t tests, Holm over five."""
-    curve, rows = read_curve(folder, "plain", SEEDS), []
+    curve, rows = read_curve(folder, "plain"), []
     for name in REGULARISERS:
-        small, large = (np.log(errors(folder, "plain", f"{size}-{name}", SEEDS)) for size in (SMALL, LARGE))
+        small, large = (np.log(errors(folder, "plain", f"{size}-{name}")) for size in (SMALL, LARGE))
         values = fall_values(curve, small, large)
         low, high = mean_interval(values, 0.90)
         factors = {"few": math.exp(log_worth(curve, small, SMALL)), "many": math.exp(log_worth(curve, large, LARGE))}
@@ -295,11 +293,13 @@ def _factors(row: Row) -> str:
 
 def gap(folder: str | Path) -> list[Row]:
     """Question 4: how much better are finished networks on their own training images? t tests, Holm over the sizes."""
+    return describe_gaps(folder, SIZES)
+
+
+def describe_gaps(folder: str | Path, sizes: Sequence[int]) -> list[Row]:
+    """Say how much better nothing is on its own training images than on test images, after Holm's correction."""
     return conclude(
-        [
-            describe(f"nothing, {size:,} images", read_gap(folder, f"{size}-nothing", seeds_of(size)))
-            for size in (*SIZES, ALL)
-        ],
+        [describe(f"nothing, {size:,} images", read_gap(folder, f"{size}-nothing")) for size in sizes],
         lambda row: f"{row['mean']:.2f} points better ({row['low']:.2f} to {row['high']:.2f})",
         lambda row: f"{-row['mean']:.2f} points worse ({-row['high']:.2f} to {-row['low']:.2f})",
         lambda row: f"no gap shown: {row['mean']:.2f} points ({row['low']:.2f} to {row['high']:.2f})",
@@ -311,10 +311,10 @@ def own(folder: str | Path) -> list[Row]:
     chosen = {(row["name"], int(row["seed"])): row["condition"] for row in read_rows(Path(folder) / "own.csv")}
     rows = []
     for name in REGULARISERS:
-        if missing := [seed for seed in FEWER if (name, seed) not in chosen]:
+        if missing := [seed for seed in SEEDS if (name, seed) not in chosen]:
             raise ValueError(f"own.csv has no choice of {name} for seed {missing[0]}")
-        without, best = read_pair(folder, SMALL, name, FEWER)
-        with_it = np.concatenate([errors(folder, "plain", chosen[name, seed], [seed]) for seed in FEWER])
+        without, best = read_pair(folder, SMALL, name)
+        with_it = np.concatenate([errors(folder, "plain", chosen[name, seed], [seed]) for seed in SEEDS])
         gains = (np.log(without / one)[:, np.newaxis] for one in (with_it, best))
         kept, low, high = not_rejected(SHARES, np.subtract(next(gains), SHARES * next(gains)))
         bounded = not math.isinf(low) and not math.isinf(high)
@@ -325,10 +325,15 @@ def own(folder: str | Path) -> list[Row]:
     return rows
 
 
+def all_images(folder: str | Path) -> list[Row]:
+    """Question 6: on 60,000 images, which share does each remove (Holm over the five), and is there a gap?"""
+    return describe_size(folder, "plain", ALL, REGULARISERS) + describe_gaps(folder, (ALL,))
+
+
 def longer(folder: str | Path) -> list[Row]:
-    """Question 6: do four times the steps remove errors, or change what is removed? t tests, Holm over two and four."""
+    """Question 7: do four times the steps remove errors, or change what is removed? t tests, Holm over two and four."""
     slugs = {size: (f"{size}-nothing", f"{size}-nothing{LONG}") for size in (SMALL, LARGE)}
-    pairs = {size: [errors(folder, "plain", slug, FEWER) for slug in slugs[size]] for size in slugs}
+    pairs = {size: [errors(folder, "plain", slug) for slug in slugs[size]] for size in slugs}
     steps = conclude_removed([describe_removed(f"more steps, {size:,} images", *pairs[size]) for size in pairs])
     rows = []
     for size in (SMALL, LARGE):
@@ -351,24 +356,23 @@ def conclude_change(rows: list[Row]) -> list[Row]:
 
 
 def second_network(folder: str | Path) -> list[Row]:
-    """Question 7: how many times the images does an MLP need without it? By paired t tests along its own curve."""
-    return describe_data(folder, "mlp", FEWER, NETWORK_SIZES, ON_BOTH)
+    """Question 8: how many times the images does an MLP need without it? By paired t tests along its own curve."""
+    return describe_data(folder, "mlp", NETWORK_SIZES, ON_BOTH)
 
 
 def networks(folder: str | Path) -> list[Row]:
-    """Question 8: what is removed in each network, with right and with wrong labels? Holm over the four in a cell."""
-    rows = []
-    for network in NETWORKS:
-        for recipe in (network, f"{network}-wrong"):
-            for size in NETWORK_SIZES:
-                pairs = {name: read_pair(folder, size, name, FEWER, recipe) for name in ON_BOTH}
-                here = f"{recipe}, {size:,} images"
-                rows += conclude_removed([describe_removed(f"{name}, {here}", *pairs[name]) for name in pairs])
-    return rows
+    """Question 9: what is removed in each network, with right and with wrong labels? Holm over the four in a cell."""
+    return [
+        row
+        for network in NETWORKS
+        for recipe in (network, f"{network}-wrong")
+        for size in NETWORK_SIZES
+        for row in describe_size(folder, recipe, size, ON_BOTH)
+    ]
 
 
 def labels(folder: str | Path) -> list[Row]:
-    """Question 9: on 10,000 images, is a larger share removed if labels are wrong? t tests, Holm over eight."""
+    """Question 10: on 10,000 images, is a larger share removed if labels are wrong? t tests, Holm over eight."""
     rows = []
     for network in NETWORKS:
         for name in ON_BOTH:
@@ -379,7 +383,7 @@ def labels(folder: str | Path) -> list[Row]:
 
 
 def capacity(folder: str | Path) -> list[Row]:
-    """Question 10: do wrong labels raise that share more in the MLP than in PlainNet? t tests, Holm over four."""
+    """Question 11: do wrong labels raise that share more in the MLP than in PlainNet? t tests, Holm over four."""
     rows = []
     for name in ON_BOTH:
         plain, mlp = (
@@ -395,7 +399,7 @@ def capacity(folder: str | Path) -> list[Row]:
     )
 
 
-QUESTIONS = (removes, data, fall, gap, own, longer, second_network, networks, labels, capacity)
+QUESTIONS = (removes, data, fall, gap, own, all_images, longer, second_network, networks, labels, capacity)
 
 
 def main(folder: str) -> None:
