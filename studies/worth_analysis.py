@@ -18,7 +18,7 @@ import numpy as np
 import scipy.stats
 
 Row = dict[str, Any]
-SEEDS = range(31, 39)
+SEEDS = range(31, 41)
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000)  # images of nothing: the curve
 REGULARISED = (100, 300, 1_000, 3_000, 10_000)  # images of each regulariser alone; and, in part two, ALL of them
 REGULARISERS = ("rotation", "l2", "l1", "ghosts", "dropout")
