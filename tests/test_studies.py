@@ -32,10 +32,10 @@ def parameters(recipe, condition):
 
 
 @pytest.mark.parametrize(
-    "which", [slice(-1, None), pytest.param(slice(-1), marks=pytest.mark.slow)], ids=["last", "others"]
+    "which", [slice(-1, None), pytest.param(slice(None, -1, 6), marks=pytest.mark.slow)], ids=["last", "every sixth"]
 )
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_condition_can_be_trained(file: Path, which, mnist):
+def test_conditions_can_be_trained(file: Path, which, mnist):
     recipe, conditions = read(file.stem)
     assert len({condition.slug for condition in conditions}) == len(conditions)
     for condition in conditions[which]:
