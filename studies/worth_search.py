@@ -113,6 +113,8 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     ("plain", 1_000, (2,), {"rotation": (10.0,)}),
     ("plain", 100, (3,), {"rotation": (25.0, 40.0), "ghosts": (8, 16, 32)}),
     ("plain", 100, (2, 3), {"dropout": (0.2,)}),
+    ("plain", 3_000, (2, 3), {"rotation": (5.0,)}),
+    ("plain", 10_000, (2, 3), {"ghosts": (16,)}),
     *(("mlp-wrong", size, (1,), NOTHING | MLP) for size in reversed(NETWORK_SIZES)),
     *(("mlp", size, (1,), NOTHING | MLP) for size in reversed(NETWORK_SIZES)),
     *((recipe, size, (1, 2, 3), NOTHING | grid) for (recipe, size), grid in NEAR.items()),
