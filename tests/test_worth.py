@@ -192,6 +192,11 @@ def test_the_page_has_every_question_the_seeds_and_every_size():
         assert re.search(rf"^\| {size:,} \| {2 * worth.PASSES[size]} \| nothing", page, re.MULTILINE)
 
 
+def test_the_page_has_the_strengths_that_the_trials_give(capsys):
+    worth.strengths("one")
+    assert capsys.readouterr().out.strip() in (PROJECT / "docs" / "preregistration_worth.md").read_text()
+
+
 def test_the_page_plans_with_what_the_published_runs_came_out_with():
     page = (PROJECT / "docs" / "preregistration_worth.md").read_text()
     assert "\n".join(load("worth_power").describe_power()) in page
