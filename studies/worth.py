@@ -104,7 +104,7 @@ def recipes(held_out: bool = False) -> dict[str, Recipe]:
 
 def condition(slug: str, size: int, name: str, strength: float, times: int = 1) -> Condition:
     """One regulariser, or nothing, on so many images, with so many times the usual passes."""
-    own = {} if name == "nothing" else {"num_splits" if name == "ghosts" else name: strength}
+    own = {} if name == "nothing" else {"num_splits": round(strength)} if name == "ghosts" else {name: strength}
     text = f"{label(name, strength)}, {size:,} images"
     return Condition(slug, text, train_images=size, passes=PASSES[size] * times, **own)
 

@@ -197,6 +197,12 @@ def test_the_page_has_the_strengths_that_the_trials_give(capsys):
     assert capsys.readouterr().out.strip() in (PROJECT / "docs" / "preregistration_worth.md").read_text()
 
 
+def test_part_one_trains_each_size_of_the_page_with_nothing_and_the_five():
+    slugs = [condition.slug for _, conditions in worth.part_one() for condition in conditions]
+    five = [f"{size}-{name}" for size in analysis.REGULARISED for name in analysis.REGULARISERS]
+    assert slugs == [*(f"{size}-nothing" for size in analysis.SIZES), *five]
+
+
 def test_the_page_plans_with_what_the_published_runs_came_out_with():
     page = (PROJECT / "docs" / "preregistration_worth.md").read_text()
     assert "\n".join(load("worth_power").describe_power()) in page
