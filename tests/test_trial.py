@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import random
 import re
@@ -83,11 +82,7 @@ def test_first_steps_leave_the_generators_alone_and_survive_json():
 
 # --- what is known by what it does: an edit is seen wherever it stands ------------------------------------------------
 
-NUMBERS = {"lam": 1e-4}
-
-
-class Constants:
-    LAM = 1e-4
+LAM = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,34 +93,16 @@ class Spread:
         return self.lam * model[0].weight.abs().sum()
 
 
-def decorated(lam):
-    def decorate(function):
-        return functools.wraps(function)(lambda model: lam * function(model))
-
-    @decorate
-    def penalty(model):
-        return model[0].weight.abs().sum()
-
-    return penalty
-
-
-def in_a_dict(lam):
-    NUMBERS["lam"] = lam
-    return lambda model: NUMBERS["lam"] * model[0].weight.abs().sum()
-
-
-def in_a_class(lam):
-    Constants.LAM = lam
-    return lambda model: sum(Constants.LAM * weights.abs().sum() for weights in model.parameters())
+def with_a_global(lam):
+    global LAM
+    LAM = lam
+    return lambda model: LAM * model[0].weight.abs().sum()
 
 
 PLACES = {
-    "a default argument": lambda lam: lambda model, lam=lam: lam * model[0].weight.abs().sum(),
-    "a dict": in_a_dict,
-    "a class": in_a_class,
+    "a global": with_a_global,
     "a bound method": lambda lam: Spread(lam).__call__,
     "a callable object": Spread,
-    "a decorator": decorated,
     "a partial": lambda lam: partial(lambda model, lam: lam * model[0].weight.abs().sum(), lam=lam),
     "eval": lambda lam: eval(f"lambda model: {lam} * model[0].weight.abs().sum()"),
 }
@@ -144,8 +121,12 @@ def with_momentum(momentum):
     return replace(NET, network=lambda: Net(partial(nn.BatchNorm2d, momentum=momentum)))
 
 
+def with_schedule(schedule):
+    return replace(FLAT, epochs=20, schedule=schedule)
+
+
 def late(value):
-    return replace(NET, epochs=9, schedule=lambda done: value(done) if done > 0.95 else 1.0)
+    return with_schedule(lambda done: value(done) if done > 0.95 else 1.0)
 
 
 def with_eval_branch(factor):
@@ -176,7 +157,9 @@ EDITS = {
     "a learning rate by 1%": (lambda value: replace(NET, learning_rate=value), 0.01, 0.0101),
     "the momentum of BatchNorm": (with_momentum, 0.1, 0.01),
     "a branch for evaluation": (with_eval_branch, 1.0, 1.5),
-    "the end of a schedule": (lambda end: late(lambda done: end), 0.1, 0.2),
+    "warm restarts": (with_schedule, lambda done: 1.0, lambda done: 1.0 if done * 20 % 1 < 1e-6 else 0.5),
+    "a later drop": (lambda drop: with_schedule(lambda done: 1.0 if done < drop else 0.1), 0.51, 0.54),
+    "a cooldown": (lambda end: late(lambda done: end), 1.0, 0.0),
     "one label of the data": (with_data, 0, 1),
     "the weight decay of an optimizer": (with_optimizer, 0.05, 0.051),
     "a transform": (lambda a: replace(NET, transform=lambda x: (x * a).byte()), 0.9, 0.91),
@@ -275,16 +258,17 @@ REFUSED = [
     ((PLAIN, Condition("none", epochs=0)), "epochs must be a whole number from 1"),
     ((Recipe("bare", Bare), ALL_CONDITIONS["gbn"]), "needs a network that takes `norm`"),
     ((Recipe("bare", Bare),), "with parameters to train, not Bare"),
-    ((Recipe("odd", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 9))),), "not .64, 9. for N = 64"),
-    ((Recipe("none", lambda: None),), "cannot be built: `network` must make a torch.nn.Module"),
-    ((Recipe("auxiliary", AuxiliaryLogits),), "into logits .N, 10., not tuple"),
+    ((Recipe("odd", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 9))),),
+     "64 images into logits .64, 10., not a tensor of shape .64, 9."),
+    ((Recipe("none", lambda: None),), "cannot be trained: `network` must make a torch.nn.Module"),
+    ((Recipe("auxiliary", AuxiliaryLogits),), "into logits .64, 10., not tuple"),
     ((flat_then(partial(nn.Softmax, 1)),), "logits, not probabilities"),
     ((flat_then(partial(nn.BatchNorm1d, 10), train_images=65),), "step 2 fails: ValueError: Expected more than"),
     ((flat_then(partial(nn.BatchNorm1d, 10), train_images=257),), "1 images, as many as the last batch has, fails"),
     ((flat_then(Of64, train_images=288),), "a step on 32 images, as many as the last batch has, fails"),
     (with_penalty(lambda model: torch.ones(3)), "`penalty` must return a scalar tensor, not a tensor of shape"),
-    (with_penalty(lambda model: 3.0), "`penalty` must return a scalar tensor, not 3.0"),
-    (with_penalty(lambda model: None), "`penalty` must return a scalar tensor, not None"),
+    (with_penalty(lambda model: 3.0), "`penalty` must return a scalar tensor, not float"),
+    (with_penalty(lambda model: None), "`penalty` must return a scalar tensor, not NoneType"),
     (with_penalty(lambda model: model[0].weight.sum().detach()), "has no gradient"),
     (with_penalty(lambda model: 1 / 0), r"ZeroDivisionError: .* \(in <lambda>, line \d+\)$"),
     ((replace(NET, loss=nn.CrossEntropyLoss),), "cannot be trained: step 1 fails: `loss` fails on logits"),
@@ -302,13 +286,13 @@ REFUSED = [
     ((late(lambda done: "a"),), "schedule must be a function that gives a finite number from 0, at 0.96"),
     ((late(lambda done: -done),), "schedule must be .* not -0.96"),
     ((late(lambda done: float("nan")),), "schedule must be .* not nan"),
-    ((late(lambda done: 1 / 0),), "cannot be built: ZeroDivisionError"),
+    ((late(lambda done: 1 / 0),), "cannot be trained: ZeroDivisionError"),
     ((replace(NET, shift=28),), "shift must be less than the 28 pixels"),
     ((replace(NET, network=lambda: SHARED),), "`network` must make a new one each time"),
     ((replace(NET, network=Unseeded),), "two networks built with one seed differ"),
-    ((replace(NET, network=Holding),), "cannot be saved and read back"),
-    ((replace(NET, network=InForward),), "head.bias is made in a step: make all layers in __init__"),
-    ((replace(NET, network=HookLambda, ema=0.9),), "moving average copies the network, and a hook or a lambda in it"),
+    ((replace(NET, network=Holding),), "cannot load its state .*: UnpicklingError"),
+    ((replace(NET, network=InForward),), r"\(make all layers in __init__\): RuntimeError: .*head.weight"),
+    ((replace(NET, network=HookLambda, ema=0.9),), "copy .a hook must use the module it is given. fails"),
 ]  # fmt: skip
 
 
@@ -319,14 +303,6 @@ def test_what_cannot_be_trained_is_one_sentence_that_names_the_condition(asked, 
 
 
 # --- what a run must not carry ---------------------------------------------------------------------------------------
-
-STEPS = 0
-
-
-def counting_globally(model):
-    global STEPS
-    STEPS += 1
-    return (1e-2 if STEPS > 30 else 0.0) * model[0].weight.abs().sum()
 
 
 def counting_in_a_closure():
@@ -391,15 +367,15 @@ class Hidden(torch.optim.SGD):
 IN_A_FILE = """
 import s6lib
 from torch import nn
-steps = []
+steps = 0
 def warm(model):
-    steps.append(1)
-    return (1e-2 if len(steps) > 30 else 0.0) * model[1].weight.abs().sum()
+    global steps
+    steps += 1
+    return (1e-2 if steps > 30 else 0.0) * model[1].weight.abs().sum()
 RECIPE = s6lib.Recipe("net", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), epochs=1, train_images=160)
 CONDITIONS = (s6lib.Condition("warm", penalty=warm),)
 """
 CARRIED = {
-    "a global": with_penalty(counting_globally),
     "a closure": with_penalty(counting_in_a_closure()),
     "an object": (replace(NET, transform=CountingObject()), CONTROL),
     "a batch transform": (replace(NET, batch_transform=CountingObject()), CONTROL),
@@ -573,23 +549,6 @@ def test_an_edit_that_shows_late_is_refused_and_a_comment_is_none(tmp_path, monk
         study(4, "every=5", "every=6")
     with pytest.raises(StudyError, match="other code in transform"):
         study(5, "0.0002", "0.0003")
-
-
-def slow(schedule):
-    return replace(FLAT, epochs=20, schedule=schedule)
-
-
-SELDOM = {
-    "warm restarts": (slow(lambda t: 1.0), slow(lambda t: 1.0 if t * 20 % 1 < 1e-6 else 0.5)),
-    "a later drop": (slow(lambda t: 1.0 if t < 0.51 else 0.1), slow(lambda t: 1.0 if t < 0.54 else 0.1)),
-    "a cooldown": (slow(lambda t: 1.0), slow(lambda t: 1.0 if t < 0.96 else 0.0)),
-}
-
-
-@pytest.mark.parametrize("edit", SELDOM)
-def test_an_edit_of_a_schedule_is_seen_wherever_it_acts(edit):
-    once, other = map(steps_of, SELDOM[edit])
-    assert compare(once, other) == ["other learning rates"]
 
 
 def test_a_number_edited_in_a_cell_is_refused_and_the_same_accepted(tmp_path):

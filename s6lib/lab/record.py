@@ -102,13 +102,16 @@ def _is_in_library(thing: Any) -> bool:
     return holder is thing
 
 
+def pieces(setting: Any) -> list[Any]:
+    """The functions, objects and numbers of which a setting is made: itself, or those in a partial or a list."""
+    if isinstance(setting, partial):
+        setting = [setting.func, *setting.args, *setting.keywords.values()]
+    return [piece for one in setting for piece in pieces(one)] if isinstance(setting, list | tuple) else [setting]
+
+
 def is_library(setting: Any) -> bool:
     """Return whether a setting contains no code of the user's, so that its entry in run.json defines it."""
-    if isinstance(setting, partial):
-        return all(map(is_library, (setting.func, *setting.args, *setting.keywords.values())))
-    if isinstance(setting, list | tuple):
-        return all(map(is_library, setting))
-    return isinstance(setting, _PLAIN_TYPES) or _is_in_library(setting)
+    return all(isinstance(piece, _PLAIN_TYPES) or _is_in_library(piece) for piece in pieces(setting))
 
 
 def has_user_code(run: Run) -> bool:

@@ -3,16 +3,16 @@
 import hashlib
 import io
 import json
+import math
 import sys
 import sysconfig
 import traceback
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache, partial
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_library
-from s6lib.lab.run import Data, Setup, set_up
+from s6lib.lab.record import compare, is_library, pieces
+from s6lib.lab.run import Data, Setup, serialise_weights, set_up
 from s6lib.recipes import Run
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
 
 STEPS = 3  # and one more, from a state that was saved and read back
-PACKAGE = Path(__file__).parents[1]
 EVALUATED = 250  # number of test images
+_LIBRARIES = ("site-packages", "dist-packages", str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"))
 _STATE = (
     "a number that it keeps in Python makes a run depend on the order of runs and on where it was stopped: keep it in "
     "a buffer, or use the share of training done, as a schedule does"
@@ -45,37 +45,62 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     optimizer if they are the user's.
 
     Raises SettingError, naming the condition, if the run cannot be trained: its network cannot be built, two builds
-    with its seed differ or share parameters, a step fails, or it continues differently from a saved state.
+    with its seed differ, a step fails, or it continues differently from a saved state.
     """
     name = f"{run.condition.label} ({run.condition.slug})"
-    with reproducible(CPU):
-        with _error_prefix(f"{name} cannot be built"):
-            setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
-            before = _require_equal_builds(setup.model, second.model)
-            rates = [
-                rate for epoch in range(setup.settings.epochs) for rate in setup.settings.learning_rates(epoch + 1)
-            ]
-        with _error_prefix(f"{name} cannot be trained"):
-            pickled = _pickles(run)  # before the first transform
-            batches, steps, attributes = list(_first_batches(run, setup)), [], []
-            for number, batch in enumerate(batches[:STEPS], 1):
-                with _error_prefix(f"step {number} fails"):
-                    steps.append(_step(run, setup, batch))
-                if len(batch[1]) == len(batches[0][1]):  # a network may keep the shape of what it has seen
-                    attributes.append(_attributes(setup))
-            if not _same_state(second.model.state_dict(), before):
-                raise SettingError("training one network changed another: `network` must make a new one each time")
-            _require_no_hidden_state(run, pickled, attributes)
-            _name_what_learns_nothing(name, setup.model)
-        with _error_prefix(f"{name} cannot be evaluated"):
-            logits = _evaluate(setup)
-            evaluation = float(F.cross_entropy(logits, setup.test.labels[:EVALUATED]))
-        with _error_prefix(f"{name} cannot be saved and read back"):
-            _require_going_on_alike(run, setup, second, logits, batches)
-    shapes = {name: "x".join(map(str, weights.shape)) for name, weights in setup.model.named_parameters()}
-    digest = hashlib.sha256(" ".join(f"{rate:.6g}" for rate in rates).encode()).hexdigest()
-    record = {"parameters": shapes, "steps": steps, "evaluation": evaluation, "learning rates": digest}
-    return {**record, **_describe_user_parts(setup)}
+    with reproducible(CPU), _error_prefix(f"{name} cannot be trained"):
+        setup = set_up(run, data, CPU)
+        built = serialise_weights(setup.model)
+        before = _pickles(run)  # before the first transform
+        batches, steps, attributes = list(_first_batches(run, setup)), [], []
+        for number, batch in enumerate(batches[:STEPS], 1):
+            with _error_prefix(f"step {number} fails"):
+                steps.append(_step(run, setup, batch))
+            if len(batch[1]) == len(batches[0][1]):  # a network may keep the shape of what it has seen
+                attributes.append(_attributes(setup))
+        second = set_up(run, data, CPU)
+        if serialise_weights(second.model) != built:
+            raise SettingError(
+                "two networks built with one seed differ: `network` must make a new one each time, and draw random "
+                "numbers from the global generators of torch, numpy or random, which each run seeds"
+            )
+        before, after = before | attributes[0], _pickles(run) | attributes[-1]
+        if changed := [part for part in before if after.get(part, before[part]) != before[part]]:
+            raise SettingError(f"`{changed[0]}` changes from step to step, and {_STATE}")
+        if idle := _what_learns_nothing(setup.model):
+            _say(f"{name}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
+        state = {part: one.state_dict() for part, one in setup.parts.items()}
+        saved = serialise(lambda file: torch.save(state, file))
+        going_on = _go_on(run, setup, batches[-1])
+        with _error_prefix("a network built anew cannot load its state (make all layers in __init__)"):
+            state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+            for part, one in second.parts.items():
+                one.load_state_dict(state[part])
+        if phrases := compare(going_on, _go_on(run, second, batches[-1]), tolerance=1e-5):
+            raise SettingError(
+                f"it goes on differently from a saved state ({phrases[0]}): it keeps a state outside its state_dict, "
+                f"or draws random numbers that torch, numpy and random do not seed; {_STATE}"
+            )
+        record = {**_describe_settings(setup), "steps": steps, "evaluation": going_on["evaluation"]}
+    return json.loads(json.dumps(record, default=str))
+
+
+def _describe_settings(setup: Setup) -> dict[str, Any]:
+    """Describe what the first steps alone would not fully show: all learning rates, and the user's own parts."""
+    settings, model = setup.settings, setup.model
+    rates = [f"{rate:.6g}" for epoch in range(settings.epochs) for rate in settings.learning_rates(epoch + 1)]
+    record: dict[str, Any] = {
+        "parameters": {name: "x".join(map(str, weights.shape)) for name, weights in model.named_parameters()},
+        "learning rates": hashlib.sha256(" ".join(rates).encode()).hexdigest(),
+    }
+    if callable(settings.data):
+        arrays = [part for data in (setup.train, setup.test) for part in (data.images, data.labels)]
+        sums = [zlib.crc32(array.contiguous().numpy().data) for array in arrays]
+        record["data"] = {"class names": list(setup.train.class_names), "checksums": sums}
+    if settings.optimizer is not None:
+        groups = setup.optimizer.param_groups
+        record["optimizer"] = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    return record
 
 
 @contextmanager
@@ -83,41 +108,20 @@ def _error_prefix(what: str) -> Iterator[None]:
     """Re-raise errors of the user's code as one sentence that says where they came from."""
     try:
         yield
-    except SettingError as error:
-        message = str(error)
-        raise SettingError(message if message.startswith(what.partition(")")[0]) else f"{what}: {message}") from None
     except Exception as error:  # of the user's own code: any
-        lines = [line.strip() for line in str(error).strip().splitlines()] or ["no reason given"]
-        reason = " ".join(lines[:2])[:300]
-        raise SettingError(f"{what}: {type(error).__name__}: {reason}{_place(error)}") from None
+        message = str(error).strip()
+        if not isinstance(error, SettingError):
+            lines = [line.strip() for line in message.splitlines()] or ["no reason given"]
+            own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_installed(frame.filename)]
+            place = f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
+            message = f"{type(error).__name__}: {' '.join(lines[:2])[:300]}{place}"
+        named = message.startswith(what.partition(" cannot")[0])
+        raise SettingError(message if named else f"{what}: {message}") from None
 
 
-def _place(error: Exception) -> str:
-    """Locate an error in the user's code; empty if it came from a library."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = ("site-packages", "dist-packages", str(PACKAGE), sysconfig.get_path("stdlib"))
-    own = [frame for frame in frames if not any(part in frame.filename for part in libraries)]
-    return f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
-
-
-def _require_equal_builds(first: nn.Module, second: nn.Module) -> dict[str, Any]:
-    """Return a copy of the second's state. Raises SettingError if the two differ."""
-    state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in second.state_dict().items()}
-    if not _same_state(first.state_dict(), state):
-        raise SettingError(
-            "two networks built with one seed differ: draw random numbers from the global generators of torch, numpy "
-            "or random, which each run seeds"
-        )
-    return state
-
-
-def _same_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Return whether two state_dicts hold equal tensors under equal names; extra state is not compared."""
-    return first.keys() == second.keys() and all(
-        torch.allclose(value, second[name], rtol=0, atol=0, equal_nan=True)
-        for name, value in first.items()
-        if isinstance(value, Tensor)
-    )
+def _is_installed(file: str) -> bool:
+    """Return whether a file is Python's, s6lib's or an installed package's, which a worker has too."""
+    return any(library in file for library in _LIBRARIES)
 
 
 def _first_batches(run: Run, setup: Setup) -> Iterator[Any]:
@@ -130,38 +134,32 @@ def _first_batches(run: Run, setup: Setup) -> Iterator[Any]:
 
 def _step(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
     """Take a step, and return its loss, its penalty and the size of its gradient."""
-    pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    if not pair or len(batch[0]) != len(batch[1]):
-        raise SettingError("`batch_transform` must return images and targets, two tensors of one length")
-    values: dict[str, float] = {}
+    with _error_prefix("`batch_transform` must return images and targets"):
+        images, targets = (part.clone() for part in batch)
+    losses = []
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        _require_logits(logits, len(targets), len(setup.train.class_names))
+        _require_logits(logits, len(images), len(setup.train.class_names))
         with _error_prefix(f"`loss` fails on logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"):
-            value = setup.loss(logits, targets)
-        _require_scalar("`loss`", value)
-        values["loss"] = value.item()
-        return value
+            losses.append(setup.loss(logits, targets))
+        _require_scalar("`loss`", losses[0])
+        return losses[0]
 
     def penalty(model: nn.Module) -> Tensor | float:
         own = 0.0 if run.condition.penalty is None else run.condition.penalty(model)
         if not isinstance(own, int | float) or own:
             _require_scalar("`penalty`", own)
-        value = l1_l2_penalty(model, run.condition.l1, run.condition.l2) + own
-        values["penalty"] = value.item() if isinstance(value, Tensor) else float(value)
-        return value
+        return l1_l2_penalty(model, run.condition.l1, run.condition.l2) + own
 
-    # The history records cross-entropy, whatever the loss.
-    train_epoch(setup.model, [[part.clone() for part in batch]], setup.optimizer, loss, penalty)
-    gradients = [weights.grad for weights in setup.model.parameters() if weights.grad is not None]
-    sizes = [(one.coalesce().values() if one.is_sparse else one).abs().double().norm() for one in gradients]
-    return {**values, "gradient": float(torch.stack(sizes).norm()) if sizes else 0.0}
+    metrics = train_epoch(setup.model, [(images, targets)], setup.optimizer, loss, penalty)
+    gradients = [weights.grad.to_dense() for weights in setup.model.parameters() if weights.grad is not None]
+    size = math.hypot(*(float(gradient.abs().double().norm()) for gradient in gradients))
+    return {"loss": losses[0].item(), "penalty": metrics.penalty, "gradient": size}
 
 
 def _require_scalar(what: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.shape != ():
-        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise SettingError(f"{what} must return a scalar tensor, not {shape}")
+        raise SettingError(f"{what} must return a scalar tensor, not {_kind(value)}")
     if not value.requires_grad:
         raise SettingError(
             f"{what} has no gradient, so it would not affect training: compute it from the network's parameters, "
@@ -169,20 +167,18 @@ def _require_scalar(what: str, value: Any) -> None:
         )
 
 
-def _require_logits(logits: Any, count: int, classes: int) -> None:
-    if not isinstance(logits, Tensor) or logits.shape != (count, classes):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise SettingError(
-            f"the network must turn images (N, 1, H, H) into logits (N, {classes}), not {shape} for N = {count}"
-        )
-    if not logits.is_floating_point():
-        raise SettingError(f"the network must return logits as floating-point numbers, not {logits.dtype}")
-    sums = logits.detach().sum(1)
-    if bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+def _require_logits(logits: Any, images: int, classes: int) -> None:
+    if not isinstance(logits, Tensor) or logits.shape != (images, classes):
+        raise SettingError(f"the network must turn {images} images into logits {images, classes}, not {_kind(logits)}")
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1).float(), torch.ones(images), atol=1e-3):
         raise SettingError("the network must return logits, not probabilities: leave out the softmax at its end")
 
 
-def _pickles(run: Run) -> dict[str, bytes]:
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _pickles(run: Run) -> dict[str, Any]:
     """The user's parts as bytes, which show a counter in a closure, a global or an attribute."""
     pickles = {}
     for name, part in run.parts.items():
@@ -194,70 +190,36 @@ def _pickles(run: Run) -> dict[str, bytes]:
 
 def pack(content: Any, parts: Iterable[Any]) -> bytes:
     """Pickle something for any process with s6lib, with the user's code in `parts`, be it in a file or a notebook."""
-    modules = {sys.modules.get(_module_of(part)) for part in parts if callable(part) and not is_library(part)}
-    by_value = {module for module in modules if module is not None and not _is_installed(module)}
-    for module in by_value:
-        cloudpickle.register_pickle_by_value(module)
-    try:
+    names = {getattr(piece, "__module__", "") for part in parts for piece in pieces(part)}
+    with ExitStack() as registered:
+        for module in (sys.modules[name] for name in names & sys.modules.keys()):
+            if (file := getattr(module, "__file__", None)) and not _is_installed(file):
+                cloudpickle.register_pickle_by_value(module)
+                registered.callback(cloudpickle.unregister_pickle_by_value, module)
         return cloudpickle.dumps(content)
-    finally:
-        for module in by_value:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _module_of(thing: Any) -> str:
-    while isinstance(thing, partial):
-        thing = thing.func
-    return getattr(thing, "__module__", None) or type(thing).__module__
-
-
-def _is_installed(module: ModuleType) -> bool:
-    """Return whether a worker can import a module: one of Python's or an installed package's."""
-    file = getattr(module, "__file__", None) or ""
-    package = module.__name__.partition(".")[0]
-    return package in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
 
 
 def _attributes(setup: Setup) -> dict[str, Any]:
-    """The attributes of network and loss that are numbers, text, or lists and dicts of them, by name."""
-    modules = [("network", *pair) for pair in setup.model.named_modules()]
-    modules += [("loss", *pair) for loss in setup.parts.get("loss", ()) for pair in loss.named_modules()]
-    return {
-        f"`{path}{'.' if path else ''}{name}` of the {part}": repr(value)
-        for part, path, module in modules
-        if type(module).get_extra_state is nn.Module.get_extra_state  # what it keeps would be in the checkpoint
-        for name, value in vars(module).items()
-        if name != "training" and name[0] != "_" and _is_plain(value)
-    }
+    """The attributes of network and loss that are numbers, text, or lists and dicts of them, as JSON, by name."""
+    attributes = {}
+    for part in (setup.model, *setup.parts.get("loss", ())):
+        for path, module in part.named_modules(prefix=type(part).__name__):
+            if type(module).get_extra_state is nn.Module.get_extra_state:  # what it keeps would be in the checkpoint
+                for name, value in vars(module).items():
+                    with suppress(TypeError, ValueError):  # what JSON cannot hold cannot be watched
+                        attributes[f"{path}.{name}"] = json.dumps(value)
+    return attributes
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return all(map(_is_plain, value.values())) if isinstance(value, dict) else isinstance(value, int | float | str)
-
-
-def _require_no_hidden_state(run: Run, pickles: dict[str, bytes], attributes: list[dict[str, Any]]) -> None:
-    """Raise SettingError if the steps have changed something that a checkpoint does not hold."""
-    before, after = attributes[0], attributes[-1]
-    changed = [name for name, value in before.items() if after.get(name, value) != value]
-    changed += [f"`{name}`" for name, content in _pickles(run).items() if pickles.get(name, content) != content]
-    if changed:
-        raise SettingError(f"{changed[0]} changes from step to step, and {_STATE}")
-
-
-def _name_what_learns_nothing(name: str, model: nn.Module) -> None:
-    """Print which parameters have had no gradient, and which layers are hidden in plain lists and dicts."""
-    idle = [path for path, one in model.named_parameters() if one.requires_grad and one.grad is None]
+def _what_learns_nothing(model: nn.Module) -> list[str]:
+    """List the parameters that have had no gradient, and the attributes that hide layers in a plain list or dict."""
+    idle = [path for path, weights in model.named_parameters() if weights.requires_grad and weights.grad is None]
     known = set(model.modules())
-    for module in known:
-        for attribute, value in vars(module).items():
-            items = value.values() if isinstance(value, dict) and attribute[0] != "_" else value
-            if isinstance(items, list | tuple | type({}.values())):
-                hidden = [one for one in items if isinstance(one, nn.Module) and one not in known]
-                idle += [f"{attribute} (use nn.ModuleList)"] if hidden else []
-    if idle:
-        _say(f"{name}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
+    for name, value in (attribute for module in model.modules() for attribute in vars(module).items()):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if any(isinstance(one, nn.Module) and one not in known for one in items):
+            idle.append(f"{name} (use nn.ModuleList)")
+    return idle
 
 
 @cache
@@ -266,56 +228,14 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _evaluate(setup: Setup) -> Tensor:
-    """Compute the logits of some test images."""
+def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
+    """Evaluate the model and take one more step, and return the cross-entropy and the record of the step."""
     some = setup.test.part(slice(EVALUATED))
-    try:
+    copied = "" if setup.average is None else " of the moving average's copy (a hook must use the module it is given)"
+    with _error_prefix(f"the evaluation{copied} fails"):
         logits = predict_logits(setup.final_model, some)
-    except KeyError as error:
-        if setup.average is None:
-            raise
-        raise SettingError(
-            f"the moving average copies the network, and a hook or a lambda in it still refers to the original "
-            f"({error} is missing there): refer to the module that the hook is given"
-        ) from None
-    _require_logits(logits, len(some), len(some.class_names))
-    return logits.float()
-
-
-def _require_going_on_alike(run: Run, setup: Setup, second: Setup, logits: Tensor, batches: list[Any]) -> None:
-    """Raise SettingError if a second setup with the saved state predicts or continues differently."""
-    state = serialise(lambda file: torch.save({name: part.state_dict() for name, part in setup.parts.items()}, file))
-    saved = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
-    layers = setup.model.state_dict().keys() ^ second.model.state_dict().keys()
-    if layers:
-        raise SettingError(f"{min(layers)} is made in a step: make all layers in __init__, such as nn.LazyLinear")
-    for name, part in second.parts.items():
-        part.load_state_dict(saved[name])
-    if not torch.allclose(_evaluate(second), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise SettingError(
-            "it gives other predictions: everything the network needs must be in its state_dict (parameters, buffers, "
-            "or get_extra_state), or follow from the seed"
-        )
-    last, steps = len(batches[-1][1]), []
-    for one in (setup, second):
-        seed_everything(run.seed, 2, CPU)
-        with _error_prefix(f"a step on {last} images, as many as the last batch has, fails"):
-            steps.append(_step(run, one, batches[-1]))
-    if phrases := compare(steps[0], steps[1], tolerance=1e-5):
-        raise SettingError(
-            f"it trains differently from there ({phrases[0]}): it keeps a state outside its state_dict, or draws "
-            f"random numbers that torch, numpy and random do not seed; {_STATE}"
-        )
-
-
-def _describe_user_parts(setup: Setup) -> dict[str, Any]:
-    """Describe the user's data and optimizer, which the first steps alone would not fully show."""
-    parts: dict[str, Any] = {}
-    if callable(setup.settings.data):
-        arrays = [part for data in (setup.train, setup.test) for part in (data.images, data.labels)]
-        sums = [zlib.crc32(array.contiguous().numpy().data) for array in arrays]
-        parts["data"] = {"class names": list(setup.train.class_names), "checksums": sums}
-    if setup.settings.optimizer is not None:
-        groups = setup.optimizer.param_groups
-        parts["optimizer"] = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    return json.loads(json.dumps(parts, default=str))
+        _require_logits(logits, len(some), len(some.class_names))
+        evaluation = float(F.cross_entropy(logits.float(), some.labels))
+    seed_everything(run.seed, 2, CPU)
+    with _error_prefix(f"a step on {len(batch[1])} images, as many as the last batch has, fails"):
+        return {"evaluation": evaluation, **_step(run, setup, batch)}
