@@ -4,7 +4,7 @@ import ast
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -12,18 +12,17 @@ from importlib import import_module
 from types import CodeType
 from typing import Any
 
-from torch import nn
-
 from s6lib import models
 from s6lib.errors import SettingError
 from s6lib.recipes import Condition, Recipe, Run, name_of
 
-_CODE = {"norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
+_CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
 DIFFERENT_TRAINING = (
     "{folder} was trained with different settings: {differences}. Ask for those, or give what you changed a new name, "
     "or use another folder"
 )
+OTHER_CODE = "other code in"
 # Relative. Torch 2.5, 2.11 and 2.14 differ by up to 7e-6 in a loss and 6e-3 in a gradient, over 30 networks: where two
 # pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
@@ -79,16 +78,9 @@ def _entry(value: Any) -> Any:
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_" and _is_setting(one)}
+        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_"}
         return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
     return {"name": name_of(value), "source": _source(value)}
-
-
-def _is_setting(value: Any) -> bool:
-    """Return whether an attribute of a library's object is a setting: a number, a text, another such object."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_setting, value))
-    return isinstance(value, _PLAIN_TYPES) or (callable(value) and _is_in_library(type(value)))
 
 
 def _is_in_library(thing: Any) -> bool:
@@ -173,26 +165,21 @@ def read_condition(entry: dict[str, Any]) -> Condition:
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
-    settings = dict(entry)
-    if "network" in entry:
-        settings["network"] = _library_network(entry["network"]) or Placeholder(entry["network"])
-    for name in _CODE & settings.keys():
-        value = settings[name]
-        if isinstance(value, dict) or (isinstance(value, str) and "." in value):
-            settings[name] = Placeholder(value)
-    return settings
+    return {name: _code(value) if name in _CODE else value for name, value in entry.items()}
 
 
-def _library_network(entry: Any) -> Callable[..., nn.Module] | None:
-    """Return a network of s6lib, alone or with numbers as arguments; nothing else that run.json names is imported."""
-    if isinstance(entry, str):
-        return models.NETWORKS.get(entry)
-    network, arguments = entry.get("partial"), entry.get("arguments", {})
-    if not isinstance(network, str) or not all(isinstance(value, int | float) for value in arguments.values()):
-        return None
-    positional = [value for name, value in arguments.items() if name.isdecimal()]
-    keywords = {name: value for name, value in arguments.items() if not name.isdecimal()}
-    return partial(models.NETWORKS[network], *positional, **keywords) if network in models.NETWORKS else None
+def _code(entry: Any) -> Any:
+    """Make a network of s6lib, alone or with numbers as arguments; nothing else that run.json names is imported."""
+    match entry:
+        case str() if entry in models.NETWORKS:
+            return models.NETWORKS[entry]
+        case {"partial": str() as network, "arguments": arguments} if network in models.NETWORKS:
+            if all(isinstance(value, int | float) for value in arguments.values()):
+                positional = [value for name, value in arguments.items() if name.isdecimal()]
+                keywords = {name: value for name, value in arguments.items() if not name.isdecimal()}
+                return partial(models.NETWORKS[network], *positional, **keywords)
+    is_code = isinstance(entry, dict) or (isinstance(entry, str) and "." in entry)
+    return Placeholder(entry) if is_code else entry
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -207,28 +194,26 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
     """
     steps, there = requested.get("first_steps"), recorded.get("first_steps")
     wanted = {name: requested[name] for name in ("recipe", "condition", "seed") if name in requested}
+    phrases = compare({name: recorded.get(name) for name in wanted}, wanted, tolerance=0)
     # Before version 0.3, which records all learning rates, the first steps alone told whether code had changed.
-    code = steps is not None and "learning rates" in (there or {})
-    phrases = compare({name: recorded.get(name) for name in wanted}, wanted, code=code, tolerance=0)
+    if steps is None or "learning rates" not in (there or {}):
+        phrases = [phrase for phrase in phrases if not phrase.startswith(OTHER_CODE)]
     if phrases or steps is None:
         return phrases
     return ["no record of its first steps"] if there is None else compare(there, steps, shared=True)
 
 
-def compare(
-    old: Any, new: Any, name: str = "", *, code: bool = True, shared: bool = False, tolerance: float = TOLERANCE
-) -> list[str]:
+def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, tolerance: float = TOLERANCE) -> list[str]:
     """Describe how two entries differ, a phrase for each difference.
 
     Args:
-        code: whether to compare the syntax trees of the user's code.
         shared: whether to compare only what both have: an argument that one lacks is a default, which the first steps
             compare, or is new in another version of a library.
         tolerance: the relative difference that numbers may have.
     """
     if _is_source(old) and _is_source(new):
-        trees = [_syntax_tree(entry["source"] or "") for entry in (old, new)]
-        return [f"other code in {name}"] if code and None not in trees and trees[0] != trees[1] else []
+        trees = {_syntax_tree(entry["source"]) for entry in (old, new)}
+        return [f"{OTHER_CODE} {name}"] if len(trees - {None}) == 2 else []
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
             names = sorted(old.keys() ^ new.keys())
@@ -239,26 +224,24 @@ def compare(
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         one = name.removesuffix("s")
         parts = [(f"{one} {place}", *pair) for place, pair in enumerate(zip(old, new, strict=True), 1)]
-    elif _is_close(old, new, GRADIENT_TOLERANCE if name == "gradient" else tolerance):
+    elif old == new or (isinstance(old, float) and isinstance(new, float) and _is_close(name, old, new, tolerance)):
         return []
     elif name == "learning rates":  # a digest
         return ["other learning rates"]
     else:
         return [f"{name} = {_describe(old)}, not {_describe(new)}"]
-    options: dict[str, Any] = {"code": code, "shared": shared, "tolerance": tolerance}
-    return [phrase for key, was, now in parts for phrase in compare(was, now, key, **options)]
+    return [phrase for key, was, now in parts for phrase in compare(was, now, key, shared=shared, tolerance=tolerance)]
 
 
-def _is_close(a: Any, b: Any, tolerance: float) -> bool:
-    if tolerance and isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
-    return a == b
+def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
+    tolerance = GRADIENT_TOLERANCE if name == "gradient" else tolerance
+    return math.isclose(old, new, rel_tol=tolerance, abs_tol=1e-5 * tolerance)
 
 
-def _syntax_tree(source: str) -> str | None:
+def _syntax_tree(source: str | None) -> str | None:
     """The syntax tree of a function, a class or the only lambda in a source, as text; None if there is no such tree."""
     with suppress(SyntaxError, IndexError):  # IndexError: there is no source
-        tree = ast.parse(textwrap.dedent(source).strip())
+        tree = ast.parse(textwrap.dedent(source or "").strip())
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
