@@ -56,7 +56,8 @@ class Recording(TorchDispatchMode):
         self.operations, self.overwritten = [], []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.name() in ("aten::_local_scalar_dense", "aten::nonzero"):
+        reads = operation.name() in ("aten::_local_scalar_dense", "aten::nonzero")
+        if reads and args[0].dtype != torch.int64:  # the counter of a moving average, which is always on the CPU
             raise RuntimeError("operation not permitted when stream is capturing")
         assert not gc.isenabled()
         kwargs = kwargs or {}

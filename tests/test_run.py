@@ -383,7 +383,7 @@ def test_a_loss_and_a_moving_average_go_to_the_device():
         assert torch.equal(set_up_of(replace(SQUARES, loss=loss)).loss(logits, labels), loss(logits, labels))
     model = flat(144, 3).to(meta)
     average = _build_average(model, torch.optim.SGD(model.parameters(), 0.1), 0.9)
-    assert {tensor.device for tensor in (*average.parameters(), *average.buffers())} == {meta}
+    assert {tensor.device for tensor in (*average.module.parameters(), *average.module.buffers())} == {meta}
 
 
 class Tutorial(nn.Module):

@@ -31,19 +31,18 @@ def records_steps(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("S6LIB_RECORD") != "0" and not (_BREAKS_FOR_EVER and _broken)
 
 
-def place_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
-    """Make the learning rates tensors, in float32, if they change in an epoch, so that a recorded step reads them."""
-    for group in optimizer.param_groups:  # always: a checkpoint brings back what was there, on the CPU
-        group["lr"] = torch.zeros((), device=group["params"][0].device) if len(set(rates)) > 1 else rates[0]
-
-
-def train_recorded(train: Callable[[Watch], Training], parts: Mapping[str, Any], device: torch.device) -> Training:
+def train_recorded(
+    train: Callable[[Watch], Training], parts: Mapping[str, Any], rates: list[float], device: torch.device
+) -> Training:
     """Train an epoch with recorded steps; if a recording breaks off, train it and later ones step by step, and say so.
 
     Args:
         train: trains the epoch; it passes its batches through the function that it is given.
         parts: what is trained, with a state_dict each, by name.
+        rates: the learning rates of the epoch. If they change, a recorded step reads them as tensors, in float32.
     """
+    for group in parts["optimizer"].param_groups:  # always: a checkpoint brings back what was there, on the CPU
+        group["lr"] = torch.zeros((), device=device) if len(set(rates)) > 1 else rates[0]
     if ref(parts["model"]) in _broken:
         return train(iter)
     recorder = Recorder(device)

@@ -1,13 +1,12 @@
 """One run, from its seed to its folder: setup, training, checkpoints, and the saved result."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,8 +26,8 @@ from s6lib.lab.files import (
     write_results,
     write_whole,
 )
-from s6lib.lab.record import COLUMNS, differences, is_library, settings_of
-from s6lib.lab.replay import place_learning_rates, records_steps, train_recorded
+from s6lib.lab.record import COLUMNS, differences, is_library, pieces, settings_of
+from s6lib.lab.replay import records_steps, train_recorded
 from s6lib.recipes import Loss, Recipe, Run, as_python, build_network, load_images
 from s6lib.train import Training, memory_format, predict_logits, score, train_epoch
 
@@ -61,9 +60,9 @@ class Setup(NamedTuple):
     @property
     def parts(self) -> dict[str, Any]:
         """The parts whose state a checkpoint holds, by name."""
-        loss = nn.ModuleList(_modules_in(self.loss))
         parts = {"model": self.model, "optimizer": self.optimizer, "average": self.average}
-        return {name: part for name, part in parts.items() if part is not None} | ({"loss": loss} if len(loss) else {})
+        parts["loss"] = _modules_in(self.loss) or None
+        return {name: part for name, part in parts.items() if part is not None}
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, and set the learning rate before each."""
@@ -135,17 +134,15 @@ def _on_device(loss: Any, device: torch.device) -> Any:
     return loss
 
 
-def _modules_in(loss: Any) -> list[nn.Module]:
-    if isinstance(loss, partial):
-        return [module for one in (loss.func, *loss.args, *loss.keywords.values()) for module in _modules_in(one)]
-    return [loss] if isinstance(loss, nn.Module) else []
+def _modules_in(loss: Loss) -> nn.ModuleList:
+    return nn.ModuleList(piece for piece in pieces(loss) if isinstance(piece, nn.Module))
 
 
 def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -> torch.optim.Optimizer:
-    parameters = [*model.parameters(), *nn.ModuleList(_modules_in(loss)).parameters()]
+    parameters = [*model.parameters(), *_modules_in(loss).parameters()]
     if settings.optimizer is None:
         # Fused SGD is faster, but trains neither sparse nor complex weights, nor layers without a gradient in step 1.
-        fused = run.is_built_in or all(map(is_library, (settings.network, run.condition.norm, settings.loss)))
+        fused = is_library([settings.network, run.condition.norm, settings.loss])
         rate, momentum = settings.learning_rate, settings.momentum
         optimizer: Any = torch.optim.SGD(parameters, rate, momentum, nesterov=settings.nesterov, fused=fused)
     else:
@@ -168,38 +165,27 @@ def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -
 
 def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> AveragedModel:
     """Build an exponential moving average of the weights, updated after each step of the optimizer."""
-    # Keep its counter on the model's device, where a recorded step can update it.
-    average, update = AveragedModel(model, next(model.parameters()).device), get_ema_multi_avg_fn(keep)
-    started = False  # whether the average holds a step; reading n_averaged each time would make the CPU wait for a GPU
-
-    def look_again(*_: Any) -> None:
-        nonlocal started
-        started = False
-
-    average.register_load_state_dict_post_hook(look_again)
+    average, update = AveragedModel(model), get_ema_multi_avg_fn(keep)
 
     @torch.no_grad()
     def follow() -> None:
-        nonlocal started
-        started = started or bool(average.n_averaged > 0)
-        pairs = list(zip(_tensors(average.module), _tensors(model), strict=True))
-        numbers = [pair for pair in pairs if started and (pair[0].is_floating_point() or pair[0].is_complex())]
-        if numbers:
-            update(*map(list, zip(*numbers, strict=True)), None)
-        for old, new in pairs:
-            if not started or not (old.is_floating_point() or old.is_complex()):  # integers have no average
-                old.copy_(new)
+        averaged, latest = ([*one.parameters(), *one.buffers()] for one in (average.module, model))
+        started = average.n_averaged.item() > 0  # always on the CPU, so that a GPU need not be waited for
+        moving: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for pair in zip(averaged, latest, strict=True):
+            has_average = pair[0].is_floating_point() or pair[0].is_complex()  # whole numbers have none
+            (moving if started and has_average else copied).append(pair)
+        if moving:
+            update(*map(list, zip(*moving, strict=True)), None)
+        for old, new in copied:
+            old.copy_(new)
         average.n_averaged.add_(1)
-        started = True
 
     # Not a hook: torch calls it twice a step if the class's step calls that of a class that was used before.
     step = optimizer.step
     setattr(optimizer, "step", lambda: (step(), follow()))  # noqa: B010 - mypy refuses an assignment
     return average
-
-
-def _tensors(model: nn.Module) -> Iterable[Tensor]:
-    return chain(model.parameters(), model.buffers())
 
 
 def train_run(
@@ -215,18 +201,19 @@ def train_run(
     device = torch.device(device)
     with reproducible(device):
         setup = set_up(run, load_images(run.recipe), device)
-        history, machines = _resume(folder, run, steps, setup) if _may_write_in(folder) else ([], [])
+        history, machines = _resume(folder, run, steps, setup)
         machines.append(machine(device))
-        predictions = None
+        logits = None
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
-            row, predictions = _epoch(run, epoch, setup)
+            row, logits = _epoch(run, epoch, setup)
             history.append(row)
-            if _may_write_in(folder):
+            if folder is not None and not is_complete(folder):
                 state = {**identity(run, steps), "history": history, "machines": machines}
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
-        if predictions is None:  # the run was stopped after its last epoch
-            predictions = _classes(predict_logits(setup.final_model, setup.test))
+        if logits is None:  # the run was stopped after its last epoch
+            logits = predict_logits(setup.final_model, setup.test)
+        predictions = logits.argmax(1).to("cpu", torch.uint8).numpy()
         return RunResult(steps, history, serialise_weights(setup.final_model), predictions, machines)
 
 
@@ -235,16 +222,8 @@ def identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
     return settings_of(run) | ({} if steps is None else {"first_steps": steps})
 
 
-def _may_write_in(folder: Path | None) -> TypeGuard[Path]:
-    """Return whether a run in training may write in its folder: only until the folder is complete.
-
-    A run that seemed lost and was sent out again may still be training when the second attempt has finished.
-    """
-    return folder is not None and not is_complete(folder)
-
-
-def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], np.ndarray]:
-    """Train an epoch; return its row of the history, and the predicted classes of the test images."""
+def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor]:
+    """Train an epoch; return its row of the history, and the logits of the test images."""
     start = time.perf_counter()
     try:
         training = _train(run, epoch, setup)
@@ -260,12 +239,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], np.nda
     group = setup.optimizer.param_groups[0]  # whose own rate may differ from the recipe's
     share = group["initial_lr"] / setup.settings.learning_rate if setup.settings.learning_rate else 1.0
     rate = setup.settings.learning_rates(epoch)[0] * share
-    row = (epoch, rate, *training, *test, seconds)
-    return dict(zip(COLUMNS, row, strict=True)), _classes(logits)
-
-
-def _classes(logits: Tensor) -> np.ndarray:
-    return logits.argmax(1).to("cpu", torch.uint8).numpy()
+    return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True)), logits
 
 
 def _train(run: Run, epoch: int, setup: Setup) -> Training:
@@ -279,8 +253,7 @@ def _train(run: Run, epoch: int, setup: Setup) -> Training:
 
     if not run.is_built_in or not records_steps(device):
         return train()
-    place_learning_rates(setup.optimizer, setup.settings.learning_rates(epoch))
-    return train_recorded(train, setup.parts, device)
+    return train_recorded(train, setup.parts, setup.settings.learning_rates(epoch), device)
 
 
 def save_run(folder: Path, run: Run, result: RunResult) -> None:
@@ -296,8 +269,16 @@ def save_run(folder: Path, run: Run, result: RunResult) -> None:
     write_results(folder, about, results)
 
 
-def _resume(folder: Path, run: Run, steps: dict[str, Any] | None, setup: Setup) -> tuple[History, list[dict[str, Any]]]:
-    """Restore the setup from the checkpoint in `folder`, if there is one; return the run's history and machines."""
+def _resume(
+    folder: Path | None, run: Run, steps: dict[str, Any] | None, setup: Setup
+) -> tuple[History, list[dict[str, Any]]]:
+    """Restore the setup from the checkpoint in `folder`, if there is one; return the run's history and machines.
+
+    A run that seemed lost and was sent out again may still be in training when the second attempt has finished: it then
+    leaves the complete folder alone.
+    """
+    if folder is None or is_complete(folder):
+        return [], []
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder)
     checkpoint = read_checkpoint(folder, resume=True)
