@@ -49,7 +49,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     """
     name = f"{run.condition.label} ({run.condition.slug})"
     with reproducible(CPU), _error_prefix(f"{name} cannot be trained"):
-        setup = set_up(run, data, CPU)
+        setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
         before = _pickles(run)  # before the first transform
         batches, steps, attributes = list(_first_batches(run, setup)), [], []
@@ -58,8 +58,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
                 steps.append(_step(run, setup, batch))
             if len(batch[1]) == len(batches[0][1]):  # a network may keep the shape of what it has seen
                 attributes.append(_attributes(setup))
-        second = set_up(run, data, CPU)
-        if serialise_weights(second.model) != built:
+        if serialise_weights(second.model) != built:  # as it was before the steps of the first
             raise SettingError(
                 "two networks built with one seed differ: `network` must make a new one each time, and draw random "
                 "numbers from the global generators of torch, numpy or random, which each run seeds"
