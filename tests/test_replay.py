@@ -5,9 +5,9 @@ did, and later does these operations alone: no Python of the step, no new memory
 """
 
 import gc
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 
 import pytest
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import s6lib.lab.device
 import s6lib.lab.run
 from s6lib.__main__ import read_study_file
-from s6lib.data import PROJECT, Augmentation, ImageDataset, batches
+from s6lib.data import PROJECT, ImageDataset, batches
 from s6lib.lab import replay
 from s6lib.lab.device import reproducible
 from s6lib.lab.run import train_run
@@ -48,51 +48,35 @@ def is_view(operation):
     return any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
 
 
-class Recording(TorchDispatchMode):
-    """Keeps operations, and what they write over."""
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph: keeps operations, and what they write over."""
 
-    def __init__(self):
-        super().__init__()
-        self.operations, self.overwritten = [], []
+    recorded = launched = 0
+
+    def capture_begin(self):
+        Graph.recorded += 1
+        self.operations, self.overwritten, self.drawn = [], [], torch.get_rng_state()
+        self.__enter__()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         reads = operation.name() in ("aten::_local_scalar_dense", "aten::nonzero")
         if reads and args[0].dtype != torch.int64:  # the counter of a moving average, which is always on the CPU
             raise RuntimeError("operation not permitted when stream is capturing")
         assert not gc.isenabled()
-        kwargs = kwargs or {}
         for argument, value in zip(operation._schema.arguments, args, strict=False):
             unsaid = argument.name.startswith("running_")  # which native_batch_norm writes without saying so
             if unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
                 self.overwritten += [(one, one.clone()) for one in tree_leaves(value) if isinstance(one, torch.Tensor)]
-        result = operation(*args, **kwargs)
-        self.operations.append((operation, args, kwargs, result))
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
         return result
-
-
-class Graph:
-    """Stands for torch.cuda.CUDAGraph."""
-
-    recorded = launched = 0
-    error: BaseException | None = None
-
-    def capture_begin(self):
-        Graph.recorded += 1
-        self.recording, self.drawn = Recording(), torch.get_rng_state()
-        self.recording.__enter__()
 
     @torch.no_grad()
     def capture_end(self):
-        if self.recording is None:
-            raise RuntimeError("nothing is being recorded")
-        self.recording.__exit__(None, None, None)
-        self.operations = self.recording.operations
-        for tensor, value in reversed(self.recording.overwritten):
+        self.__exit__(None, None, None)
+        for tensor, value in reversed(self.overwritten):
             tensor.copy_(value)
         torch.set_rng_state(self.drawn)
-        self.recording = None
-        if Graph.error is not None:
-            raise Graph.error
 
     @torch.no_grad()
     def replay(self):
@@ -123,8 +107,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_generators", [Generator])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(replay, "_broken", set())
-    for name in ("recorded", "launched", "error"):
-        monkeypatch.setattr(Graph, name, getattr(Graph, name))
+    for name in ("recorded", "launched"):
+        monkeypatch.setattr(Graph, name, 0)
     with evaluation_on_few_digits():
         yield
     assert gc.isenabled()
@@ -197,21 +181,17 @@ def failing_when_recorded(error):
     return failing
 
 
-@pytest.mark.parametrize(("at_its_end", "for_ever"), [(False, False), (True, True)])
-def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, capfd, at_its_end, for_ever):
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, capfd, for_ever):
     """The epoch is trained again, and the run goes on step by step; before torch 2.12 later runs do too."""
     run = Run(AVERAGED, CONTROL, 1)
-    expected, error = step_by_step(run), RuntimeError("the capture broke off\nhere")
+    expected = step_by_step(run)
     monkeypatch.setattr(replay, "_BREAKS_FOR_EVER", for_ever)
     with monkeypatch.context() as patch:
-        if at_its_end:
-            patch.setattr(Graph, "error", error)
-        else:
-            patch.setattr(F, "relu", failing_when_recorded(error))
+        patch.setattr(F, "relu", failing_when_recorded(RuntimeError("the capture broke off\nhere")))
         assert trained(run) == expected
-        (line,) = capfd.readouterr().err.splitlines()
-        assert line == "training goes step by step, which is slow on a GPU: the capture broke off"
-        assert (Graph.recorded, Graph.launched) == (1, 0)
+    said = "training goes step by step, which is slow on a GPU: the capture broke off\n"
+    assert (capfd.readouterr().err, Graph.recorded, Graph.launched) == (said, 1, 0)
     assert trained(run) == expected
     assert Graph.recorded == (1 if for_ever else 3)
 
@@ -245,37 +225,15 @@ def test_only_runs_that_are_the_librarys_are_recorded_and_only_on_a_gpu(gpu):
 # --- what else differs on a GPU --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("augmentation", [(15.0, 0.0), (10.0, 0.1, 2.0, 0.1)], ids=str)
-def test_images_augmented_at_once_are_the_same_to_the_bit(mnist, augmentation):
-    images = mnist[0].part(slice(64 * 7 + 32))
-    one, *others = (
-        batches(images, 64, Augmentation(*augmentation), torch.Generator().manual_seed(1), batches_at_once=at_once)
-        for at_once in (1, 3, 100)
-    )
-    for batch, *same in zip(one, *others, strict=True):
-        assert all(torch.equal(*pair) for other in same for pair in zip(batch, other, strict=True))
-
-
-def test_a_run_on_a_gpu_has_a_stream_of_its_own(monkeypatch):
-    within = []
-
-    @contextmanager
-    def noted(stream):
-        within.append(stream)
-        yield
-        within.pop()
-
-    streams = count(1)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream {next(streams)} of {device}")
-    monkeypatch.setattr(torch.cuda, "stream", noted)
-    s6lib.lab.device._stream.cache_clear()
-    try:
-        for device in ("cuda", "cuda", "cpu"):  # runs share it
-            with reproducible(torch.device(device)):
-                assert within == ["stream 1 of cuda"] * (device == "cuda")
-            assert not within
-    finally:
-        s6lib.lab.device._stream.cache_clear()
+def test_runs_on_a_gpu_share_a_stream_of_their_own(monkeypatch):
+    made, used = [], []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or f"stream {len(made)}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    monkeypatch.setattr(s6lib.lab.device, "_stream", cache(s6lib.lab.device._stream.__wrapped__))
+    for device in ("cuda", "cuda", "cpu"):
+        with reproducible(torch.device(device)):
+            pass
+    assert used == ["stream 1"] * 2
 
 
 # --- which operations a step takes, and on which device --------------------------------------------------------------
@@ -284,17 +242,14 @@ def test_a_run_on_a_gpu_has_a_stream_of_its_own(monkeypatch):
 class Operations(TorchDispatchMode):
     """Counts operations, views and bare memory aside, and those that copy from one device to another."""
 
-    def __init__(self):
-        super().__init__()
-        self.launched, self.copied = 0, 0
+    launched = copied = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        if len({tensor.device.type for tensor in tensors}) > 1:
-            self.copied += 1
-        elif tensors and not is_view(operation) and not operation.name().startswith(("aten::empty", "aten::new_empty")):
-            self.launched += 1
+        devices = {one.device.type for one in tree_leaves((args, kwargs, result)) if isinstance(one, torch.Tensor)}
+        self.copied += len(devices) > 1
+        empty = operation.name().startswith(("aten::empty", "aten::new_empty"))
+        self.launched += len(devices) == 1 and not is_view(operation) and not empty
         return result
 
 
@@ -312,8 +267,7 @@ def test_a_step_copies_nothing_and_a_hundred_their_indices_and_how_their_images_
     Of two batches, the first lies amid the images that are augmented at once, the second begins the next such.
     """
     settings, copied = recipe.changed_by(condition), []
-    labels = torch.zeros(2 * 6400, dtype=torch.int64)
-    images = ImageDataset(torch.zeros(len(labels), 28, 28, dtype=torch.uint8), labels)
+    images = ImageDataset(torch.zeros(12_800, 28, 28, dtype=torch.uint8), torch.zeros(12_800, dtype=torch.int64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             model = build_model(recipe, condition)
@@ -331,24 +285,25 @@ def test_a_step_copies_nothing_and_a_hundred_their_indices_and_how_their_images_
     assert copied == [0, 3 if recipe.shift or recipe.scale else 2]
 
 
+def operations_of(condition, first, second):
+    model = build_model(replace(PLAIN, dropout=0.0), condition)  # on a CPU a mask takes operations of its own
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
+    train_epoch(model, [first], optimizer, penalty=condition.penalty_of)
+    with Operations() as operations:
+        train_epoch(model, [second], optimizer, penalty=condition.penalty_of)
+    return operations.launched
+
+
 def test_penalties_and_ghosts_add_no_more_operations_than_they_did(mnist):
     """On a GPU these networks wait for the launch of operations, so their number is their time.
 
     Two penalties: one addition for each of 22 parameters, and 17 more for all of them together. A ghost layer: 26 more
     than BatchNorm, of which 6 are the other three norms and their gradients.
     """
-    first, second = batches(mnist[0].part(slice(128)), 64)
-    counted = {}
-    for slug in ("bn", "l1-bn", "l1-l2-bn", "gbn", "l1-l2-gbn"):
-        condition = ALL_CONDITIONS[slug]
-        model = build_model(replace(PLAIN, dropout=0.0), condition)  # on a CPU a mask takes operations of its own
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
-        train_epoch(model, [first], optimizer, penalty=condition.penalty_of)
-        with Operations() as operations:
-            train_epoch(model, [second], optimizer, penalty=condition.penalty_of)
-        counted[slug] = operations.launched
-    bare = counted["bn"]
+    pair = list(batches(mnist[0].part(slice(128)), 64))
+    slugs = ("bn", "l1-bn", "l1-l2-bn", "gbn", "l1-l2-gbn")
+    bare, one, two, ghosts, two_and_ghosts = (operations_of(ALL_CONDITIONS[slug], *pair) for slug in slugs)
     assert bare <= 110
-    assert counted["l1-bn"] - bare <= 30
-    assert counted["l1-l2-bn"] - bare == counted["l1-l2-gbn"] - counted["gbn"] <= 39
-    assert counted["gbn"] - bare <= 7 * 26
+    assert one - bare <= 30
+    assert two - bare == two_and_ghosts - ghosts <= 39
+    assert ghosts - bare <= 7 * 26
