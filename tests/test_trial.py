@@ -400,15 +400,6 @@ def test_a_counter_in_a_study_file_is_found_before_anything_is_trained(tmp_path,
     assert not list(tmp_path.rglob("history.csv"))
 
 
-class LSTM(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rows, self.last = nn.LSTM(28, 16, batch_first=True), nn.Linear(16, 10)
-
-    def forward(self, images):
-        return self.last(self.rows(images.squeeze(1))[0][:, -1])
-
-
 class Keeping(Flat):
     """Keeps a batch and its shape for debugging."""
 
@@ -463,11 +454,9 @@ class ThreeChannels(nn.Sequential):
 LOCK = threading.Lock()
 ALLOWED = {
     "transformer": (replace(NET, network=ThreeChannels), CONTROL),
-    "LSTM": (replace(NET, network=LSTM), CONTROL),
     "extra state": (replace(NET, network=Counting), CONTROL),
     "lazy": (replace(NET, network=lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))), CONTROL),
     "spectral norm": (flat_then(lambda: parametrizations.spectral_norm(nn.Linear(10, 10)), train_images=160), CONTROL),
-    "weight norm": (flat_then(lambda: parametrizations.weight_norm(nn.Linear(10, 10)), train_images=160), CONTROL),
     "momentum None": (with_momentum(None), CONTROL),
     "a shape kept": (replace(NET, network=Keeping), CONTROL),
     "DataParallel": (replace(NET, network=lambda: nn.DataParallel(Net())), CONTROL),
