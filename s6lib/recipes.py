@@ -35,64 +35,53 @@ SLUG = r"[a-z0-9]+([-_.][a-z0-9]+)*"  # of a folder, so it must not lead to anot
 Check = tuple[Callable[[Any], bool], str]  # whether a value is sound, and what it must be, in words
 
 
-def _whole(least: int) -> Check:
-    return lambda value: type(value) is int and value >= least, f"a whole number from {least}"
-
-
 def _number(most: float = math.inf) -> Check:
     expected = "a finite number from 0" + (f" to {most:g}" if most < math.inf else "")
     return lambda value: type(value) in (int, float) and 0 <= value <= most and value < math.inf, expected
 
 
-def _function(expected: str) -> Check:
-    return callable, expected
-
-
-def _optional(check: Check) -> Check:
-    return lambda value: value is None or check[0](value), check[1]
-
-
 def _one_of(names: tuple[str, ...]) -> Check:
-    return lambda value: callable(value) or value in names, f"a function or one of {', '.join(names)}"
+    expected = f"a function or one of {', '.join(names)}"
+    return lambda value: callable(value) or (isinstance(value, str) and value in names), expected
 
 
+_WHOLE: Check = (lambda value: type(value) is int and value >= 1, "a whole number from 1")
 _TRUE_OR_FALSE: Check = (lambda value: type(value) is bool, "True or False")
 _NAME: Check = (
     lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, value)),
     "lower-case words joined by -, _ or .",
 )
-_CHECKS = {
-    **dict.fromkeys(("epochs", "batch_size", "decay_epochs", "passes"), _whole(1)),
-    **dict.fromkeys(("train_images", "num_splits"), _optional(_whole(1))),
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("epochs", "batch_size", "decay_epochs", "passes", "train_images", "num_splits"), _WHOLE),
     **dict.fromkeys(("learning_rate", "shift", "l1", "l2"), _number()),
-    **dict.fromkeys(("decay", "momentum", "jitter"), _number(1)),
+    **dict.fromkeys(("decay", "momentum", "jitter", "dropout"), _number(1)),
     **dict.fromkeys(("held_out", "draw_images", "nesterov"), _TRUE_OR_FALSE),
     **dict.fromkeys(("name", "slug"), _NAME),
     "label": (lambda value: isinstance(value, str), "text"),
-    "dropout": _optional(_number(1)),
     "rotation": _number(180),
     "scale": _number(0.9),
     "ema": _number(0.9999),
     "schedule": _one_of(SCHEDULES),
     "data": _one_of(DATASETS),
-    "network": _function("a class or function that makes a network"),
-    "norm": _optional(_function("a function or a class that makes a layer")),
-    "penalty": _optional(_function("a function of the model")),
-    "loss": _function("a function of logits and targets"),
-    "transform": _optional(_function("a function of an image")),
-    "batch_transform": _optional(_function("a function of images and labels")),
-    "optimizer": _optional(_function("a class of torch.optim or a partial of one")),
+    "network": (callable, "a class or function that makes a network"),
+    "norm": (callable, "a function or a class that makes a layer"),
+    "penalty": (callable, "a function of the model"),
+    "loss": (callable, "a function of logits and targets"),
+    "transform": (callable, "a function of an image"),
+    "batch_transform": (callable, "a function of images and labels"),
+    "optimizer": (callable, "a class of torch.optim or a partial of one"),
 }
+_OPTIONAL = ("train_images", "dropout", "num_splits", "norm", "penalty", "transform", "batch_transform", "optimizer")
 
 
 def _require_sound(settings: Mapping[str, Any]) -> None:
     """Raise SettingError for the first setting that is not as `_CHECKS` says."""
     for name, value in settings.items():
+        sound, expected = _CHECKS[name]
         if name in ("network", "norm") and isinstance(value, nn.Module):
             kind = type(value).__name__
-            raise SettingError(f"{name} must be {_CHECKS[name][1]}: give the class {kind}, not a {kind} already made")
-        sound, expected = _CHECKS[name]
-        _require(sound(value), name, expected, value)
+            raise SettingError(f"{name} must be {expected}: give the class {kind}, not a {kind} already made")
+        _require(sound(value) or (value is None and name in _OPTIONAL), name, expected, value)
 
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
@@ -110,9 +99,9 @@ def as_python(value: Any) -> Any:
 
 
 def _word(value: Any) -> str:
-    return (
-        name_of(value) if callable(value) else f"{value:g}".replace("e-0", "e-") if type(value) is float else str(value)
-    )
+    if callable(value):
+        return name_of(value)
+    return f"{value:g}".replace("e-0", "e-") if type(value) is float else str(value)
 
 
 def _slug_from(settings: Mapping[str, Any]) -> str:
@@ -123,18 +112,20 @@ def _slug_from(settings: Mapping[str, Any]) -> str:
     return slug
 
 
-def _refuse_subclass(cls: type) -> None:
-    raise SettingError(
-        f"{cls.__bases__[0].__name__} cannot be subclassed, since a run records only the settings: pass your own "
-        "function as a setting, such as `schedule` or `penalty`"
-    )
+class _Settings:
+    def __init_subclass__(cls) -> None:
+        if cls.__module__ != __name__:
+            raise SettingError(
+                f"{cls.__bases__[0].__name__} cannot be subclassed, since a run records only the settings: pass your "
+                "own function as a setting, such as `schedule` or `penalty`"
+            )
 
 
 # --- conditions and recipes ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, init=False)
-class Condition:
+class Condition(_Settings):
     """One way of training: a name, and what it changes in the recipe.
 
     Args:
@@ -190,9 +181,6 @@ class Condition:
             idle = name in ("momentum", "nesterov") and changes.get("optimizer") is not None
             _require(not idle, name, "given to the optimizer itself", changes[name])
 
-    def __init_subclass__(cls) -> None:
-        _refuse_subclass(cls)
-
     def penalty_of(self, model: nn.Module) -> Tensor | float:
         """Compute the sum of the condition's penalties: a differentiable scalar, or 0 if it has none."""
         penalty = l1_l2_penalty(model, self.l1, self.l2)
@@ -200,7 +188,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Settings):
     """The settings of training that the conditions of a study share, unless a condition changes one.
 
     Args:
@@ -266,21 +254,15 @@ class Recipe:
     draw_images: bool = False
     batch_transform: BatchTransform | None = None
 
-    def __init_subclass__(cls) -> None:
-        _refuse_subclass(cls)
-
     def __post_init__(self) -> None:
         for setting in fields(self):
             object.__setattr__(self, setting.name, as_python(getattr(self, setting.name)))
-        if isinstance(self.data, str):  # each has 60,000 training images
-            most = 50_000 if self.held_out else 60_000
-            object.__setattr__(self, "train_images", most if self.train_images is None else self.train_images)
         _require_sound(vars(self))
-        if isinstance(self.data, str):
-            count = self.train_images or 0
-            _require(count <= 60_000, "train_images", "a whole number from 1 to 60,000", count)
-            fits = count <= most
-            _require(fits, "train_images", "at most 50,000 with held_out", count)
+        if isinstance(self.data, str):  # each has 60,000 training images
+            most, expected = (50_000, "at most 50,000 with held_out") if self.held_out else (60_000, "at most 60,000")
+            count = most if self.train_images is None else self.train_images
+            _require(count <= most, "train_images", expected, count)
+            object.__setattr__(self, "train_images", count)
         _require(not self.nesterov or self.momentum > 0, "nesterov", "True, with a momentum above 0, or False", True)
         if self.dropout and not self.takes("dropout"):
             network = name_of(self.network)
@@ -313,36 +295,34 @@ class Recipe:
         return Augmentation(self.rotation, self.jitter, self.shift, self.scale)
 
     def learning_rates(self, epoch: int) -> list[float]:
-        """The learning rate of each step of an epoch, counted from 1; `train_images` must be a number."""
+        """The learning rate of each step of an epoch, counted from 1; `train_images` must be a number.
+
+        Raises SettingError if the user's schedule gives an invalid factor.
+        """
         assert self.train_images is not None, "the number of steps depends on train_images"
         steps = self.passes * math.ceil(self.train_images / self.batch_size)
         if self.schedule == "steps":
             return [self.learning_rate * self.decay ** ((epoch - 1) // self.decay_epochs)] * steps
-        numbers, total = range((epoch - 1) * steps, epoch * steps), self.epochs * steps
-        if self.schedule == "one-cycle":
-            return [self._one_cycle(number, total) for number in numbers]
-        return [self.learning_rate * self.factor(number / total) for number in numbers]
+        numbers = range((epoch - 1) * steps, epoch * steps)
+        return [self._learning_rate(number, self.epochs * steps) for number in numbers]
 
-    def factor(self, done: float) -> float:
-        """The factor of the learning rate at a share of training done. Raises SettingError for an invalid factor."""
+    def _learning_rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0, for every schedule but "steps"."""
+        done = step / steps
         if self.schedule == "cosine":
-            return (1 + math.cos(math.pi * done)) / 2
-        if isinstance(self.schedule, str):
-            return 1.0
+            return self.learning_rate * ((1 + math.cos(math.pi * done)) / 2)
+        if self.schedule == "one-cycle":  # torch's OneCycleLR with pct_start=0.2
+            start, end, top = self.learning_rate / 25, self.learning_rate, max(0.2 * steps - 1, 0)
+            part = step / top if top else 1.0
+            if step > top:
+                start, end, part = end, start / 1e4, (step - top) / (steps - 1 - top)
+            return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+        if isinstance(self.schedule, str):  # constant
+            return self.learning_rate
         factor = as_python(self.schedule(done))
         sound = isinstance(factor, Real) and 0 <= float(factor) < math.inf
         _require(sound, "schedule", f"a function that gives a finite number from 0, at {done:.4g} too", factor)
-        return float(factor)
-
-    def _one_cycle(self, step: int, steps: int) -> float:
-        """The learning rate of torch's OneCycleLR with pct_start=0.2."""
-        first, last = self.learning_rate / 25, self.learning_rate / 25 / 1e4
-        top = max(0.2 * steps - 1, 0)
-        if step <= top:
-            start, end, part = first, self.learning_rate, step / top if top else 1.0
-        else:
-            start, end, part = self.learning_rate, last, (step - top) / (steps - 1 - top)
-        return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+        return self.learning_rate * float(factor)
 
 
 CONDITIONS = (
