@@ -259,7 +259,9 @@ class Recipe(_Settings):
             object.__setattr__(self, setting.name, as_python(getattr(self, setting.name)))
         _require_sound(vars(self))
         if isinstance(self.data, str):  # each has 60,000 training images
-            most, expected = (50_000, "at most 50,000 with held_out") if self.held_out else (60_000, "at most 60,000")
+            most, expected = 60_000, "a whole number from 1 to 60,000"
+            if self.held_out:
+                most, expected = 50_000, "at most 50,000 with held_out"
             count = most if self.train_images is None else self.train_images
             _require(count <= most, "train_images", expected, count)
             object.__setattr__(self, "train_images", count)
@@ -383,13 +385,13 @@ def name_of(thing: Any) -> str:
     return getattr(thing, "__name__", type(thing).__name__)
 
 
-def build_model(recipe: Recipe, condition: Condition) -> nn.Module:
+def build_model(recipe: Recipe, condition: Condition, train: ImageDataset | None = None) -> nn.Module:
     """Build the network with the condition's normalisation; torch's global generator draws its weights.
 
-    Raises SettingError if the condition needs a normalisation or a setting that the network does not take.
+    Two images of `train` give lazy layers their sizes. Raises SettingError if the condition needs a normalisation or a
+    setting that the network does not take, or if the network is no module with parameters to train.
     """
-    recipe = recipe.changed_by(condition)
-    norm = condition.norm
+    recipe, norm = recipe.changed_by(condition), condition.norm
     if condition.num_splits is not None:
         norm = partial(GhostBatchNorm, num_splits=condition.num_splits)
     if norm is not None and not recipe.takes("norm"):
@@ -398,15 +400,7 @@ def build_model(recipe: Recipe, condition: Condition) -> nn.Module:
             f"layer for a number of channels; {name_of(recipe.network)} does not"
         )
     arguments = {"norm": norm, "dropout": recipe.dropout if recipe.takes("dropout") else None}
-    return recipe.network(**{name: value for name, value in arguments.items() if value is not None})
-
-
-def build_network(run: Run, train: ImageDataset | None) -> nn.Module:
-    """Build the network of a run; two images give lazy layers their sizes, and are not needed without such layers.
-
-    Raises SettingError if it is not a network with parameters to train.
-    """
-    model = build_model(run.recipe, run.condition)
+    model = recipe.network(**{name: value for name, value in arguments.items() if value is not None})
     if not isinstance(model, nn.Module) or not any(weights.requires_grad for weights in model.parameters()):
         raise SettingError(f"`network` must make a torch.nn.Module with parameters to train, not {model!r}")
     if train is not None and any(map(is_lazy, chain(model.parameters(), model.buffers()))):
@@ -415,17 +409,11 @@ def build_network(run: Run, train: ImageDataset | None) -> nn.Module:
     return model
 
 
-def load_images(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
-    """Load the training and the test images of a recipe on the CPU; `held_out` replaces the test images."""
-    return _load(recipe.data, recipe.held_out)
-
-
 @lru_cache(maxsize=1)
-def _load(data: str | Callable[[], Any], held_out: bool) -> tuple[ImageDataset, ImageDataset]:
+def load_images(data: str | Callable[[], Any], held_out: bool) -> tuple[ImageDataset, ImageDataset]:
+    """Load the training and the test images of a recipe on the CPU; `held_out` replaces the test images.
+
+    `load_images.cache_clear()` makes the next call load anew: a function that gives the data may give others then.
+    """
     train, test = load_data(data)
     return hold_out(train) if held_out else (train, test)
-
-
-def forget_images() -> None:
-    """Make the next `load_images` load anew: a function that gives the data may give others than before."""
-    _load.cache_clear()

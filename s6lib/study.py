@@ -31,7 +31,7 @@ from s6lib.recipes import (
     Condition,
     Recipe,
     Run,
-    build_network,
+    build_model,
     load_images,
     name_of,
 )
@@ -184,7 +184,7 @@ class Study:
         Raises StudyError if the data set is the user's and the recipe itself was not given.
         """
         with reproducible(CPU):
-            return load_images(self.recipe)
+            return load_images(self.recipe.data, self.recipe.held_out)
 
     def model(self, condition: str | Condition, seed: int | None = None) -> nn.Module:
         """Load the model of a run, by default of the condition's first seed, on the CPU, in evaluation mode.
@@ -199,7 +199,7 @@ class Study:
         train = self.data[0] if own else None
         with reproducible(CPU):
             seed_everything(run.seed, 0, CPU)  # as before training: a constant may be drawn
-            model = build_network(run, train)
+            model = build_model(run.recipe, run.condition, train)
         try:
             model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         except Exception:  # a dozen kinds, depending on what the file is

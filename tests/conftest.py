@@ -101,9 +101,9 @@ def evaluation_on_few_digits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_data", "hold_out"):
             patch.setattr(recipes, name, with_few_of_the_second(getattr(recipes, name)))
-        recipes.forget_images()
+        recipes.load_images.cache_clear()
         yield
-        recipes.forget_images()
+        recipes.load_images.cache_clear()
 
 
 @pytest.fixture

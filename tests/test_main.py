@@ -95,7 +95,7 @@ def test_missing_digits_are_one_line_and_exit_code_1(tmp_path, capsys, monkeypat
     def missing(*_):
         raise DataError("archive missing")
 
-    monkeypatch.setattr("s6lib.lab.launch.load_images", missing)
+    monkeypatch.setattr("s6lib.recipes.load_data", missing)
     assert main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.endswith("python -m s6lib: archive missing\n")
 

@@ -51,7 +51,7 @@ L1 = Condition("mine", penalty=lambda model: 1e-4 * model[0].weight.abs().sum())
 
 
 def steps_of(recipe=NET, condition=CONTROL, seed=1):
-    return first_steps(Run(recipe, condition, seed), load_images(recipe))
+    return first_steps(Run(recipe, condition, seed), load_images(recipe.data, recipe.held_out))
 
 
 def refusal(recipe=NET, condition=CONTROL):

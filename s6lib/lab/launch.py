@@ -27,7 +27,7 @@ from s6lib.lab.record import (
 from s6lib.lab.run import Data, identity, save_run
 from s6lib.lab.trial import first_steps
 from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
-from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, forget_images, load_images
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, load_images
 from s6lib.study import Study
 
 
@@ -70,9 +70,9 @@ def run_study(
     out, jobs = Path(out).expanduser(), None if jobs is None else _whole_number("jobs", jobs, 1)
     if executor is None:
         device = resolve_device(device)
-    forget_images()
+    load_images.cache_clear()
     with reproducible(CPU):
-        data = load_images(chosen)
+        data = load_images(chosen.data, chosen.held_out)
     with _only_study_in(out) as token:
         _require_one_training(out, runs, data)
         waiting = [run for run in runs if not is_complete(run.folder(out))]

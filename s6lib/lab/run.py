@@ -28,7 +28,7 @@ from s6lib.lab.files import (
 )
 from s6lib.lab.record import COLUMNS, differences, is_library, pieces, settings_of
 from s6lib.lab.replay import records_steps, train_recorded
-from s6lib.recipes import Loss, Recipe, Run, as_python, build_network, load_images
+from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images
 from s6lib.train import Training, memory_format, predict_logits, score, train_epoch
 
 History = list[dict[str, float]]
@@ -115,7 +115,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
     if settings.draw_images:
         train = train.part(torch.randperm(len(train), generator=generator)[:count])
     train, test = train.part(slice(count)).to(device), test.to(device)
-    model = build_network(run, train).to(device)
+    model = build_model(run.recipe, run.condition, train).to(device)
     if memory_format(model) != torch.contiguous_format:
         model = model.to(memory_format=memory_format(model))
     loss = _on_device(settings.loss, device)

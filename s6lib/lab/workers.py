@@ -194,7 +194,7 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
             steps = None
             if has_user_code(run):
                 with reproducible(CPU):  # a function that gives the data may draw
-                    steps = first_steps(run, load_images(run.recipe))
+                    steps = first_steps(run, load_images(run.recipe.data, run.recipe.held_out))
             return train_run(run, folder, resolve_device(settings.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
