@@ -98,6 +98,13 @@ def as_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def name_of(thing: Any) -> str:
+    """Return a short name for tables: that of a function or class, or of an object's class."""
+    if isinstance(thing, partial):
+        return name_of(thing.func)
+    return getattr(thing, "__name__", type(thing).__name__)
+
+
 def _word(value: Any) -> str:
     if callable(value):
         return name_of(value)
@@ -167,7 +174,6 @@ class Condition(_Settings):
     ) -> None:
         own = {"l1": l1, "l2": l2, "num_splits": num_splits, "norm": norm, "penalty": penalty}
         own = {name: as_python(value) for name, value in own.items()}
-        _require(isinstance(changes, Mapping | None), "changes", "a dict of settings", changes)
         changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
         slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
         for name, value in {"slug": slug, "label": label or slug, **own, "changes": changes}.items():
@@ -259,16 +265,13 @@ class Recipe(_Settings):
             object.__setattr__(self, setting.name, as_python(getattr(self, setting.name)))
         _require_sound(vars(self))
         if isinstance(self.data, str):  # each has 60,000 training images
-            most, expected = 60_000, "a whole number from 1 to 60,000"
-            if self.held_out:
-                most, expected = 50_000, "at most 50,000 with held_out"
+            most, where = (50_000, " with held_out") if self.held_out else (60_000, "")
             count = most if self.train_images is None else self.train_images
-            _require(count <= most, "train_images", expected, count)
+            _require(count <= most, "train_images", f"a whole number from 1 to {most:,}{where}", count)
             object.__setattr__(self, "train_images", count)
         _require(not self.nesterov or self.momentum > 0, "nesterov", "True, with a momentum above 0, or False", True)
-        if self.dropout and not self.takes("dropout"):
-            network = name_of(self.network)
-            _require(False, "dropout", f"left out or 0, since {network} takes none", self.dropout)
+        taken = not self.dropout or self.takes("dropout")
+        _require(taken, "dropout", f"left out or 0, since {name_of(self.network)} takes none", self.dropout)
         rate = getattr(self.optimizer, "keywords", {}).get("lr")
         _require(rate is None, "lr", "left out of the optimizer: give the rate as `learning_rate`", rate)
 
@@ -376,13 +379,6 @@ class Run:
     def folder(self, out: str | Path) -> Path:
         """The run's folder under `out`."""
         return Path(out) / self.recipe.name / self.condition.slug / f"seed-{self.seed}"
-
-
-def name_of(thing: Any) -> str:
-    """Return a short name for tables: that of a function or class, or of an object's class."""
-    if isinstance(thing, partial):
-        return name_of(thing.func)
-    return getattr(thing, "__name__", type(thing).__name__)
 
 
 def build_model(recipe: Recipe, condition: Condition, train: ImageDataset | None = None) -> nn.Module:
