@@ -42,7 +42,7 @@ def usual_recipe(loader_processes: int) -> float:
     """Images a second of training as most notebooks do it."""
     augment = [transforms.RandomRotation(PLAIN.rotation, fill=(FILL,))]
     augment += [transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))]
-    images = Subset(datasets.MNIST(DATA, transform=transforms.Compose(augment)), range(IMAGES))
+    images = Subset(datasets.MNIST(DATA, transform=transforms.Compose(augment), download=True), range(IMAGES))
     loader = DataLoader(images, PLAIN.batch_size, shuffle=True, num_workers=loader_processes)
     model = PlainNet(dropout=PLAIN.dropout)
     for parent in list(model.modules()):

@@ -27,7 +27,8 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, on the scale 0 to 1
 FILL = 1  # the grey level, of 255, that rotation brings in from outside the image
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-DATASETS = ("mnist", "fashion-mnist", "kmnist")  # each has 60,000 training and 10,000 test images
+# The names of torchvision's; each data set has 60,000 training and 10,000 test images.
+DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 HELD_OUT = 6  # the last sixth of the training images is for choices, which must not be made on test images
 
 # The archives, and the CRC-32 of each one's content, which a gzip file stores in its last eight bytes (RFC 1952).
@@ -144,11 +145,15 @@ def load_data(data: str | Callable[[], Any]) -> tuple[ImageDataset, ImageDataset
     """
     if data == "mnist":
         return load_mnist()
-    if not callable(data) and data not in DATASETS:
-        raise DataError(f"data must be a function or one of {', '.join(DATASETS)}, not {data!r}")
-    train, test = _download_dataset(data) if isinstance(data, str) else _call_dataset(data)
     if callable(data):
+        train, test = _call_dataset(data)
         train = train.part(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
+    else:
+        failed = (
+            f"the data set {data!r} could not be downloaded to, or read from, {DATA / DATASETS[data]}; try again with "
+            "a network, and if a file there is damaged, delete the folder first"
+        )
+        train, test = _load_from_torchvision(DATASETS[data], DATA, failed)
     mean, std = _moments(train.images)
     return replace(train, mean=mean, std=std), replace(test, mean=mean, std=std)
 
@@ -162,20 +167,16 @@ def _moments(images: Tensor) -> tuple[float, float]:
     return round(float(mean), 4), round(float(variance.sqrt()), 4) or 1.0  # 1.0: every pixel is equal
 
 
-def _download_dataset(name: str) -> tuple[ImageDataset, ImageDataset]:
-    """Load Fashion-MNIST (arXiv:1708.07747) or Kuzushiji-MNIST (arXiv:1812.01718) through torchvision."""
-    from torchvision.datasets import KMNIST, FashionMNIST
+def _load_from_torchvision(kind: str, root: Path, failed: str) -> tuple[ImageDataset, ImageDataset]:
+    """Load a data set of torchvision's, and download what is missing. Raises DataError with the sentence `failed`."""
+    from torchvision import datasets  # takes as long to import as torch does
 
-    kind = {"fashion-mnist": FashionMNIST, "kmnist": KMNIST}[name]
     try:
-        (DATA / kind.__name__).mkdir(parents=True, exist_ok=True)
-        with FileLock(DATA / kind.__name__ / ".lock"):  # one process at a time
-            train, test = (kind(DATA, train=train, download=True) for train in (True, False))
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        with FileLock(root / kind / ".lock"):  # one process at a time
+            train, test = (getattr(datasets, kind)(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # torchvision raises a dozen kinds, for faults of network, disk or file
-        raise DataError(
-            f"the data set {name!r} could not be downloaded to, or read from, {DATA / kind.__name__}; try again with a "
-            f"network, and if a file there is damaged, delete the folder first ({' '.join(str(error).split())[:300]})"
-        ) from None
+        raise DataError(f"{failed} ({' '.join(str(error).split())[:300]})") from None
     names = tuple(train.classes)
     return ImageDataset(train.data, train.targets, names), ImageDataset(test.data, test.targets, names)
 
@@ -187,12 +188,11 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
     random.seed(0)
     try:
         parts = data()
-        two = isinstance(parts, tuple | list) and len(parts) == 2
-        if not two or not all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
-            given = f"{len(parts)} of something" if isinstance(parts, tuple | list) else type(parts).__name__
+        count = len(parts) if isinstance(parts, tuple | list) else type(parts).__name__
+        if count != 2:
             raise DataError(
                 "data must give two data sets of (image, label), the training and the test set, such as two of "
-                f"torchvision's or two of s6lib.ImageDataset(images, labels, class_names), not {given}"
+                f"torchvision's or two of s6lib.ImageDataset(images, labels, class_names), not {count}"
             )
         train, test = map(_read_dataset, parts)
     except S6Error:
@@ -200,9 +200,9 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
     except Exception as error:  # the user's own code: any
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the data cannot be made: {type(error).__name__}: {reason}") from None
-    if train.images.shape[1:] != test.images.shape[1:]:
-        sizes = [tuple(part.images.shape[1:]) for part in (train, test)]
-        raise DataError(f"training and test images must be of one size, not {sizes[0]} and {sizes[1]}: resize them")
+    one, other = (tuple(part.images.shape[1:]) for part in (train, test))
+    if one != other:
+        raise DataError(f"training and test images must be of one size, not {one} and {other}: resize them")
     names = max(train.class_names, test.class_names, key=len)
     return replace(train, class_names=names), replace(test, class_names=names)
 
@@ -210,11 +210,11 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
 def _read_dataset(dataset: Any) -> ImageDataset:
     if isinstance(dataset, ImageDataset):
         return dataset
-    if not len(dataset) or not isinstance(dataset[0], tuple | list) or len(dataset[0]) != 2:
-        held = type(dataset[0]).__name__ if len(dataset) else "nothing"
-        raise DataError(f"a data set must hold pairs (image, label), not {held}")
+    item = dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else dataset
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise DataError(f"a data set must hold pairs (image, label), not {type(item).__name__}")
     items = (dataset[index] for index in range(len(dataset)))
-    images, labels = map(list, zip(*((_grey_levels(image), label) for image, label in items), strict=True))
+    images, labels = zip(*((_grey_levels(image), label) for image, label in items), strict=True)
     whole = dataset
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a Subset
         whole = whole.dataset
@@ -234,19 +234,33 @@ def _grey_levels(image: Any) -> np.ndarray:
 def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[ImageDataset, ImageDataset]:
     """Load the training and the test images of MNIST, 60,000 and 10,000, on `device`.
 
-    Each of the four files in `root`/MNIST/raw is read unpacked. If the unpacked file is missing or damaged, its archive
-    is read, and unpacked beside it where the folder is writable. Missing or damaged archives that are needed are
-    downloaded. Raises DataError if a download fails.
+    They are read from the four archives in `root`/MNIST/raw. If one is missing or damaged, torchvision loads them, from
+    its own unpacked files or a download. Raises DataError if that fails.
     """
     root = Path(root).expanduser()
-    archives = [root / "MNIST" / "raw" / name for name in _CRC32]
-    contents = {archive: _content(archive) for archive in archives}
-    missing = [archive for archive in archives if contents[archive] is None]
+    contents = {archive: _read_archive(archive) for archive in (root / "MNIST" / "raw" / name for name in _CRC32)}
+    missing = [archive for archive, content in contents.items() if content is None]
     if missing:
-        _download(root, missing)
-        contents.update((archive, _content(archive)) for archive in missing)
-    train_images, train_labels, test_images, test_labels = map(_tensor, filter(None, contents.values()))
-    return ImageDataset(train_images, train_labels).to(device), ImageDataset(test_images, test_labels).to(device)
+        failed = (
+            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, missing))}. Restore it "
+            "with `git checkout -- data/MNIST/raw`, or delete it and try again with a network."
+        )
+        parts = _load_from_torchvision("MNIST", root, failed)
+    else:
+        images, labels, test_images, test_labels = contents.values()
+        parts = ImageDataset(images, labels), ImageDataset(test_images, test_labels)
+    train, test = (replace(part, class_names=CLASS_NAMES).to(device) for part in parts)
+    return train, test
+
+
+def _read_archive(archive: Path) -> Tensor | None:
+    """Read the values of an archive, or None if it is missing or damaged."""
+    with suppress(OSError, EOFError, zlib.error):  # BadGzipFile is an OSError
+        content = gzip.decompress(archive.read_bytes())
+        if zlib.crc32(content) == _CRC32[archive.name]:
+            start, shape = (16, (-1, 28, 28)) if "images" in archive.name else (8, (-1,))
+            return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
+    return None
 
 
 def hold_out(train: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
@@ -255,49 +269,9 @@ def hold_out(train: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
     return train.part(slice(rest)), train.part(slice(rest, None))
 
 
-def _content(archive: Path) -> bytes | None:
-    """Read an archive's content, from the unpacked file beside it or the archive; None if both are damaged."""
-    unpacked, right = archive.with_suffix(""), _CRC32[archive.name]
-    with suppress(OSError):
-        if zlib.crc32(content := unpacked.read_bytes()) == right:
-            return content
-    with suppress(OSError, EOFError, zlib.error):  # BadGzipFile is an OSError
-        if zlib.crc32(content := gzip.decompress(archive.read_bytes())) == right:
-            with suppress(OSError):  # in a read-only folder or on a full disk, the next load unpacks again
-                unpacked.write_bytes(content)
-            return content
-    return None
-
-
-def _tensor(content: bytes) -> Tensor:
-    """Parse an idx file: its fourth byte is the number of dimensions; their sizes, 4 bytes each, follow."""
-    dimensions = content[3]
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
-    return values.view(-1, 28, 28) if dimensions == 3 else values
-
-
-def _download(root: Path, missing: list[Path]) -> None:
-    """Let torchvision download the archives, one process at a time. Raises DataError if it cannot."""
-    from torchvision.datasets import MNIST  # takes as long to import as torch does
-
-    try:
-        (root / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "MNIST" / ".lock"):
-            for archive in missing:
-                if _content(archive) is None:  # torchvision would take a damaged unpacked file as it is
-                    archive.with_suffix("").unlink(missing_ok=True)
-            MNIST(root, download=True)
-    except (RuntimeError, OSError, EOFError) as error:
-        raise DataError(
-            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, missing))}. "
-            "Restore it with `git checkout -- data/MNIST/raw`, or delete it and try again with a network. "
-            f"What failed: {error}"
-        ) from None
-
-
 def normalise(images: Tensor, mean: float = MEAN, std: float = STD) -> Tensor:
     """Turn grey levels 0 to 255, (N, H, H), into network input: float32 (N, 1, H, H) of mean 0 and SD 1."""
-    return _grey(images).unsqueeze(1).sub_(255 * mean).div_(255 * std)
+    return (images.float().unsqueeze(1) - 255 * mean).div_(255 * std)
 
 
 def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
@@ -305,49 +279,40 @@ def rotate(images: Tensor, angles: Tensor, fill: int = FILL) -> Tensor:
 
     Returns grey levels as float32. Equals `torchvision.transforms.v2.functional.rotate` pixel for pixel.
     """
-    centres = _pixel_centres(images)
-    sources = torch.view_as_real(centres * _turns(angles).to(centres))
-    # Grid sampling pads with zeros: shift the grey levels so that zero is the fill.
-    shifted = _grey(images).unsqueeze(1).sub_(fill)
-    return F.grid_sample(shifted, sources, mode="nearest", align_corners=False).squeeze(1).add_(fill)
+    return affine(images, angles, torch.ones(1), torch.zeros(1, 2), "nearest", fill)
 
 
-def affine(images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
-    """Rotate, scale, then shift each square image (N, H, H) by its own amounts, with bilinear interpolation.
+def affine(
+    images: Tensor, angles: Tensor, scales: Tensor, shifts: Tensor, mode: str = "bilinear", fill: int = 0
+) -> Tensor:
+    """Rotate, scale, then shift each square image (N, H, H) by its own amounts, by default with bilinear interpolation.
 
     Angles (N,) are in degrees counter-clockwise, scales (N,) are factors, shifts (N, 2) are pixels right and down. The
     border is filled with background. Returns grey levels as float32. Agrees with
     `torchvision.transforms.v2.functional.affine`, which rotates clockwise.
     """
-    centres = _pixel_centres(images)
-    moved = centres - torch.view_as_complex(shifts * (2 / images.shape[-1])).to(centres).view(-1, 1, 1)
-    sources = torch.view_as_real(moved * (_turns(angles) / scales.cpu().view(-1, 1, 1)).to(centres))
-    return F.grid_sample(_grey(images).unsqueeze(1), sources, mode="bilinear", align_corners=False).squeeze(1)
-
-
-def _pixel_centres(images: Tensor) -> Tensor:
-    """Pixel centres from -1 to 1, (H, H), as complex numbers x + iy, so that a multiplication rotates them."""
     size = images.shape[-1]
     axis = torch.linspace(1 / size - 1, 1 - 1 / size, size, device=images.device)
-    return torch.complex(axis.expand(size, size), axis.unsqueeze(1).expand(size, size))
-
-
-def _turns(angles: Tensor) -> Tensor:
-    """Turn angles in degrees into complex numbers of size 1, (N, 1, 1), on the CPU."""
-    angles = torch.deg2rad(angles.double().cpu())
-    return torch.polar(torch.ones_like(angles), angles).view(-1, 1, 1)
+    # Pixel centres from -1 to 1, (H, H), as complex numbers x + iy, so that a multiplication rotates them.
+    centres = torch.complex(axis.expand(size, size), axis.unsqueeze(1).expand(size, size))
+    moved = centres - torch.view_as_complex(shifts * (2 / size)).to(centres).view(-1, 1, 1)
+    turns = torch.polar(1 / scales.double().cpu(), torch.deg2rad(angles.double().cpu())).view(-1, 1, 1)
+    sources = torch.view_as_real(moved * turns.to(centres))
+    # Grid sampling pads with zeros: shift the grey levels so that zero is the fill.
+    grey = images.float().unsqueeze(1) - fill
+    return F.grid_sample(grey, sources, mode=mode, align_corners=False).squeeze(1).add_(fill)
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
     """Multiply each image (N, H, W) by its own factor (N,), clamped and floored as torchvision does on uint8."""
-    return _grey(images).mul_(factors.view(-1, 1, 1)).clamp_(0, 255).floor_()
+    return (images.float() * factors.view(-1, 1, 1)).clamp_(0, 255).floor_()
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Scale each image's contrast (N, H, W) about its mean by its own factor (N,), as torchvision does on uint8."""
-    images, factors = _grey(images), factors.view(-1, 1, 1)
+    images, factors = images.float(), factors.view(-1, 1, 1)
     means = images.mean(dim=(1, 2), keepdim=True)
-    return images.mul_(factors).add_(means * (1 - factors)).clamp_(0, 255).floor_()
+    return (images * factors).add_(means * (1 - factors)).clamp_(0, 255).floor_()
 
 
 def batches(
@@ -413,11 +378,6 @@ def _transformed(images: Tensor, transform: Transform) -> Tensor:
             "since s6lib normalises training and test images alike"
         )
     return levels
-
-
-def _grey(images: Tensor) -> Tensor:
-    """Copy images as float32, so that the next operations can work in place."""
-    return images.to(torch.float32, copy=True)
 
 
 def _uniform(count: int, generator: torch.Generator | None) -> Tensor:

@@ -62,7 +62,7 @@ _CHECKS: dict[str, Check] = {
     "scale": _number(0.9),
     "ema": _number(0.9999),
     "schedule": _one_of(SCHEDULES),
-    "data": _one_of(DATASETS),
+    "data": _one_of(tuple(DATASETS)),
     "network": (callable, "a class or function that makes a network"),
     "norm": (callable, "a function or a class that makes a layer"),
     "penalty": (callable, "a function of the model"),

@@ -211,7 +211,7 @@ def test_a_recipe_refuses_what_makes_no_sense(change):
     ((field, value),) = change.items()
     with pytest.raises(ValueError, match=rf"{field} must be .*, not {value!r}"):
         replace(PLAIN, **change)
-    with pytest.raises(ValueError, match="train_images must be a whole number from 1 to 50,000 with held_out, not 60000"):
+    with pytest.raises(ValueError, match=r"train_images must be .* from 1 to 50,000 with held_out, not 60000"):
         replace(PLAIN, held_out=True)
     assert replace(PLAIN, held_out=True, train_images=50_000).held_out
 

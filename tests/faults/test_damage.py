@@ -113,19 +113,6 @@ def test_a_damaged_archive_is_named(archives, number):  # noqa: F811
         assert path.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_a_damaged_unpacked_file_is_unpacked_again(archives, mnist, number):  # noqa: F811
-    load_mnist(archives.parents[1])
-    path, other = ((archives / ARCHIVES[k]).with_suffix("") for k in (number, number - 1))
-    content = path.read_bytes()
-    for damaged in damages(content, other.read_bytes(), PLACES if THOROUGH else 1):
-        path.write_bytes(damaged)
-        train, test = load_mnist(archives.parents[1])
-        assert path.read_bytes() == content
-    assert torch.equal(train.images, mnist[0].images)
-    assert torch.equal(test.labels, mnist[1].labels)
-
-
 # --- strangers' files ------------------------------------------------------------------------------------------------
 
 
