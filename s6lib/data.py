@@ -177,7 +177,7 @@ def _load_from_torchvision(kind: str, root: Path, failed: str) -> tuple[ImageDat
             train, test = (getattr(datasets, kind)(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # torchvision raises a dozen kinds, for faults of network, disk or file
         raise DataError(f"{failed} ({' '.join(str(error).split())[:300]})") from None
-    names = tuple(train.classes)
+    names = tuple(name.rpartition(" - ")[2] for name in train.classes)  # MNIST has "0 - zero" for zero
     return ImageDataset(train.data, train.targets, names), ImageDataset(test.data, test.targets, names)
 
 
@@ -231,26 +231,23 @@ def _grey_levels(image: Any) -> np.ndarray:
     return levels[0] if levels.ndim == 3 and len(levels) == 1 else levels
 
 
-def load_mnist(root: str | Path = DATA, device: str | torch.device = "cpu") -> tuple[ImageDataset, ImageDataset]:
-    """Load the training and the test images of MNIST, 60,000 and 10,000, on `device`.
+def load_mnist(root: str | Path = DATA) -> tuple[ImageDataset, ImageDataset]:
+    """Load the training and the test images of MNIST, 60,000 and 10,000.
 
     They are read from the four archives in `root`/MNIST/raw. If one is missing or damaged, torchvision loads them, from
     its own unpacked files or a download. Raises DataError if that fails.
     """
     root = Path(root).expanduser()
     contents = {archive: _read_archive(archive) for archive in (root / "MNIST" / "raw" / name for name in _CRC32)}
-    missing = [archive for archive, content in contents.items() if content is None]
+    missing = [str(archive) for archive, content in contents.items() if content is None]
     if missing:
         failed = (
-            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, missing))}. Restore it "
-            "with `git checkout -- data/MNIST/raw`, or delete it and try again with a network."
+            f"MNIST archive missing or damaged, and the download failed: {', '.join(missing)}. Restore it with "
+            "`git checkout -- data/MNIST/raw`, or delete it and try again with a network."
         )
-        parts = _load_from_torchvision("MNIST", root, failed)
-    else:
-        images, labels, test_images, test_labels = contents.values()
-        parts = ImageDataset(images, labels), ImageDataset(test_images, test_labels)
-    train, test = (replace(part, class_names=CLASS_NAMES).to(device) for part in parts)
-    return train, test
+        return _load_from_torchvision("MNIST", root, failed)
+    images, labels, test_images, test_labels = contents.values()
+    return ImageDataset(images, labels), ImageDataset(test_images, test_labels)
 
 
 def _read_archive(archive: Path) -> Tensor | None:
@@ -333,32 +330,32 @@ def batches(
     normalisation, and gives one of the same size, of uint8 or from 0 to 1. Raises SettingError if it gives another.
 
     `batches_at_once` batches are augmented together, which changes no bit: by default one on a CPU, and about 6,400
-    images elsewhere, since a GPU waits for the copy of their indices and amounts.
+    images elsewhere, since a GPU waits for the copy of their amounts.
     """
     if batch_size < 1:
         raise SettingError(f"batch_size must be a whole number from 1, not {batch_size!r}")
-    images, labels = dataset.images, dataset.labels
-    count, device = len(labels), labels.device
-    order = torch.randperm(count, generator=generator)
-    rotation, jitter, shift, scale = augmentation
-    brightness, contrast = (1 + jitter * _uniform(count, generator) for _ in range(2))
-    angles = rotation * _uniform(count, generator)
-    brightness, contrast = brightness.to(device), contrast.to(device)
-    scales = 1 + scale * _uniform(count, generator)
-    shifts = shift * torch.stack([_uniform(count, generator) for _ in range(2)], dim=1)
+    count, device = len(dataset.labels), dataset.labels.device
     if batches_at_once is None:
         batches_at_once = 1 if device.type == "cpu" else max(1, 6400 // batch_size)
-    for start in range(0, count, batches_at_once * batch_size):
-        part = slice(start, start + batches_at_once * batch_size)
-        chosen = order[part].to(device)
-        batch = images[chosen] if transform is None else _transformed(images[chosen], transform)
+    size = batches_at_once * batch_size
+    order = torch.randperm(count, generator=generator).to(device)
+    rotation, jitter, shift, scale = augmentation
+    limits = torch.tensor([jitter, jitter, rotation, scale, shift, shift]).unsqueeze(1)
+    amounts = torch.rand(6, count, generator=generator).mul_(2).sub_(1).mul_(limits)
+    brightness, contrast = (1 + amounts[:2]).to(device)
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        chosen, (angles, scales, *shifts) = order[part], amounts[2:, part]
+        batch = dataset.images[chosen]
+        if transform is not None:
+            batch = _transformed(batch, transform)
         if jitter:
             batch = adjust_contrast(adjust_brightness(batch, brightness[part]), contrast[part])
         if shift or scale:
-            batch = affine(batch, angles[part], scales[part], shifts[part])
+            batch = affine(batch, angles, 1 + scales, torch.stack(shifts, dim=1))
         elif rotation:
-            batch = rotate(batch, angles[part])
-        parts = (normalise(batch, dataset.mean, dataset.std), labels[chosen])
+            batch = rotate(batch, angles)
+        parts = (normalise(batch, dataset.mean, dataset.std), dataset.labels[chosen])
         yield from zip(*(part.split(batch_size) for part in parts), strict=True)
 
 
@@ -378,7 +375,3 @@ def _transformed(images: Tensor, transform: Transform) -> Tensor:
             "since s6lib normalises training and test images alike"
         )
     return levels
-
-
-def _uniform(count: int, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(count, generator=generator).mul_(2).sub_(1)
