@@ -367,7 +367,7 @@ def _transformed(images: Tensor, transform: Transform) -> Tensor:
         kind = tuple(wrong[0].shape) if isinstance(wrong[0], Tensor) else type(wrong[0]).__name__
         raise SettingError(f"`transform` must turn an image (1, H, H) into one of the same size, not {kind}")
     levels = torch.cat(results)
-    if levels.is_floating_point() and bool(((levels >= 0) & (levels <= 1)).all()):
+    if levels.is_floating_point() and 0 <= levels.min() <= levels.max() <= 1:
         return levels.mul(255)
     if levels.dtype != torch.uint8:
         raise SettingError(

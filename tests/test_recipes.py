@@ -60,8 +60,7 @@ def test_conditions_of_one_seed_share_their_initial_weights_but_not_their_norms(
         assert {(type(norm), getattr(norm, "num_splits", None)) for norm in norms} == {(kind, condition.num_splits)}
         states.append(model.state_dict())
     for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        assert all(torch.equal(state[name], states[0][name]) for name in state)
+        torch.testing.assert_close(state, states[0], rtol=0, atol=0)
 
 
 # --- learning rates --------------------------------------------------------------------------------------------------
@@ -184,13 +183,10 @@ def test_a_norm_and_a_penalty_of_ones_own():
 def test_numbers_of_numpy_are_numbers():
     condition = Condition("a", l1=np.float64(1e-4), num_splits=np.arange(4, 8)[0], epochs=np.int64(3))
     assert (condition.l1, condition.num_splits, condition.changes) == (1e-4, 4, {"epochs": 3})
-    decays = [
-        Condition("b", optimizer=partial(AdamW, weight_decay=np.logspace(-4, -2, 3)[2])).changes["optimizer"],
-        replace(PLAIN, optimizer=partial(AdamW, weight_decay=np.float64(0.01))).optimizer,
-    ]
-    numbers = [*(decay.keywords["weight_decay"] for decay in decays), condition.l1]
-    assert [type(number) for number in numbers] == [float] * 3
-    assert type(replace(PLAIN, epochs=np.int64(3)).epochs) is int
+    decay = partial(AdamW, weight_decay=np.logspace(-4, -2, 3)[2])
+    optimizer = Condition("b", optimizer=decay).changes["optimizer"]
+    numbers = condition.l1, optimizer.keywords["weight_decay"], replace(PLAIN, epochs=np.int64(3)).epochs
+    assert [type(number) for number in numbers] == [float, float, int]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -241,7 +237,6 @@ def test_a_condition_refuses_what_makes_no_sense(asked, said):
     ("recipe", "changes", "said"),
     [
         (PLAIN, {"num_splits": 65}, "num_splits must be at most the batch size, 64, not 65"),
-        (PLAIN, {"optimizer": partial(Adam, lr=1e-6)}, "lr must be left out of the optimizer: .* `learning_rate`"),
         (PLAIN, {"epochs": -1}, "epochs must be a whole number from 1, not -1"),
         (BOTTLENECK, {"dropout": 0.5}, r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"),
         (PLAIN, {"momentum": 0.0, "nesterov": True}, "nesterov must be True, with a momentum above 0, or False"),
@@ -255,9 +250,7 @@ def test_a_condition_that_does_not_fit_its_recipe_is_named(recipe, changes, said
 
 def test_a_rate_inside_an_optimizer_is_refused():
     for optimizer in (partial(Adam, lr=1e-6), partial(partial(Adam, lr=1e-6), weight_decay=0.1)):
-        with pytest.raises(
-            SettingError, match="lr must be left out of the optimizer: give the rate as `learning_rate`"
-        ):
+        with pytest.raises(SettingError, match=r"lr must be left out of the optimizer: give .* as `learning_rate`"):
             Recipe("mine", Own, optimizer=optimizer)
     assert Recipe("mine", Own, optimizer=partial(Adam, weight_decay=0.1), learning_rate=1e-6).learning_rate == 1e-6
 
@@ -271,7 +264,5 @@ def test_a_layer_where_its_class_is_asked_for(setting, value):
 
 @pytest.mark.parametrize("kind", [Recipe, Condition])
 def test_a_subclass_would_be_recorded_as_if_it_were_the_plain_one(kind):
-    with pytest.raises(
-        SettingError, match=f"{kind.__name__} cannot be subclassed, since a run records only the settin"
-    ):
+    with pytest.raises(SettingError, match=f"{kind.__name__} cannot be subclassed, since a run records only"):
         type("Other", (kind,), {})
