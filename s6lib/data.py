@@ -284,8 +284,8 @@ def affine(
 ) -> Tensor:
     """Rotate, scale, then shift each square image (N, H, H) by its own amounts, by default with bilinear interpolation.
 
-    Angles (N,) are in degrees counter-clockwise, scales (N,) are factors, shifts (N, 2) are pixels right and down. The
-    border is filled with background. Returns grey levels as float32. Agrees with
+    Angles (N,) are in degrees counter-clockwise, scales (N,) are factors, shifts (N, 2) are pixels right and down. What
+    comes in from outside the image has the grey level `fill`. Returns grey levels as float32. Agrees with
     `torchvision.transforms.v2.functional.affine`, which rotates clockwise.
     """
     size = images.shape[-1]

@@ -318,9 +318,7 @@ def test_rotate_is_torchvisions_image_by_image(mnist, first, angles, fill):
             assert torch.equal(ours, torchvision_functional.rotate(image[None], angle, fill=[fill])[0].float())
 
 
-amounts = st.tuples(
-    st.floats(-180, 180, width=32), st.floats(0.5, 2, width=32), st.floats(-9, 9, width=32), st.floats(-9, 9, width=32)
-)
+amounts = st.tuples(*(st.floats(*limits, width=32) for limits in ((-180, 180), (0.5, 2), (-9, 9), (-9, 9))))
 
 
 @settings(max_examples=30)
@@ -366,17 +364,15 @@ EVERY = Augmentation(15.0, 0.1, 2.0, 0.1)
 
 
 def test_batches_come_from_the_generator_alone(mnist):
-    def drawn(seed, **settings):
+    def drawn(seed):
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat([images for images, _ in batches(mnist[0].part(slice(100)), 32, EVERY, generator, **settings)])
+        return torch.cat([images for images, _ in batches(mnist[0].part(slice(100)), 32, EVERY, generator)])
 
     torch.manual_seed(1)
     first = drawn(3)
     torch.manual_seed(2)
     assert torch.equal(first, drawn(3))
     assert not torch.equal(first, drawn(4))
-    together = drawn(3, batches_at_once=3)  # a mean, in the contrast, may round otherwise in another batch
-    assert (first - together).abs().max() <= 1.01 / (255 * STD)
 
 
 def test_what_the_published_recipes_draw_is_settled(mnist):
