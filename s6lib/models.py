@@ -31,8 +31,8 @@ class Dropout(nn.Dropout):
         return input * mask
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int = 3, padding: int = 0) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel, padding=padding, bias=False)
+def _conv(channels_in: int, channels_out: int, kernel: int = 3, padding: int = 0, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel, padding=padding, groups=groups, bias=False)
 
 
 def _relu() -> nn.ReLU:
@@ -142,9 +142,7 @@ class SeparableNet(nn.Module):
         super().__init__()
         self.first = nn.Sequential(_conv(1, width, padding=1), nn.MaxPool2d(2), norm(width), nn.SiLU())
         self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width, width, 3, groups=width, bias=False), _conv(width, width, kernel=1), norm(width)
-            )
+            nn.Sequential(_conv(width, width, groups=width), _conv(width, width, kernel=1), norm(width))
             for _ in range(4)
         )
         self.last = nn.Sequential(nn.AvgPool2d(6), _conv(width, 10, kernel=1))
