@@ -75,8 +75,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 f"labels must be whole numbers ({len(images)},) from 0 to {len(names) - 1}, indices into class_names, "
                 f"not {_describe(labels)}"
             )
-        for name, value in (("images", images), ("labels", labels.long()), ("class_names", names)):
-            object.__setattr__(self, name, value)
+        vars(self).update(images=images, labels=labels.long(), class_names=names)
 
     def __repr__(self) -> str:
         return f"ImageDataset({len(self):,} images of {tuple(self.images.shape[1:])}, {len(self.class_names)} classes)"

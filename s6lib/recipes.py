@@ -176,8 +176,7 @@ class Condition(_Settings):
         own = {name: as_python(value) for name, value in own.items()}
         changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
         slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
-        for name, value in {"slug": slug, "label": label or slug, **own, "changes": changes}.items():
-            object.__setattr__(self, name, value)
+        vars(self).update({"slug": slug, "label": label or slug, **own, "changes": changes})
         _require_sound({"slug": slug, "label": self.label, **own})
         if num_splits is not None:
             _require(norm is None, "norm", "left out where num_splits is given", norm)
@@ -261,14 +260,13 @@ class Recipe(_Settings):
     batch_transform: BatchTransform | None = None
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            object.__setattr__(self, setting.name, as_python(getattr(self, setting.name)))
+        vars(self).update({name: as_python(value) for name, value in vars(self).items()})
         _require_sound(vars(self))
         if isinstance(self.data, str):  # each has 60,000 training images
             most, where = (50_000, " with held_out") if self.held_out else (60_000, "")
             count = most if self.train_images is None else self.train_images
             _require(count <= most, "train_images", f"a whole number from 1 to {most:,}{where}", count)
-            object.__setattr__(self, "train_images", count)
+            vars(self).update(train_images=count)
         _require(not self.nesterov or self.momentum > 0, "nesterov", "True, with a momentum above 0, or False", True)
         taken = not self.dropout or self.takes("dropout")
         _require(taken, "dropout", f"left out or 0, since {name_of(self.network)} takes none", self.dropout)
