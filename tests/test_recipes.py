@@ -220,6 +220,7 @@ def test_a_recipe_refuses_what_makes_no_sense(change):
         ({"l1": -1}, "l1 must"), ({"l1": float("inf")}, "l1 must"), ({"l2": float("nan")}, "l2 must"),
         ({"num_splits": 0}, "num_splits must"), ({"num_splits": 1.5}, "num_splits must"),
         ({"norm": 4}, "norm must"), ({"penalty": 1e-4}, "penalty must"),
+        ({"norm": nn.BatchNorm2d(4)}, "give the class BatchNorm2d, not a BatchNorm2d already made"),
         ({"norm": Own, "num_splits": 4}, "norm must be left out where num_splits is given"),
         *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "name", "data")),
         ({"held_out": True}, "must be a setting of the recipe"),
@@ -237,6 +238,11 @@ def test_a_condition_refuses_what_makes_no_sense(asked, said):
     ("recipe", "changes", "said"),
     [
         (PLAIN, {"num_splits": 65}, "num_splits must be at most the batch size, 64, not 65"),
+        *(
+            (PLAIN, {"optimizer": with_rate}, "lr must be left out of the optimizer: give the rate as `learning_rate`")
+            for with_rate in (partial(Adam, lr=1e-6), partial(partial(Adam, lr=1e-6), weight_decay=0.1))
+        ),
+        (PLAIN, {"network": PlainNet()}, "network must be .*: give the class PlainNet, not a PlainNet already made"),
         (PLAIN, {"epochs": -1}, "epochs must be a whole number from 1, not -1"),
         (BOTTLENECK, {"dropout": 0.5}, r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"),
         (PLAIN, {"momentum": 0.0, "nesterov": True}, "nesterov must be True, with a momentum above 0, or False"),
@@ -246,20 +252,6 @@ def test_a_condition_that_does_not_fit_its_recipe_is_named(recipe, changes, said
     with pytest.raises(SettingError, match=rf"^New \(new\) with recipe {recipe.name}: {said}"):
         recipe.changed_by(Condition("new", "New", **changes))
     assert recipe.changed_by(Condition("new", num_splits=128, batch_size=128)).batch_size == 128
-
-
-def test_a_rate_inside_an_optimizer_is_refused():
-    for optimizer in (partial(Adam, lr=1e-6), partial(partial(Adam, lr=1e-6), weight_decay=0.1)):
-        with pytest.raises(SettingError, match=r"lr must be left out of the optimizer: give .* as `learning_rate`"):
-            Recipe("mine", Own, optimizer=optimizer)
-    assert Recipe("mine", Own, optimizer=partial(Adam, weight_decay=0.1), learning_rate=1e-6).learning_rate == 1e-6
-
-
-@pytest.mark.parametrize(("setting", "value"), [("network", PlainNet()), ("norm", nn.BatchNorm2d(4))])
-def test_a_layer_where_its_class_is_asked_for(setting, value):
-    name = type(value).__name__
-    with pytest.raises(SettingError, match=f"{setting} must be .*: give the class {name}, not a {name} already made"):
-        Recipe("r", value) if setting == "network" else Condition("c", norm=value)
 
 
 @pytest.mark.parametrize("kind", [Recipe, Condition])
