@@ -200,7 +200,7 @@ def train_run(
     keep_freed_memory()
     device = torch.device(device)
     with reproducible(device):
-        setup = set_up(run, load_images(run.recipe), device)
+        setup = set_up(run, load_images(run.recipe.data, run.recipe.held_out), device)
         history, machines = _resume(folder, run, steps, setup)
         machines.append(machine(device))
         logits = None
