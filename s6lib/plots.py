@@ -125,14 +125,19 @@ def plot_learning_curves(
 
 
 def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
-    """Draw training and test accuracy of one condition, shade what is between them, and name all three."""
+    """Draw training and test accuracy of one condition, shade what is between them, and name all three inside."""
     training = _draw_line(axes, rows, "train_accuracy", color, "--")
     test = _draw_line(axes, rows, "test_accuracy", color)
     axes.fill_between(test.index, training, test, color=color, alpha=0.12, linewidth=0)
     high, low = training.iloc[-1], test.iloc[-1]
     gap = f"gap {signed(100 * (high - low), decimals=1).lstrip('+')} points"
-    ends = [(high, f"training {high:.1%}", color), ((high + low) / 2, gap, INK)]
-    label_ends(axes, [*ends, (low, f"test {low:.1%}", color)])
+    ends = sorted(
+        [(high, f"training {high:.1%}", color), ((high + low) / 2, gap, INK), (low, f"test {low:.1%}", color)]
+    )
+    bottom, top = axes.get_ylim()
+    first = 0.05 if min(high, low) > bottom + 0.35 * (top - bottom) else 0.45  # below the ends of the lines, or above
+    for row, (_, text, tone) in enumerate(ends):
+        axes.text(0.97, first + 0.085 * row, text, transform=axes.transAxes, ha="right", fontsize=11, color=tone)
 
 
 def _draw_line(
@@ -362,7 +367,7 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     border = max(0.0, abs(mean) - 2e-6 * float(np.abs(differences).sum()))  # the means are rounded
     reach = max(1.02 * flips.index.max(), 1.01 * abs(mean)) or 1.0
     width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
-    outer = np.linspace(border, reach, 2 + int((reach - border) / width))
+    outer = border + width * np.arange(2 + int((reach - border) / width))  # no narrower than the rest
     edges = np.unique([*-outer, *np.linspace(-border, border, 2 + int(2 * border / width)), *outer])
     shares, _ = np.histogram(flips.index, edges, weights=flips)
     colors = [INK if abs(middle) >= border else QUIET for middle in (edges[:-1] + edges[1:]) / 2]
