@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from beside import is_published
 
+from lesson import is_published
 from s6lib.statistics import mean_interval, run_sd
 
 

@@ -29,6 +29,15 @@ from s6lib.plots import (
 )
 from s6lib.statistics import condition_statistics, mean_interval, power, seeds_needed
 
+THOUSANDS = StrMethodFormatter("{x:,.0f}")
+
+
+def _mark_sizes(axes: Axes, ticks: Sequence[float], **look: object) -> None:
+    """Make the x axis logarithmic, with these ticks alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], **look)
+    axes.xaxis.set_minor_locator(NullLocator())
+
 
 def plot_penalties(l1: float, l2: float) -> Figure:
     """Draw both penalties of one weight, and the size of their gradients, which pull it towards zero."""
@@ -82,7 +91,7 @@ def plot_limits(best: tuple[float, float], limit: float = 1.0) -> Figure:
             axes.plot(*touched, "o", color=COLORS[slug], markeredgecolor="#333333", markersize=9)
             place = " and ".join(f"{abs(weight):.2f}" for weight in touched)
             axes.set(title=f"{name}\nbest weights within it: {place}", xlabel="weight 1", ylabel="weight 2")
-            axes.set(xlim=(-1.3, 2.3), ylim=(-1.2, 1.6), aspect="equal")
+            axes.set(xlim=(-1.2, 2.4), ylim=(-1.2, 1.6), aspect="equal")
     return figure
 
 
@@ -95,6 +104,7 @@ def plot_class_balance(train: ImageDataset, test: ImageDataset) -> Figure:
             axes.bar(images.class_names, counts.numpy(), color=OTHER_COLORS[0])
             axes.set(title=f"{len(images.labels):,} {name} images", ylabel="images of the class")
             axes.tick_params("x", rotation=45)
+            axes.yaxis.set_major_formatter(THOUSANDS)
             axes.grid(visible=False, axis="x")
     return figure
 
@@ -127,6 +137,7 @@ def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
         for (name, grey), color in zip(images.items(), OTHER_COLORS, strict=False):
             ink = grey[grey > 0].float().numpy()
             axes.hist(ink, np.arange(0, 257, 8), histtype="step", label=name, color=color, linewidth=1.8)
+        axes.yaxis.set_major_formatter(THOUSANDS)
         axes.set(xlabel="grey level (255: full ink)", ylabel="pixels")
         axes.legend(frameon=False, loc="upper center")
     return figure
@@ -177,10 +188,9 @@ def plot_answers(
         axes.axvspan(-margin, margin, color="#EEEEEE", linewidth=0)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in answers.reset_index(drop=True).itertuples():
-            color = INK
-            axes.plot([row.low_95, row.high_95], [row.Index] * 2, color=color, linewidth=1.5)
-            axes.plot([row.low_90, row.high_90], [row.Index] * 2, color=color, linewidth=5, solid_capstyle="butt")
-            axes.plot(row.mean, row.Index, "D", color=color, markeredgecolor="white", markersize=9)
+            axes.plot([row.low_95, row.high_95], [row.Index] * 2, color=INK, linewidth=1.5)
+            axes.plot([row.low_90, row.high_90], [row.Index] * 2, color=INK, linewidth=5, solid_capstyle="butt")
+            axes.plot(row.mean, row.Index, "D", color=INK, markeredgecolor="white", markersize=9)
         names = [f"{label_of(row.question, questions)} (n = {row.n})" for row in answers.itertuples()]
         label_rows(axes, names, list(answers["said"]))
         axes.set_xlabel(
@@ -282,7 +292,7 @@ def plot_frontier(
         _enlarge(axes, runs[runs["parameters"] > 0.95 * runs["parameters"].max()], colors)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_formatter(THOUSANDS)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=1))
         axes.set(xlabel="parameters", ylabel="test accuracy", title=join_words(title, "\n", DOTS))
@@ -322,13 +332,12 @@ def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> 
     Args:
         gains: a row a change: label, group, n (pairs), mean, low, high (points).
     """
-    colors = colors_of(list(gains["group"].unique()))
     with rc_context(STYLE):
         axes = panel((9.5, 1.5 + 0.36 * len(gains)), ax)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in gains.reset_index(drop=True).itertuples():
-            axes.plot([row.low, row.high], [row.Index] * 2, color=colors[row.group], linewidth=2)
-            axes.plot(row.mean, row.Index, "D", color=colors[row.group], markeredgecolor="white", markersize=8)
+            axes.plot([row.low, row.high], [row.Index] * 2, color=INK, linewidth=2)
+            axes.plot(row.mean, row.Index, "D", color=INK, markeredgecolor="white", markersize=8)
         for row in np.flatnonzero(gains["group"] != gains["group"].shift())[1:]:  # a line between two groups
             axes.axhline(row - 0.5, color="#999999", linewidth=0.8)
         beside = [f"{signed(row.mean)}  (n = {row.n})" for row in gains.itertuples()]
@@ -369,9 +378,7 @@ def plot_gains_by_size(effects: pd.DataFrame, title: str = "", other: int = 60_0
                 hollow = {**look, "label": None, "markerfacecolor": "white", "linestyle": "none"}
                 _draw_gains(axes, mine[mine["size"] == other], 1.12**aside, hollow)
             sizes = sorted(set(effects["size"]))
-            axes.set_xscale("log")
-            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-            axes.xaxis.set_minor_locator(NullLocator())
+            _mark_sizes(axes, sizes)
             axes.grid(visible=False, axis="x")
             hollow = f" (hollow: {other:,}, another recipe)" if other in sizes else ""
             axes.set(xlabel=f"training images{hollow}", ylabel=name)
@@ -417,10 +424,7 @@ def plot_trials(
             if own is not None:
                 mine = own[(own["size"] == size) & (own["name"] == name)]
                 axes.plot(mine["strength"], mine[column], "*", markersize=16, **(look | {"markeredgecolor": INK}))
-        axes.set_xscale("log")
-        strengths = sorted(set(rows["strength"]))
-        axes.set_xticks(strengths, [f"{one:g}" for one in strengths])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _mark_sizes(axes, sorted(set(rows["strength"])))
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         lowest = base - 1.2 * (101 - base)
@@ -452,11 +456,10 @@ def plot_strengths(trials: pd.DataFrame, title: str = "") -> Figure:
             row[0].set(ylim=(-0.8 * highest, 1.25 * highest), ylabel=f"{size:,} images\ngain, points")
         for column, (slug, (label, strength)) in zip(panels.T, REGULARISERS.items(), strict=True):
             strengths = sorted(set(trials.loc[trials["name"] == slug, "strength"]))
-            column[0].set(title=label, xscale="log")
-            column[0].set_xticks(strengths)
-            column[-1].set_xticks(strengths, [f"{one:g}" for one in strengths], rotation=60, fontsize=9)
+            column[0].set_title(label)
+            _mark_sizes(column[-1], strengths, rotation=60, fontsize=10)
             column[-1].set_xlabel(strength, fontsize=11)
-            column[0].xaxis.set_minor_locator(NullLocator())
+        figure.align_xlabels()
         figure.suptitle(join_words(title, "\n", "a dot is a trial, the line the mean, the star the best strength"))
     return figure
 
@@ -489,9 +492,7 @@ def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) 
         for column, (style, color, label) in lines.items():
             axes.plot(accuracies.index, accuracies[column], style, color=color, label=label, linewidth=2)
         axes.fill_between(accuracies.index, accuracies["training"], accuracies["nothing"], color="#EEEEEE")
-        axes.set_xscale("log")
-        axes.set_xticks(list(accuracies.index), [f"{size:,}" for size in accuracies.index])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _mark_sizes(axes, list(accuracies.index))
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         axes.set(xlabel="training images", ylabel="accuracy at the last epoch", title=title)
         axes.legend(frameon=False, loc="lower right")
@@ -510,11 +511,12 @@ def plot_pruning(
     colors, ends = colors_of(list(curve["condition"].unique())), []
     with rc_context(STYLE):
         axes = panel((9, 4.8), ax)
-        for slug, rows in curve.groupby("condition", sort=False):
+        sizes = np.linspace(12, 5, len(colors))  # so that no mean hides another
+        for size, (slug, rows) in zip(sizes, curve.groupby("condition", sort=False), strict=True):
             means = rows.groupby("share")["accuracy"].mean()
             axes.plot(rows["share"], rows["accuracy"], "o", color=colors[slug], alpha=0.35, markersize=4)
             axes.plot(means.index, means, ":", color=colors[slug], linewidth=1.2)
-            axes.plot(means.index, means, "D", color=colors[slug], markeredgecolor="white", markersize=8)
+            axes.plot(means.index, means, "D", color=colors[slug], markeredgecolor="white", markersize=size)
             ends.append((means.iloc[-1], f"{means.iloc[-1]:.0%}  {label_of(slug, labels)}", colors[slug]))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -1,4 +1,4 @@
-"""A knob to turn: trials of every regulariser at many strengths, and a button that trains one more."""
+"""What a reader moves: a knob over trials, with a button that trains one more, and a slider over seeds."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -33,13 +33,9 @@ def turn_the_knob(trials: pd.DataFrame, train: Train, size: int, name: str, stre
 
 
 def _widget(trials: pd.DataFrame, train: Train, size: int, name: str, strength: float):
-    class Shown(ipywidgets.VBox):
-        def __repr__(self) -> str:  # shown until the cell is run
-            return "Run this cell for sliders and a button. The picture below shows all trials."
-
-    sizes = [(f"{one:,} images", one) for one in sorted(set(trials["size"]))]
+    sizes = [(f"{one:,}", one) for one in sorted(set(trials["size"]))]
     names = [(label, one) for one, (label, _) in REGULARISERS.items()]
-    size_slider = ipywidgets.SelectionSlider(options=sizes, value=size, description="train on")
+    size_slider = ipywidgets.SelectionSlider(options=sizes, value=size, description="images")
     name_list = ipywidgets.Dropdown(options=names, value=name, description="regulariser")
     strength_slider = ipywidgets.SelectionSlider(options=[strength], description="strength")
     button, said, picture = ipywidgets.Button(), ipywidgets.Label(), ipywidgets.Image(format="png", width=720)
@@ -75,7 +71,37 @@ def _widget(trials: pd.DataFrame, train: Train, size: int, name: str, strength: 
         one.observe(offer_strengths, "value")
     button.on_click(train_this)
     offer_strengths()
-    return Shown([size_slider, name_list, strength_slider, ipywidgets.HBox([button, said]), picture])
+    parts = [size_slider, name_list, strength_slider, ipywidgets.HBox([button, said]), picture]
+    return _box(parts, "Run this cell for sliders and a button. The picture below shows all trials.")
+
+
+def slide_over_seeds(accuracies: pd.DataFrame):
+    """Show a slider over seeds, with one run of each condition and the winner; or the table, without ipywidgets.
+
+    Args:
+        accuracies: one row per seed, one column per condition, in percent.
+    """
+    if ipywidgets is None:
+        return accuracies
+    slider = ipywidgets.SelectionSlider(options=list(accuracies.index), description="seed")
+    table = ipywidgets.HTML()
+
+    def redraw(_=None) -> None:
+        run = accuracies.loc[slider.value].sort_values(ascending=False, kind="stable")
+        rows = "".join(f"<tr><td>{label}&emsp;</td><td>{accuracy:.2f}%</td></tr>" for label, accuracy in run.items())
+        table.value = f"<table>{rows}</table><p>The winner: <b>{' and '.join(run.index[run == run.max()])}</b></p>"
+
+    slider.observe(redraw, "value")
+    redraw()
+    return _box([slider, table], "Run this cell for a slider over the seeds. The picture below shows them all.")
+
+
+def _box(parts: list, text: str):
+    class Box(ipywidgets.VBox):
+        def __repr__(self) -> str:  # shown until the cell is run
+            return text
+
+    return Box(parts)
 
 
 def as_png(figure: Figure) -> bytes:

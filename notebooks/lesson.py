@@ -1,4 +1,4 @@
-"""What the notebooks need beside the lesson: pictures that move, a reader's guesses, sources, times."""
+"""What the notebooks need beside the lesson: pictures that move, a reader's guesses, sources, times, runs."""
 
 import inspect
 import io
@@ -20,7 +20,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from s6lib import CONDITIONS, Recipe, S6Error, Study, run_study
+from s6lib import CONDITIONS, CONTROL, Recipe, S6Error, Study, run_study
+from s6lib.data import PROJECT
 from s6lib.plots import INK, OTHER_COLORS, STYLE
 from s6lib.recipes import name_of
 from s6lib.study import recipes_in
@@ -90,6 +91,7 @@ def plot_guess(guess: float | str, results: Mapping[str, float], what: str) -> F
             axes.annotate(_short(number), (number, 0), (9, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(1 + len(results)), ["your guess", *results])
         axes.set(xlim=(min(numbers) - margin / 5, max(numbers) + margin), ylim=(len(results) + 0.6, -0.6), xlabel=what)
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.grid(visible=False, axis="y")
         axes.set_title("" if guesses else "no guess yet: write a number in the cell, and run it again")
     return figure
@@ -177,23 +179,35 @@ def minutes_here(recipe: Recipe) -> float:
     return seconds * ceil(len(CONDITIONS) / (1 if gpu else os.cpu_count() or 1)) / 60
 
 
-def first_runs(folder: str | Path) -> dict[str, Study]:
-    """Open the first seed of each recipe in a folder, by recipe and network: the five conditions, or those there are.
+def is_published(folder: str | Path) -> bool:
+    """Return whether a folder is that of the published runs."""
+    return Path(folder).expanduser().resolve() == (PROJECT / "results").resolve()
 
-    Raises S6Error if there are no runs.
+
+def open_studies(folder: str | Path) -> dict[str, Study]:
+    """Open the studies in a folder by name, such as "plain (PlainNet)", those of built-in recipes first.
+
+    Of the published runs, only seeds 1 to 10 of the six conditions are read. Raises S6Error if there are no runs.
     """
-    studies = {}
-    for name in recipes_in(folder):
-        whole = Study(folder, name)
-        five = [condition.slug for condition in CONDITIONS if condition.slug in whole.conditions]
-        studies[f"{name} ({name_of(whole.recipe.network)})"] = Study(folder, name, five or None, whole.seeds[0])
+    chosen = {"conditions": (*CONDITIONS, CONTROL), "seeds": range(1, 11)} if is_published(folder) else {}
+    studies = [Study(folder, recipe, **chosen) for recipe in recipes_in(Path(folder).expanduser())]
     if not studies:
         raise S6Error("no runs yet: train some in 03, or set FOLDER")
-    return studies
+    return {f"{study.recipe.name} ({name_of(study.recipe.network)})": study for study in studies}
+
+
+def open_comparison(folder: str | Path) -> tuple[str, Study]:
+    """Open the first study of a folder, with its name. Raises S6Error if it has too few runs to compare conditions."""
+    name, study = next(iter(open_studies(folder).items()))
+    if min(len(study.seeds), len(study.conditions)) < 2:
+        raise S6Error(
+            f"{study.recipe.name} has too few runs to compare: train two conditions or more, with two seeds or more"
+        )
+    return name, study
 
 
 def five_conditions(mode: str, recipe: Recipe, folder: str | Path) -> dict[str, Study]:
-    """Train the five conditions with seed 1, or train nothing, and open the `first_runs` of the folder.
+    """Train the five conditions with seed 1, or nothing, and open the first seed of each study in the folder.
 
     Args:
         mode: "open" to train nothing, "quick" for three short epochs, "full" for the whole recipe, after a sentence
@@ -209,4 +223,8 @@ def five_conditions(mode: str, recipe: Recipe, folder: str | Path) -> dict[str, 
         recipe = replace(recipe, name=f"{recipe.name}-quick", epochs=3, train_images=12_800)
     if mode != "open":
         run_study(recipe, CONDITIONS, seeds=1, out=folder)
-    return first_runs(folder)
+    studies = open_studies(folder)
+    for name, study in studies.items():
+        five = [condition.slug for condition in CONDITIONS if condition.slug in study.conditions]
+        studies[name] = Study(folder, study.recipe, five or None, study.seeds[0])
+    return studies

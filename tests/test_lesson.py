@@ -125,4 +125,4 @@ def test_an_unknown_mode_and_a_folder_without_runs_are_sentences(tmp_path):
     with pytest.raises(s6lib.S6Error, match='MODE must be "open", "quick" or "full", not \'fast\''):
         lesson.five_conditions("fast", PLAIN, tmp_path)
     with pytest.raises(s6lib.S6Error, match="no runs yet"):
-        lesson.first_runs(tmp_path)
+        lesson.five_conditions("open", PLAIN, tmp_path)
