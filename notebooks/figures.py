@@ -516,7 +516,7 @@ def plot_pruning(
             means = rows.groupby("share")["accuracy"].mean()
             axes.plot(rows["share"], rows["accuracy"], "o", color=colors[slug], alpha=0.35, markersize=4)
             axes.plot(means.index, means, ":", color=colors[slug], linewidth=1.2)
-            axes.plot(means.index, means, "D", color=colors[slug], markeredgecolor="white", markersize=size)
+            axes.plot(means.index, means, "D", color=colors[slug], mec="white", mew=0.5, markersize=size)
             ends.append((means.iloc[-1], f"{means.iloc[-1]:.0%}  {label_of(slug, labels)}", colors[slug]))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

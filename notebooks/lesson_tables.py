@@ -1,6 +1,5 @@
 """Tables and tests that only one notebook uses. Those for any study are in s6lib.analysis and s6lib.statistics."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,22 +220,3 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
     if not verdicts:
         raise ValueError(f"{best} is compared with none: name the others")
     return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
-
-
-LAYERS = {
-    "c": "3x3 convolution to {}, padded",
-    "v": "3x3 convolution to {}",
-    "s": "separable convolution to {}, padded",
-    "t": "separable convolution to {}",
-    "R": "the last convolution again",
-    "M": "a new depthwise kernel before the last mix",
-    "P": "2x2 maximum",
-    "p": "3x3 convolution to {}, padded, with 2x2 maximum",
-}
-
-
-def describe_plan(plan: str) -> str:
-    """Say in words what layers a trial of studies/frontier_search.csv has, such as "c24 P t24 t24"."""
-    words = [LAYERS[code[0]].format(code[1:]) for code in plan.split()]
-    counts = [(word, len(list(same))) for word, same in itertools.groupby(words)]
-    return ", ".join(word if count == 1 else f"{count} x {word}" for word, count in counts)

@@ -187,12 +187,3 @@ def test_the_best_must_beat_every_other():
     for best, others, sentence in (("a", ["d"], "no comparison of a with d"), ("a", [], "a is compared with none")):
         with pytest.raises(ValueError, match=sentence):
             tables.verdict_on_best(paired_comparisons(OUTCOMES.rename(columns={"bn": "a"})), best, others)
-
-
-def test_every_trial_of_the_search_is_said_in_words():
-    plans = pd.read_csv(PROJECT / "studies" / "frontier_search.csv")["plan"]
-    assert all(tables.describe_plan(plan) for plan in plans)
-    assert (
-        tables.describe_plan("c24 P t24 t24")
-        == "3x3 convolution to 24, padded, 2x2 maximum, 2 x separable convolution to 24"
-    )
