@@ -33,14 +33,11 @@ CLAIMS = {
         "L1 + BN has a lower loss than L1 + L2 + GBN in every seed": lambda it: (
             it.losses["l1-bn"] < it.losses["l1-l2-gbn"]
         ).all(),
-        "the training accuracy that is logged lies below the test accuracy": lambda it: (
-            it.fair["training, as logged"] < it.fair["test"]
-        ).all(),
         "measured in the same way it is higher, by less than 0.1 points": lambda it: (
             0 < it.on_training - it.on_test < 0.1
         ),
         "the finished networks show no such difference": lambda it: it.fair.diff().iloc[1, 1] > 0,
-        "L1 leaves a spike at zero": lambda it: min(it.small[slug] for slug in it.small if "l1" in slug) > 0.25,
+        "L1 has a spike at zero": lambda it: min(it.small[slug] for slug in it.small if "l1" in slug) > 0.25,
         "L2 makes weights smaller by 8%": lambda it: (
             0.915 < abs(it.weights["l2-bn"]).mean() / abs(it.weights["bn"]).mean() < 0.925
         ),
@@ -51,20 +48,13 @@ CLAIMS = {
         "with 70% removed, those trained with L1 still get 99% right": lambda it: (
             it.left.loc[["l1-bn", "l1-l2-bn"], "70% removed"].round().eq(99).all()
         ),
-        "without L1 it is about three quarters": lambda it: (
-            it.left.loc[["l2-bn", "bn"], "70% removed"].between(70, 80).all()
+        "without L1 it depends on the seed": lambda it: (
+            np.ptp(it.curve.query("share == 0.7 and condition in ['l2-bn', 'bn']")["accuracy"]) > 0.3
         ),
-        "and anything from 40% to 89%, depending on the seed": lambda it: (
-            it.curve.query("share == 0.7 and condition in ['l2-bn', 'bn']")["accuracy"].agg(["min", "max"]).round(2)
-            == [0.40, 0.89]
-        ).all(),
         "with 16 ghosts, all runs are below every run with fewer": lambda it: (
             it.accuracies[[1, 2, 4, 8]].min().min() > it.accuracies[16].max()
         ),
         "with 32 ghosts, they are lower still": lambda it: it.accuracies[16].min() > it.accuracies[32].max(),
-        "about a quarter of the errors are not close calls": lambda it: 0.2 < it.share_sure < 0.3,
-        "4 and 9 are confused most often in every seed": lambda it: it.places.loc["four / nine"].eq(1).all(),
-        "other pairs come before 1 and 7 in every seed": lambda it: it.places.loc["one / seven"].min() > 2,
         "few images cause most errors": lambda it: it.share_hard > 0.5,
     },
     "05_replication": {
@@ -99,8 +89,8 @@ CLAIMS = {
         ),
     },
     "09_methods": {
-        "within a column the numbers differ by 0.7 points at most, within a row by 1.0 at least": lambda it: (
-            np.ptp(it.parts.to_numpy(), axis=0).max() < 0.701 < 0.999 < np.ptp(it.parts.to_numpy(), axis=1).min()
+        "some parts are harder than others, for every network": lambda it: (
+            np.ptp(it.parts.to_numpy(), axis=1).min() > np.ptp(it.parts.to_numpy(), axis=0).max()
         ),
         "the images make a mean more uncertain than the seeds do": lambda it: all(
             source["images"] > 2.5 * source["seeds"] for source in list(it.sources.values())[:-1]
