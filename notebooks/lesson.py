@@ -98,7 +98,7 @@ def plot_guess(guess: float | str, results: Mapping[str, float], what: str) -> F
 
 
 def _short(number: float) -> str:
-    return f"{number:,.1f}".removesuffix(".0")
+    return f"{number:,.1f}".removesuffix(".0").replace("-", "\N{MINUS SIGN}")
 
 
 def receptive_fields(model: nn.Module) -> list[tuple[str, int]]:
