@@ -131,20 +131,15 @@ def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
     axes.fill_between(test.index, training, test, color=color, alpha=0.12, linewidth=0)
     high, low = training.iloc[-1], test.iloc[-1]
     gap = f"gap {signed(100 * (high - low), decimals=1).lstrip('+')} points"
-    ends = sorted(
-        [(high, f"training {high:.1%}", color), ((high + low) / 2, gap, INK), (low, f"test {low:.1%}", color)]
-    )
-    bottom, top = axes.get_ylim()
-    first = 0.05 if min(high, low) > bottom + 0.35 * (top - bottom) else 0.45  # below the ends of the lines, or above
-    for row, (_, text, tone) in enumerate(ends):
+    texts = [(f"test {low:.1%}", color), (gap, INK), (f"training {high:.1%}", color)]
+    first = 0.05 if min(high, low) > sum(axes.get_ylim()) / 2 else 0.5  # below the ends of the lines, or above
+    for row, (text, tone) in enumerate(texts if low <= high else texts[::-1]):
         axes.text(0.97, first + 0.085 * row, text, transform=axes.transAxes, ha="right", fontsize=11, color=tone)
 
 
-def _draw_line(
-    axes: Axes, rows: pd.DataFrame, column: str, color: str, dash: str = "-", band: bool = True
-) -> pd.Series:
+def _draw_line(axes: Axes, rows: pd.DataFrame, what: str, color: str, dash: str = "-", band: bool = True) -> pd.Series:
     """Draw and return the mean over the seeds by epoch, with a band from the lowest seed to the highest."""
-    seeds = rows.groupby("epoch")[column]
+    seeds = rows.groupby("epoch")[what]
     mean = seeds.mean()
     axes.plot(mean.index, mean, dash, color=color, linewidth=2, marker="o" if len(mean) == 1 else None)
     if band:
