@@ -106,6 +106,9 @@ def name_of(thing: Any) -> str:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, partial):
+        named = (f"{name}-{_word(one)}" for name, one in value.keywords.items())
+        return "-".join([_word(value.func), *map(_word, value.args), *named])
     if callable(value):
         return name_of(value)
     return f"{value:g}".replace("e-0", "e-") if type(value) is float else str(value)

@@ -148,7 +148,7 @@ def test_a_condition_is_a_value():
         ({"dropout": 0.0, "nesterov": True}, "dropout-0-nesterov-true"),
         ({"schedule": "one-cycle"}, "schedule-one-cycle"),
         ({"optimizer": AdamW, "learning_rate": 1e-3}, "optimizer-adamw-learning_rate-0.001"),
-        ({"optimizer": partial(AdamW, weight_decay=0.1)}, "optimizer-adamw"),
+        ({"optimizer": partial(AdamW, weight_decay=0.1)}, "optimizer-adamw-weight_decay-0.1"),
         ({"penalty": constant_penalty, "label": "C"}, "penalty-constant_penalty"),
     ],
 )
