@@ -27,7 +27,7 @@ from s6lib.study import Study
 from s6lib.train import evaluate
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
-from lesson_tables import variance_sources
+from lesson_tables import variance_sources, worth_analysis, worth_by_size
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -207,6 +207,36 @@ def question_table() -> str:
             subject = re.sub("l[12]-exercise|digits|^[a-z0-9]+$", lambda found: names[found[0]], row.subject)
             rows.append((question, subject, tested(row), row.said.replace("digits", "images")))
     return table("| | | mean (95% interval), p after Holm | conclusion |", rows)
+
+
+worths = cache(worth_by_size)
+
+
+def worth_cell(size: int, slug: str) -> str:
+    """The share of errors removed, bold where it is above or below 0 after Holm's correction, and the worth."""
+    row, ends = worths().loc[(slug, size)], "_low", "_high"
+    removed, times = (
+        interval((row[name + end] for end in ends), digits, "") for name, digits in (("share", 0), ("worth", 2))
+    )
+    bold = "**" if row["p"] <= 0.05 else ""
+    return f"{bold}{number(row['share'], 0)}%{bold} ({removed}); {row['worth']:.2f} ({times})"
+
+
+def worth_table() -> str:
+    """Questions 1 and 2 of the third study, and the accuracy without a regulariser."""
+    sizes = worth_analysis.REGULARISED
+    rows = [[label, *(worth_cell(size, slug) for size in sizes)] for slug, label in few.NAMES.items()]
+    without = ["*wrong without*", *(f"{worths().loc[('nothing', size), 'error']:.2f}%" for size in sizes)]
+    return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", [*rows, without])
+
+
+def worth_answers(*questions: str) -> str:
+    """The sentences on other questions of the third study, as its analysis says them."""
+    rows = []
+    for question in questions:
+        for row in worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth"):
+            rows.append((question, row["subject"], row["n"], p_value(row["p_holm"]), row["said"]))
+    return table("| | | n | p, Holm | answer |", rows)
 
 
 def power_table() -> str:

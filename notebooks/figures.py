@@ -357,40 +357,44 @@ REGULARISERS = {
 }
 
 
-def plot_gains_by_size(effects: pd.DataFrame, title: str = "", other: int = 60_000) -> Figure:
-    """Draw what each regulariser gains by the number of training images: in points, and as a share of the errors.
+def plot_worth(table: pd.DataFrame, title: str = "", limits: tuple[float, float] = (0.6, 4.0)) -> Figure:
+    """Draw test errors by the number of training images, and beside them how many times the images each is worth.
 
     Args:
-        effects: one row per scale, regulariser and size: scale ("points" or "share"), name (of REGULARISERS), size,
-            mean, low, high (points or percent).
-        other: the number of images of another recipe, drawn as hollow markers without a line.
+        table: rows by name ("nothing" and REGULARISERS) and size, with `error`, in percent, and `worth`, each with its
+            interval as `_low` and `_high`, as lesson_tables.worth_by_size gives it.
+        limits: of the axis on the right; an interval that is open, or ends beyond them, is drawn up to them.
     """
-    scales = {"points": "gain over no regularisation, points", "share": "share of the errors removed"}
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    looks = {name: {"color": COLORS[name], "label": label} for name, (label, _) in REGULARISERS.items()}
+    looks = {"nothing": {"color": INK, "label": "nothing", "zorder": 3}, **looks}
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     with rc_context(STYLE):
-        for axes, (scale, name) in zip(figure.subplots(1, 2), scales.items(), strict=True):
-            axes.axhline(0, color="#333333", linewidth=1)
-            rows = effects[effects["scale"] == scale]
-            for aside, (slug, (label, _)) in zip(np.linspace(-1, 1, 5), REGULARISERS.items(), strict=True):
-                look = {"color": COLORS[slug], "marker": "o", "capsize": 3, "linewidth": 2, "label": label}
-                mine = rows[rows["name"] == slug]
-                _draw_gains(axes, mine[mine["size"] != other], 1.12**aside, look)
-                hollow = {**look, "label": None, "markerfacecolor": "white", "linestyle": "none"}
-                _draw_gains(axes, mine[mine["size"] == other], 1.12**aside, hollow)
-            sizes = sorted(set(effects["size"]))
-            _mark_sizes(axes, sizes)
+        left, right = figure.subplots(1, 2)
+        for aside, (name, look) in zip(np.linspace(-1, 1, len(looks)), looks.items(), strict=True):
+            _draw_by_size(left, table.loc[name], "error", 1.09**aside, look)
+            if name != "nothing":
+                _draw_by_size(right, table.loc[name].clip(*limits), "worth", 1.09**aside, look)
+        for axes in (left, right):
+            _mark_sizes(axes, sorted(table["error" if axes is left else "worth"].dropna().index.unique("size")))
             axes.grid(visible=False, axis="x")
-            hollow = f" (hollow: {other:,}, another recipe)" if other in sizes else ""
-            axes.set(xlabel=f"training images{hollow}", ylabel=name)
-        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-        figure.axes[0].legend(frameon=False)
+            axes.set(yscale="log", xlabel="training images")
+        left.set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5%", "1%", "2%", "5%", "10%", "20%"))
+        left.set_ylabel("test images wrong (logarithmic)")
+        left.legend(frameon=False)
+        right.set_yticks((0.7, 1, 1.5, 2, 3), ("0.7 times", "1", "1.5 times", "2 times", "3 times"))
+        right.set(ylim=limits, ylabel="worth so many times the images (logarithmic)")
+        right.axhline(1, color=INK, linewidth=1)
+        for axes in (left, right):
+            axes.yaxis.set_minor_locator(NullLocator())
         figure.suptitle(join_words(title, "\n", "means over seeds, with their 95% intervals"))
     return figure
 
 
-def _draw_gains(axes: Axes, rows: pd.DataFrame, aside: float, look: Mapping[str, object]) -> None:
-    low, mean, high = rows[["low", "mean", "high"]].to_numpy().T
-    axes.errorbar(aside * rows["size"].to_numpy(), mean, [mean - low, high - mean], **look)
+def _draw_by_size(axes: Axes, rows: pd.DataFrame, column: str, aside: float, look: Mapping[str, object]) -> None:
+    rows = rows.dropna(subset=column)
+    low, mean, high = (rows[name].to_numpy() for name in (f"{column}_low", column, f"{column}_high"))
+    bars = [mean - low, high - mean]
+    axes.errorbar(aside * rows.index.to_numpy(), mean, bars, marker="o", capsize=3, linewidth=2, **look)
 
 
 def plot_trials(
