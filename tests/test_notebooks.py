@@ -218,13 +218,21 @@ def cell_with(notebook: nbformat.NotebookNode, line: str) -> int:
     return next(n for n, cell in cells if cell.cell_type == "code" and re.search(f"^{line}", cell.source, re.MULTILINE))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OF_RUNS)
-def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(tmp_path, name):
-    """As text, which is how 03 teaches to name a folder on Drive. Two conditions, two seeds, two short recipes."""
+@pytest.fixture(scope="module")
+def own_runs(tmp_path_factory):
+    """Two conditions, two seeds, two short recipes."""
+    folder = tmp_path_factory.mktemp("own")
     for recipe in ("plain", "shorter"):
         short = replace(s6lib.PLAIN, name=recipe, epochs=2, train_images=640)
-        s6lib.run_study(short, ("l1-bn", "gbn"), (1, 2), tmp_path, jobs=1, device="cpu", show_progress=False)
+        s6lib.run_study(short, ("l1-bn", "gbn"), (1, 2), folder, jobs=1, device="cpu", show_progress=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_RUNS)
+def test_a_folder_of_ones_own_may_take_the_place_of_the_published_one(own_runs, tmp_path, name):
+    """As text, which is how 03 teaches to name a folder on Drive."""
+    shutil.copytree(own_runs, tmp_path, dirs_exist_ok=True)
     notebook = read(name, FOLDER=repr(str(tmp_path)))
     if name == "03_study":  # the cells before would train for a minute, and read no folder
         needed = [nbformat.v4.new_code_cell("import lesson, pandas as pd, s6lib")]
