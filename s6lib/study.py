@@ -1,10 +1,10 @@
 """Study, which reads the runs in a study's folder."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -24,17 +24,7 @@ from s6lib.lab.record import (
     read_recipe,
     settings_of,
 )
-from s6lib.recipes import (
-    ALL_CONDITIONS,
-    RECIPES,
-    SLUG,
-    Condition,
-    Recipe,
-    Run,
-    build_model,
-    load_images,
-    name_of,
-)
+from s6lib.recipes import ALL_CONDITIONS, RECIPES, SLUG, Condition, Recipe, Run, build_model, load_images, name_of
 from s6lib.train import predict
 
 CHECKED = 1_000  # saved predictions that a model with the user's code must reproduce
@@ -42,17 +32,9 @@ CHECKED = 1_000  # saved predictions that a model with the user's code must repr
 
 def recipes_in(folder: str | Path) -> list[str]:
     """List the names of the recipes with a complete run in a folder, the built-in ones first."""
-    folders = (path for path in Path(folder).glob("*") if re.fullmatch(SLUG, path.name))
-    names = {path.name for path in folders if any(is_complete(run) for run in run_folders(path))}
-    return [name for name in RECIPES if name in names] + sorted(names - RECIPES.keys())
-
-
-class _Record(NamedTuple):
-    """A complete run: its folder, the entries of its run.json, and the run that they describe."""
-
-    folder: Path
-    about: dict[str, Any]
-    run: Run
+    paths = [path for path in sorted(Path(folder).glob("*")) if re.fullmatch(SLUG, path.name)]
+    names = [path.name for path in paths if any(map(is_complete, run_folders(path)))]
+    return sorted(names, key=[*RECIPES, *names].index)
 
 
 class Study:
@@ -71,7 +53,7 @@ class Study:
     content of a file does not match its checksum.
 
     Attributes:
-        recipe, conditions (by slug), runs (pairs of slug and seed), seeds.
+        recipe; conditions and labels, by slug; runs, pairs of slug and seed, by condition; seeds, in order.
     """
 
     def __init__(
@@ -82,48 +64,45 @@ class Study:
         seeds: Iterable[int] | int | None = None,
     ) -> None:
         self.folder = Path(folder).expanduser()
-        name = _recipe_name(self.folder, recipe)
+        names = recipes_in(self.folder)
+        if recipe is None and len(names) != 1:
+            there = f"it has those of {', '.join(names)}: name one of them" if names else "train some with run_study"
+            raise StudyError(f"no recipe is named, and {folder} does not hold the runs of exactly one; {there}")
+        name = names[0] if recipe is None else getattr(recipe, "name", recipe)
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
-        slugs = [_slug(condition) for condition in conditions or ()]
-        chosen = set(seeds) if isinstance(seeds, Iterable) else {seeds}
-        records = [_read_run(run) for run in run_folders(self.folder / name) if is_complete(run)]
-        order = list(dict.fromkeys([*slugs, *ALL_CONDITIONS, *sorted(one.run.condition.slug for one in records)]))
-        records.sort(key=lambda one: (order.index(one.run.condition.slug), one.run.seed))
-        self._records = {
-            (one.run.condition.slug, one.run.seed): one
-            for one in records
-            if (conditions is None or one.run.condition.slug in slugs) and (seeds is None or one.run.seed in chosen)
-        }
-        if not self._records:
-            there = ", ".join(dict.fromkeys(one.run.condition.slug for one in records))
-            there = there or ", ".join(f"runs of {other}" for other in recipes_in(self.folder)) or "none"
+        given = {getattr(condition, "slug", condition): condition for condition in conditions or ()}
+        wanted = set(seeds) if isinstance(seeds, Iterable) else {seeds}
+
+        paths = [path for path in run_folders(self.folder / name) if is_complete(path)] if name in names else []
+        order = [*given, *ALL_CONDITIONS, *(path.parent.name for path in paths)]
+        paths.sort(key=lambda path: (order.index(path.parent.name), _seed_of(path)))
+        records = [
+            _read_run(path)
+            for path in paths
+            if (conditions is None or path.parent.name in given) and (seeds is None or _seed_of(path) in wanted)
+        ]
+        if not records:
+            others = (f"runs of {name}" for name in names)
+            there = ", ".join(dict.fromkeys(path.parent.name for path in paths) or others) or "none"
             raise StudyError(
                 f"no complete {name} run of those asked for in {folder} (there are: {there}); train some with "
                 "run_study or python -m s6lib run"
             )
-        given = {condition.slug: condition for condition in conditions or () if isinstance(condition, Condition)}
-        self.recipe = recipe if isinstance(recipe, Recipe) else next(iter(self._records.values())).run.recipe
-        self.conditions = {slug: given.get(slug, record.run.condition) for (slug, _), record in self._records.items()}
-        for (slug, seed), record in self._records.items():  # as the first of its condition, or as the caller's
-            phrases = differences(record.about, settings_of(Run(self.recipe, self.conditions[slug], seed)))
+        self.recipe = recipe if isinstance(recipe, Recipe) else records[0][0].recipe
+        self.conditions: dict[str, Condition] = {}
+        self._about: dict[tuple[str, int], dict[str, Any]] = {}
+        for run, about in records:
+            slug, seed, condition = run.condition.slug, run.seed, given.get(run.condition.slug)
+            self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
+            self._about[slug, seed] = about
+            phrases = differences(about, settings_of(self._run(slug, seed)))
             if phrases:
-                raise StudyError(DIFFERENT_TRAINING.format(folder=record.folder, differences="; ".join(phrases[:3])))
-
-    @property
-    def runs(self) -> list[tuple[str, int]]:
-        """Slug and seed of each run, by condition."""
-        return list(self._records)
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds of the runs, in order."""
-        return sorted({seed for _, seed in self._records})
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """The conditions' labels by slug."""
-        return {slug: condition.label for slug, condition in self.conditions.items()}
+                place = run.folder(self.folder)
+                raise StudyError(DIFFERENT_TRAINING.format(folder=place, differences="; ".join(phrases[:3])))
+        self.labels = {slug: condition.label for slug, condition in self.conditions.items()}
+        self.runs = list(self._about)
+        self.seeds = sorted({seed for _, seed in self.runs})
 
     def history(self) -> pd.DataFrame:
         """One row per epoch of every run: condition, label, seed, and the columns of history.csv."""
@@ -131,7 +110,10 @@ class Study:
 
     @cached_property
     def _history(self) -> pd.DataFrame:
-        tables = {run: self._read_history(*run) for run in self._records}
+        def read(file: BinaryIO) -> pd.DataFrame:
+            return pd.read_csv(file)[list(COLUMNS)].rename(columns=lambda column: column.replace("val_", "test_"))
+
+        tables = {run: self._read(self._run(*run), "history.csv", read, "a history of a run") for run in self.runs}
         table = pd.concat(tables, names=["condition", "seed"]).reset_index(["condition", "seed"]).reset_index(drop=True)
         table.insert(1, "label", table["condition"].map(self.labels))
         return table
@@ -141,19 +123,15 @@ class Study:
 
         The last epoch is the result. The best epoch is chosen on the test images, so its accuracy is too high.
         """
-        runs = self._history.groupby(["condition", "seed"], sort=False)
-        last = runs.last()
-        best = self._history.loc[runs["test_accuracy"].idxmax()].set_index(["condition", "seed"])
-        table = pd.DataFrame(
-            {
-                "label": last["label"],
-                "test_accuracy": last["test_accuracy"],
-                "test_loss": last["test_loss"],
-                "best_accuracy": best["test_accuracy"],
-                "best_epoch": best["epoch"],
-                "train_accuracy": last["train_accuracy"],
-                "seconds": runs["seconds"].sum(),
-            }
+        runs = self._history.set_index("epoch").groupby(["condition", "seed"], sort=False)
+        table = runs.agg(
+            label=("label", "last"),
+            test_accuracy=("test_accuracy", "last"),
+            test_loss=("test_loss", "last"),
+            best_accuracy=("test_accuracy", "max"),
+            best_epoch=("test_accuracy", "idxmax"),
+            train_accuracy=("train_accuracy", "last"),
+            seconds=("seconds", "sum"),
         )
         return table.reset_index()
 
@@ -162,19 +140,20 @@ class Study:
 
         Raises SettingError, a ValueError, if a condition lacks a seed that another has: comparisons are paired by seed.
         """
-        table = self.summary().pivot(index="seed", columns="condition", values="test_accuracy")[list(self.conditions)]
-        missing = [f"{slug} seed {seed}" for seed in table.index for slug in table if np.isnan(table.loc[seed, slug])]
+        runs = [(slug, seed) for seed in self.seeds for slug in self.conditions]
+        missing = [f"{slug} seed {seed}" for slug, seed in runs if (slug, seed) not in self._about]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise SettingError(
                 f"comparisons are paired by seed, and these runs are missing: {', '.join(missing[:3])}{more}; train "
                 "them, or choose conditions or seeds that are complete"
             )
+        table = self.summary().pivot(index="seed", columns="condition", values="test_accuracy")[list(self.conditions)]
         return (100 * table).round(8)  # 99.55, not 99.55000000000001
 
     def about(self) -> pd.DataFrame:
         """One row per run with the entries of run.json: device, processor, versions, seconds and so on."""
-        runs = [{**record.about, "condition": slug} for (slug, _), record in self._records.items()]
+        runs = [{**about, "condition": slug} for (slug, _), about in self._about.items()]
         return pd.DataFrame(runs).drop(columns=["recipe", "first_steps", "sha256"], errors="ignore")
 
     @cached_property
@@ -192,94 +171,67 @@ class Study:
         Raises StudyError if it needs the user's code and that was not given, or no longer gives the saved predictions.
         """
         keep_freed_memory()  # the model is about to be evaluated: a third faster with it
-        record = self._record(condition, seed)
-        content = read_result(record.folder, "weights.pt")
-        run = Run(self.recipe, self.conditions[record.run.condition.slug], record.run.seed)
-        own = has_user_code(run)
-        train = self.data[0] if own else None
+        run = self._run(condition, seed)
+        train, test = self.data if has_user_code(run) else (None, None)
         with reproducible(CPU):
             seed_everything(run.seed, 0, CPU)  # as before training: a constant may be drawn
             model = build_model(run.recipe, run.condition, train)
-        try:
-            model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
-        except Exception:  # a dozen kinds, depending on what the file is
-            network = name_of(self.recipe.network)
-            path = record.folder / "weights.pt"
-            raise DamagedFile(f"{path} is not a state_dict of {network}, and is not trusted") from None
-        if own:
-            self._require_saved_predictions(model, record)
-        return model.eval()
 
-    def _require_saved_predictions(self, model: nn.Module, record: _Record) -> None:
-        some = self.data[1].part(slice(CHECKED))
-        saved = self.predictions(record.run.condition, record.run.seed)[:CHECKED]
-        different = int((predict(model, some).numpy() != saved).sum())
-        if different > 3:  # on another processor, two nearly equal logits may change places
-            raise StudyError(
-                f"the model of {record.folder} does not give the predictions saved with it for {different} of "
-                f"{len(saved)} images: its code has changed since; give the code that was trained"
-            )
+        def load(file: BinaryIO) -> None:
+            model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+        self._read(run, "weights.pt", load, f"a state_dict of {name_of(run.recipe.network)}")
+        if test is not None:
+            saved = self.predictions(condition, run.seed)[:CHECKED]
+            different = int((predict(model, test.part(slice(CHECKED))).numpy() != saved).sum())
+            if different > 3:  # on another processor, two nearly equal logits may change places
+                raise StudyError(
+                    f"the model of {run.folder(self.folder)} does not give the predictions saved with it for "
+                    f"{different} of {len(saved)} images: its code has changed since; give the code that was trained"
+                )
+        return model.eval()
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
         """Load the predicted class of each test image, uint8 (10000,), by default of the condition's first seed."""
-        folder = self._record(condition, seed).folder
-        try:
-            return np.load(read_result(folder, "predictions.npy"), allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            raise DamagedFile(f"{folder / 'predictions.npy'} is not an array of numbers, and is not trusted") from None
+        return self._read(self._run(condition, seed), "predictions.npy", np.load, "an array of numbers")
 
     def check(self) -> None:
         """Read every file of every run. Raises DamagedFile if one is missing or does not match its checksum."""
-        for record in self._records.values():
+        for run in self.runs:
             for name in RESULTS:
-                read_result(record.folder, name)
+                read_result(self._run(*run).folder(self.folder), name)
 
-    def _read_history(self, condition: str, seed: int) -> pd.DataFrame:
-        folder = self._records[condition, seed].folder
-        try:
-            table = pd.read_csv(read_result(folder, "history.csv"))
-        except (pd.errors.ParserError, pd.errors.EmptyDataError):
-            table = pd.DataFrame()
-        if tuple(table.columns) != COLUMNS or table.empty:
-            raise DamagedFile(f"{folder / 'history.csv'} is not a history of a run: {', '.join(COLUMNS)}")
-        return table.rename(columns=lambda column: column.replace("val_", "test_"))
-
-    def _record(self, condition: str | Condition, seed: int | None) -> _Record:
-        slug = _slug(condition)
-        seeds = [k for name, k in self._records if name == slug and seed in (None, k)]
+    def _run(self, condition: str | Condition, seed: int | None = None) -> Run:
+        """Return a run, by default of the condition's first seed. Raises StudyError if the study does not have it."""
+        slug = condition.slug if isinstance(condition, Condition) else condition
+        seeds = [k for name, k in self._about if name == slug and seed in (None, k)]
         if not seeds:
-            runs = ", ".join(f"{slug} {k}" for slug, k in self._records)
             request = repr(slug) if seed is None else f"{slug!r}, seed {seed}"
+            runs = ", ".join(f"{slug} {k}" for slug, k in self._about)
             raise StudyError(f"no complete run of condition {request}; there are: {runs}")
-        return self._records[slug, seeds[0]]
+        return Run(self.recipe, self.conditions[slug], seeds[0])
+
+    def _read(self, run: Run, name: str, load: Callable[[BinaryIO], Any], kind: str) -> Any:
+        """Load the content of one of a run's files. Raises DamagedFile unless it is of that kind, as it was written."""
+        file = read_result(run.folder(self.folder), name)
+        try:
+            return load(file)
+        except Exception:  # a dozen kinds, depending on what the file is
+            path = run.folder(self.folder) / name
+            raise DamagedFile(f"{path} is not {kind}, and is not trusted") from None
 
 
-def _read_run(folder: Path) -> _Record:
+def _seed_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("seed-"))
+
+
+def _read_run(folder: Path) -> tuple[Run, dict[str, Any]]:
     """Read the run.json of a folder. Raises DamagedFile if it describes another run than the folder's name."""
     about = read_about(folder)
     try:
         run = Run(read_recipe(about["recipe"]), read_condition(about["condition"]), about["seed"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{folder / 'run.json'} describes no run that this version knows: {error}") from None
-    place = run.recipe.name, run.condition.slug, f"seed-{run.seed}"
-    if place != folder.parts[-3:]:
-        raise DamagedFile(f"{folder} holds another run: {', '.join(place)}")
-    return _Record(folder, about, run)
-
-
-def _recipe_name(folder: Path, recipe: str | Recipe | None) -> str:
-    """Return the name of the recipe to read. Raises StudyError if none is given, and there is not exactly one."""
-    if recipe is None:
-        names = recipes_in(folder)
-        if len(names) != 1:
-            there = f"it has those of {', '.join(names)}: name one of them" if names else "train some with run_study"
-            raise StudyError(f"no recipe is named, and {folder} does not hold the runs of exactly one; {there}")
-        return names[0]
-    name = recipe.name if isinstance(recipe, Recipe) else recipe
-    if not isinstance(name, str) or not re.fullmatch(SLUG, name):
-        raise StudyError(f"a recipe is a Recipe or its name, such as 'plain', not {recipe!r}")
-    return name
-
-
-def _slug(condition: Condition | str) -> str:
-    return condition.slug if isinstance(condition, Condition) else condition
+    if run.folder(folder.parents[2]) != folder:
+        raise DamagedFile(f"{folder} holds another run: {run.recipe.name}, {run.condition.slug}, seed-{run.seed}")
+    return run, about
