@@ -15,15 +15,7 @@ from s6lib.data import ImageDataset
 from s6lib.errors import DamagedFile, SettingError, StudyError
 from s6lib.lab.device import CPU, keep_freed_memory, reproducible, seed_everything
 from s6lib.lab.files import RESULTS, is_complete, read_about, read_result, run_folders
-from s6lib.lab.record import (
-    COLUMNS,
-    DIFFERENT_TRAINING,
-    differences,
-    has_user_code,
-    read_condition,
-    read_recipe,
-    settings_of,
-)
+from s6lib.lab.record import COLUMNS, has_user_code, read_condition, read_recipe, require_same, settings_of
 from s6lib.recipes import ALL_CONDITIONS, RECIPES, SLUG, Condition, Recipe, Run, build_model, load_images, name_of
 from s6lib.train import predict
 
@@ -96,10 +88,7 @@ class Study:
             slug, seed, condition = run.condition.slug, run.seed, given.get(run.condition.slug)
             self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
             self._about[slug, seed] = about
-            phrases = differences(about, settings_of(self._run(slug, seed)))
-            if phrases:
-                place = run.folder(self.folder)
-                raise StudyError(DIFFERENT_TRAINING.format(folder=place, differences="; ".join(phrases[:3])))
+            require_same(run.folder(self.folder), about, settings_of(self._run(slug, seed)))
         self.labels = {slug: condition.label for slug, condition in self.conditions.items()}
         self.runs = list(self._about)
         self.seeds = sorted({seed for _, seed in self.runs})

@@ -18,12 +18,7 @@ from s6lib.errors import RunsFailed, Stopped, StudyError
 from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint, run_folders
 from s6lib.lab.progress import progress
-from s6lib.lab.record import (
-    DIFFERENT_TRAINING,
-    differences,
-    read_condition,
-    settings_of,
-)
+from s6lib.lab.record import differences, read_condition, require_same, settings_of
 from s6lib.lab.run import Data, identity, save_run
 from s6lib.lab.trial import first_steps
 from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
@@ -172,7 +167,7 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
         about = read_about(other) if is_complete(other) else read_checkpoint(other)
         if about is not None:
             condition = conditions.get(other.parent.name) or read_condition(about["condition"])
-            _require_same(other, about, settings_of(Run(runs[0].recipe, condition, about["seed"])))
+            require_same(other, about, settings_of(Run(runs[0].recipe, condition, about["seed"])))
             recorded.setdefault(other.parent.name, (other, about))
     tried = {}
     for slug, condition in conditions.items():
@@ -180,7 +175,7 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
         run = Run(runs[0].recipe, condition, about["seed"])
         tried[slug] = run, None if run.is_built_in else first_steps(run, data)
         if "first_steps" in about:
-            _require_same(other, about, identity(*tried[slug]))
+            require_same(other, about, identity(*tried[slug]))
     for (first, one), (second, another) in combinations(tried.items(), 2):
         renamed = replace(another[0], seed=one[0].seed, condition=replace(another[0].condition, slug=first))
         if not differences(identity(*one), identity(renamed, another[1])):
@@ -190,8 +185,3 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def _require_same(folder: Path, recorded: dict[str, Any], requested: dict[str, Any]) -> None:
-    if phrases := differences(recorded, requested):
-        raise StudyError(DIFFERENT_TRAINING.format(folder=folder, differences="; ".join(phrases[:3])))

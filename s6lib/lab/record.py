@@ -9,19 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from s6lib import models
-from s6lib.errors import SettingError
+from s6lib.errors import SettingError, StudyError
 from s6lib.recipes import Condition, Recipe, Run, name_of
 
 _CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
-DIFFERENT_TRAINING = (
-    "{folder} was trained with different settings: {differences}. Ask for those, or give what you changed a new name, "
-    "or use another folder"
-)
 OTHER_CODE = "other code in"
 # Relative. Torch 2.5, 2.11 and 2.14 differ by up to 7e-6 in a loss and 6e-3 in a gradient, over 30 networks: where two
 # pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
@@ -201,6 +198,15 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
     if phrases or steps is None:
         return phrases
     return ["no record of its first steps"] if there is None else compare(there, steps, shared=True)
+
+
+def require_same(folder: Path, recorded: dict[str, Any], requested: dict[str, Any]) -> None:
+    """Raise StudyError if the run in a folder differs from the requested one."""
+    if phrases := differences(recorded, requested):
+        raise StudyError(
+            f"{folder} was trained with different settings: {'; '.join(phrases[:3])}. Ask for those, or give what you "
+            "changed a new name, or use another folder"
+        )
 
 
 def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, tolerance: float = TOLERANCE) -> list[str]:
