@@ -127,7 +127,7 @@ def six() -> dict[str, str]:
     return {
         "largest": f"{pairs['difference'].abs().max():.2f}",
         "p": p_value(pairs["p_holm"].min()),
-        "friedman": p_value(statistics.friedman_p(outcomes)),
+        "friedman": p_value(scipy.stats.friedmanchisquare(*outcomes.to_numpy().T).pvalue),
         "sd": f"{sd:.3f}",
         "two-runs": f"{100 * 1.128 * sd:.0f}",  # the mean range of two and of five normal values, in SDs
         "five-runs": f"{100 * 2.326 * sd:.0f}",

@@ -76,7 +76,8 @@ def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
     for fewer than two conditions.
     """
     table = _complete(outcomes, conditions=2)
-    steps, rows = _steps(table), []
+    steps = (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()  # whole: equal decimals may differ as floats
+    rows = []
     for first, second in itertools.combinations(table, 2):
         differences = table[first] - table[second]
         low, high = mean_interval(differences)
@@ -84,17 +85,6 @@ def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
         p = sign_flip_p(steps[first] - steps[second])
         rows.append({"first": first, "second": second, "n": len(differences), **interval, "p": p})
     return pd.DataFrame(rows).assign(p_holm=lambda pairs: multipletests(pairs["p"], method="holm")[1])
-
-
-def friedman_p(outcomes: pd.DataFrame) -> float:
-    """The p-value of Friedman's test (1937) that all conditions are equal, from their ranks within each seed.
-
-    Its chi-squared approximation is rough below about ten seeds. Raises ValueError for fewer than three conditions.
-    """
-    steps = _steps(_complete(outcomes, conditions=3))
-    if (steps.nunique(axis=1) == 1).all():  # without ranks, scipy would divide by 0
-        return 1.0
-    return float(scipy.stats.friedmanchisquare(*steps.to_numpy().T).pvalue)
 
 
 def _complete(outcomes: pd.DataFrame, conditions: int = 1) -> pd.DataFrame:
@@ -137,11 +127,6 @@ def _by_seed(outcomes: pd.DataFrame) -> pd.DataFrame:
     if "condition" in (*columns, table.index.name) or table.columns.name == "seed" or (numbered and len(table)):
         raise ValueError(f"{SHAPE}: pivot a table that has one row per run, transpose one with a row per condition")
     return table
-
-
-def _steps(table: pd.DataFrame) -> pd.DataFrame:
-    """Round a table to whole multiples of a tiny step, so that equal decimals are equal floats."""
-    return (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

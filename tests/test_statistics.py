@@ -14,7 +14,6 @@ from statsmodels.stats.power import TTestPower
 
 from s6lib.statistics import (
     condition_statistics,
-    friedman_p,
     mean_interval,
     paired_comparisons,
     power,
@@ -30,7 +29,7 @@ VALUES = st.lists(st.integers(-99, 99), min_size=2, max_size=12).map(lambda whol
 TABLES = st.integers(3, 7).flatmap(
     lambda seeds: st.lists(st.lists(st.integers(0, 60), min_size=4, max_size=4), min_size=seeds, max_size=seeds)
 )
-OF_TABLES = pytest.mark.parametrize("function", [condition_statistics, paired_comparisons, run_sd, friedman_p])
+OF_TABLES = pytest.mark.parametrize("function", [condition_statistics, paired_comparisons, run_sd])
 
 
 def table_of(**columns):
@@ -111,8 +110,6 @@ def test_an_array_has_numbers_for_names_and_too_few_conditions_are_refused():
         assert paired_comparisons(plain)[["first", "second"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 2]]
     with pytest.raises(ValueError, match=r"needs 2 conditions or more, and the table has \['a'\]"):
         paired_comparisons(PEOPLES["a"])
-    with pytest.raises(ValueError, match=r"needs 3 conditions or more, and the table has \['a', 'b'\]"):
-        friedman_p(PEOPLES[["a", "b"]])
 
 
 @given(VALUES, st.sampled_from([0.90, 0.95, 0.99]))
@@ -172,16 +169,13 @@ def test_percents_in_floats_give_the_p_of_whole_digits(rows):
     whole = pd.DataFrame(np.array(rows) + 9940, columns=list("abcd"))
     expected = [sign_flip_p(whole[first] - whole[second]) for first, second in itertools.combinations("abcd", 2)]
     assert paired_comparisons(whole / 100)["p"].tolist() == pytest.approx(expected, rel=1e-12)
-    assert friedman_p(whole / 100) == friedman_p(whole)
 
 
 def test_differences_that_floats_alone_make_are_none():
     third = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]) + 99
     noisy = third + 3e-14
     assert (noisy > third).all()
-    outcomes = table_of(a=third, b=noisy, c=third)
-    assert paired_comparisons(outcomes)["p"].tolist() == [1, 1, 1]
-    assert friedman_p(outcomes) == 1
+    assert paired_comparisons(table_of(a=third, b=noisy, c=third))["p"].tolist() == [1, 1, 1]
 
 
 @settings(max_examples=40)
