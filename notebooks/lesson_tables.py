@@ -128,6 +128,19 @@ def equal_conditions(sd: float, conditions: int = 5, studies: int = 10_000) -> t
     return (best / best.sum(1, keepdims=True)).mean(0), float(np.ptp(accuracies, axis=1).mean())
 
 
+def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:
+    """Return whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
+
+    The index holds the seeds, so that two conditions pair by seed. Raises ValueError if the study has no run of the
+    condition.
+    """
+    seeds = [seed for slug, seed in study.runs if slug == condition]
+    if not seeds:
+        raise ValueError(f"no run of condition {condition!r}; choose one of: {', '.join(study.conditions)}")
+    right = [study.predictions(condition, seed) == labels for seed in seeds]
+    return pd.DataFrame(right, index=pd.Index(seeds, name="seed"))
+
+
 def variance_sources(right: np.ndarray | pd.DataFrame) -> dict[str, float]:
     """The standard error of a mean accuracy, in points, from each source: seeds, test images, and both.
 
@@ -186,6 +199,17 @@ def false_alarm_rate(runs: Sequence[float], seeds: int, comparisons: int = 1_000
     """
     draws = np.random.default_rng(1).choice(runs, size=(2, comparisons, seeds))
     return float(np.mean([sign_flip_p(differences) <= 0.05 for differences in draws[0] - draws[1]]))
+
+
+def passing(history: pd.DataFrame, level: float, last: int) -> pd.Series:
+    """Return whether each of a run's `last` epochs reaches this accuracy (0 to 1), by condition and seed.
+
+    Args:
+        history: one row per epoch, from `Study.history`.
+    """
+    runs = history.sort_values("epoch", kind="stable").groupby(["condition", "seed"], sort=False)
+    level -= 1e-9  # 99.4 / 100 is a little above 0.994
+    return runs["test_accuracy"].apply(lambda accuracies: bool((accuracies.tail(last) >= level).all()))
 
 
 def stability(history: pd.DataFrame) -> pd.DataFrame:

@@ -41,19 +41,6 @@ def misclassified(model: nn.Module, images: ImageDataset) -> pd.DataFrame:
     return pd.DataFrame({**columns, "confidence": confidence[wrong].tolist()})
 
 
-def right_predictions(study: Study, condition: str, labels: np.ndarray) -> pd.DataFrame:
-    """Return whether each run of a condition is right on each test image: bool, one row per seed, one column per image.
-
-    The index holds the seeds, so that two conditions pair by seed. Raises ValueError if the study has no run of the
-    condition.
-    """
-    seeds = [seed for slug, seed in study.runs if slug == condition]
-    if not seeds:
-        raise SettingError(f"no run of condition {condition!r}; choose one of: {', '.join(study.conditions)}")
-    right = [study.predictions(condition, seed) == labels for seed in seeds]
-    return pd.DataFrame(right, index=pd.Index(seeds, name="seed"))
-
-
 def convolution_weights(model: nn.Module) -> np.ndarray:
     """Concatenate the weights of all 2d convolutions of a model: float32 (count,)."""
     kernels = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
@@ -94,14 +81,3 @@ def pruning_curve(study: Study, images: ImageDataset, shares: Sequence[float]) -
             accuracy = evaluate(pruned(model, share), images).accuracy
             rows.append({"condition": condition, "seed": seed, "share": share, "accuracy": accuracy})
     return pd.DataFrame(rows)
-
-
-def passing(history: pd.DataFrame, level: float, last: int) -> pd.Series:
-    """Return whether each of a run's `last` epochs reaches this accuracy (0 to 1), by condition and seed.
-
-    Args:
-        history: one row per epoch, from `Study.history`.
-    """
-    runs = history.sort_values("epoch", kind="stable").groupby(["condition", "seed"], sort=False)
-    level -= 1e-9  # 99.4 / 100 is a little above 0.994
-    return runs["test_accuracy"].apply(lambda accuracies: bool((accuracies.tail(last) >= level).all()))

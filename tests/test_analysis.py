@@ -1,21 +1,12 @@
 """Tables and weights of saved runs, and pruning."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from s6lib.analysis import (
-    convolution_weights,
-    misclassified,
-    passing,
-    pruned,
-    pruning_curve,
-    result_table,
-    right_predictions,
-)
+from s6lib.analysis import convolution_weights, misclassified, pruned, pruning_curve, result_table
 from s6lib.data import ImageDataset
 from s6lib.train import predict_logits
 
@@ -38,17 +29,6 @@ def test_result_table_is_in_percent(tiny_study):
     assert table["condition"].tolist() == ["L1 + BN", "L1 + BN", "GBN", "GBN"]
     assert table["last epoch, %"].tolist() == pytest.approx((100 * tiny_study.summary()["test_accuracy"]).tolist())
     assert (table["best epoch, %"] >= table["last epoch, %"]).all()
-
-
-def test_right_predictions_are_those_of_the_condition_by_seed(tiny_study, mnist):
-    labels = mnist[1].labels.numpy()
-    right = right_predictions(tiny_study, "gbn", labels)
-    assert right.shape == (2, 10_000)
-    assert right.index.tolist() == [1, 2]
-    assert right.to_numpy().dtype == bool
-    assert (100 * right.mean(axis=1)).tolist() == pytest.approx(tiny_study.outcomes()["gbn"].tolist())
-    with pytest.raises(ValueError, match="no run of condition 'gnb'; choose one of: l1-bn, gbn"):
-        right_predictions(tiny_study, "gnb", labels)
 
 
 def small_network():
@@ -89,12 +69,3 @@ def test_a_pruning_curve_starts_at_the_accuracy_of_the_run(tiny_study, mnist):
         right = tiny_study.predictions(condition, seed)[:500] == few.labels.numpy()
         assert curve[condition, seed, 0] == pytest.approx(right.mean())
         assert curve[condition, seed, 1] < 0.2  # one class for all
-
-
-def test_a_run_passes_if_all_of_its_last_epochs_do():
-    runs = {("a", 1): [0.90, 0.994, 0.994, 0.995], ("a", 2): [0.99, 0.994, 0.9939, 0.995], ("b", 1): [1, 0.9, 1, 0.994]}
-    tables = {run: pd.DataFrame({"epoch": range(1, 5), "test_accuracy": values}) for run, values in runs.items()}
-    history = pd.concat(tables, names=["condition", "seed"]).reset_index().sample(frac=1, random_state=1)
-    assert passing(history, 0.994, last=3).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): False}
-    for level in (0.994, 99.4 / 100):  # which is a little more
-        assert passing(history, level, last=2).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): True}

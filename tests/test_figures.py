@@ -192,3 +192,23 @@ def test_the_best_must_beat_every_other():
     for best, others, sentence in (("a", ["d"], "no comparison of a with d"), ("a", [], "a is compared with none")):
         with pytest.raises(ValueError, match=sentence):
             tables.verdict_on_best(paired_comparisons(OUTCOMES.rename(columns={"bn": "a"})), best, others)
+
+
+def test_right_predictions_are_those_of_the_condition_by_seed(tiny_study, mnist):
+    labels = mnist[1].labels.numpy()
+    right = tables.right_predictions(tiny_study, "gbn", labels)
+    assert right.shape == (2, 10_000)
+    assert right.index.tolist() == [1, 2]
+    assert right.to_numpy().dtype == bool
+    assert (100 * right.mean(axis=1)).tolist() == pytest.approx(tiny_study.outcomes()["gbn"].tolist())
+    with pytest.raises(ValueError, match="no run of condition 'gnb'; choose one of: l1-bn, gbn"):
+        tables.right_predictions(tiny_study, "gnb", labels)
+
+
+def test_a_run_passes_if_all_of_its_last_epochs_do():
+    runs = {("a", 1): [0.90, 0.994, 0.994, 0.995], ("a", 2): [0.99, 0.994, 0.9939, 0.995], ("b", 1): [1, 0.9, 1, 0.994]}
+    histories = {run: pd.DataFrame({"epoch": range(1, 5), "test_accuracy": values}) for run, values in runs.items()}
+    history = pd.concat(histories, names=["condition", "seed"]).reset_index().sample(frac=1, random_state=1)
+    assert tables.passing(history, 0.994, last=3).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): False}
+    for level in (0.994, 99.4 / 100):  # which is a little more
+        assert tables.passing(history, level, last=2).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): True}
