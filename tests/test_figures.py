@@ -123,7 +123,8 @@ def test_errors_by_digit_count_the_runs_that_are_wrong(tiny_study, mnist):
     assert (table["actual"] != table["taken_for"]).all()
 
 
-def test_ghosts_scatter_as_their_means_do(mnist):
+def test_ghosts_scatter_as_their_means_do():
+    torch.manual_seed(1)  # with other weights a channel may be dead
     model, images = build_model(PLAIN, CONDITIONS[3]), torch.rand(64, 1, 28, 28)
     table = tables.ghost_scatter(model, images, (1, 4, 16))
     assert table[1].abs().max() < 1e-5
