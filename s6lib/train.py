@@ -85,10 +85,8 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     In float32, channels_last speeds up no GPU before Ampere, and makes the penalties' `flatten` copy. On MPS, it has
     given BatchNorm wrong gradients (pytorch issue 175189).
     """
-    weights = next(model.parameters(), None)
-    if weights is not None and weights.device.type != "cpu":
-        return torch.contiguous_format
-    return getattr(model, "memory_format", torch.contiguous_format)
+    on_cpu = all(weights.device.type == "cpu" for weights in model.parameters())
+    return getattr(model, "memory_format", torch.contiguous_format) if on_cpu else torch.contiguous_format
 
 
 @torch.no_grad()  # not inference_mode, in which a cache that grows in evaluation could not be used in training
@@ -99,8 +97,7 @@ def predict_logits(model: nn.Module, dataset: Any, batch_size: int = 250) -> Ten
     """
     model.eval()
     if not isinstance(dataset, ImageDataset):
-        weights = next(model.parameters(), None)
-        device = "cpu" if weights is None else weights.device
+        device = next((weights.device for weights in model.parameters()), "cpu")
         return torch.cat([model(images.to(device)) for images, _ in DataLoader(dataset, batch_size)])
     parts = (normalise(part, dataset.mean, dataset.std) for part in dataset.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
