@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,9 @@ from torch import Tensor
 
 from s6lib.data import ImageDataset
 from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_means, sign_flip_p
+from s6lib.study import Study
 
-if TYPE_CHECKING:
-    from s6lib.study import Study
-
-History: TypeAlias = "pd.DataFrame | Study | list[dict[str, Any]]"
+History: TypeAlias = pd.DataFrame | Study | list[dict[str, Any]]
 
 # Okabe and Ito's colours for colour-blind readers, and a dark brown. One colour has one meaning in every figure: a
 # regulariser and the condition that uses it alone share theirs, and no colour of COLORS means anything else.
@@ -74,18 +72,15 @@ def plot_accuracy(history: History, title: str = "") -> Figure:
     Args:
         history: a study, or its `history()`, one row per epoch: condition, label, seed, epoch, lr, test_accuracy.
     """
-    return _plot_curves(history, "test_accuracy", join_words(title, ": ", "test accuracy"), "{:.2%}".format)
+    return _plot_curves(history, "test_accuracy", join_words(title, ": ", "test accuracy"))
 
 
 def plot_loss(history: History, title: str = "") -> Figure:
     """Plot the test cross-entropy (test_loss), without penalties, of every condition by epoch, as `plot_accuracy`."""
-    name = join_words(title, ": ", "test loss, cross-entropy without penalty")
-    return _plot_curves(history, "test_loss", name, "{:.4f}".format)
+    return _plot_curves(history, "test_loss", join_words(title, ": ", "test loss, cross-entropy without penalty"))
 
 
-def plot_learning_curves(
-    history: History, title: str = "", epochs: int | None = None, ax: Axes | None = None
-) -> Figure:
+def plot_learning_curves(history: History, title: str = "", epochs: int | None = None) -> Figure:
     """Plot training accuracy (dashed) and test accuracy (solid) by epoch, a panel per condition, with the gap shaded.
 
     Lines are means over the seeds, with bands from the lowest to the highest. Training accuracy is that logged during
@@ -102,20 +97,17 @@ def plot_learning_curves(
         history: a study, its `history()`, or rows: epoch, train_accuracy and test_accuracy (0 to 1) and, for several
             runs, condition, label and seed.
         epochs: the last epoch on the axis; by default that of the history.
-        ax: the panel to draw on. Raises ValueError if there are several conditions.
     """
     table = _read_history(history, ("epoch", "train_accuracy", "test_accuracy"))
     conditions = dict(list(table.groupby("condition", sort=False))) or {"": table}
-    if ax is not None and len(conditions) > 1:
-        raise ValueError(f"ax has room for one condition, not for {len(conditions)}: leave it out")
     colors = colors_of(list(conditions))
     lowest = min([0.98, *table["train_accuracy"], *table["test_accuracy"]]) if len(table) else 0
     with rc_context(STYLE):
-        grid = panels(9 if len(conditions) > 1 else 6.5, 3, len(conditions), title) if ax is None else [ax]
+        grid = panels(9 if len(conditions) > 1 else 6.5, 3, len(conditions), title)
         for axes, (slug, rows) in zip(grid, conditions.items(), strict=True):
             axes.set(xlabel="epoch", xlim=(0.8, max(2, epochs or 0, *table["epoch"])))
             axes.set(ylabel="accuracy (dashed: training)", ylim=(math.floor(50 * lowest) / 50, 1.01))
-            axes.set_title(title if ax else next(iter(rows["label"]), ""), loc="left")
+            axes.set_title(next(iter(rows["label"]), ""), loc="left")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.label_outer()
@@ -171,16 +163,14 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         axes.text(1.015, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10.5, color=color)
 
 
-def _plot_curves(history: History, column: str, title: str, formatted: Callable[[float], str]) -> Figure:
+def _plot_curves(history: History, column: str, title: str) -> Figure:
     table = _read_history(history, ("epoch", "lr", column))
     epochs, seeds = int(table["epoch"].max()), table["seed"].nunique()
     first, colors = epochs // 2 + 1, colors_of(list(table["condition"].unique()))
     second_half = f"epochs {first} to {epochs}, enlarged" if first < epochs else f"epoch {epochs}"
     bands = seeds > 1 and len(colors) <= MOST_BANDS
-    runs = table[table["epoch"] == table.groupby("condition")["epoch"].transform("max")].groupby(
-        "condition", sort=False
-    )
-    means, labels, sd = runs[column].mean(), runs["label"].first(), runs[column].var().mean() ** 0.5
+    ends = table.groupby(["condition", "seed"], sort=False).last().groupby("condition", sort=False)
+    means, labels, sd = ends[column].mean(), ends["label"].first(), ends[column].var().mean() ** 0.5
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
         whole, close = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -197,7 +187,8 @@ def _plot_curves(history: History, column: str, title: str, formatted: Callable[
         if not bands and sd > 0:
             close.errorbar(1.02 * epochs, means.mean(), sd, fmt="none", ecolor="#888888", elinewidth=4)
             close.set_title(f"{second_half}\ngrey bar: \N{PLUS-MINUS SIGN}1 SD of runs of one condition")
-        label_ends(close, [(mean, f"{formatted(mean)}  {labels[slug]}", colors[slug]) for slug, mean in means.items()])
+        number = "{:.2%}  {}" if column == "test_accuracy" else "{:.4f}  {}"
+        label_ends(close, [(mean, number.format(mean, labels[slug]), colors[slug]) for slug, mean in means.items()])
         spread = ", band: lowest to highest" if bands else ""
         figure.suptitle(f"{title} (mean of {seeds} seeds{spread})" if seeds > 1 else f"{title} (1 seed)")
     return figure
@@ -293,8 +284,7 @@ def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
 
 def _figure_of(axes: Axes) -> Figure:
     """Return the figure that holds a panel, even a panel of a subfigure."""
-    figure = axes.figure
-    return figure if isinstance(figure, Figure) else figure.figure
+    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
 
 
 def plot_replication(
@@ -359,17 +349,15 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     Means at least as far from zero as the observed one are black: their share is the p-value of `sign_flip_p`.
     """
     flips, mean = sign_flip_means(differences), float(np.mean(differences))
-    border = max(0.0, abs(mean) - 2e-6 * float(np.abs(differences).sum()))  # the means are rounded
-    reach = max(1.02 * flips.index.max(), 1.01 * abs(mean)) or 1.0
-    width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
-    outer = border + width * np.arange(2 + int((reach - border) / width))  # no narrower than the rest
-    edges = np.unique([*-outer, *np.linspace(-border, border, 2 + int(2 * border / width)), *outer])
-    shares, _ = np.histogram(flips.index, edges, weights=flips)
-    colors = [INK if abs(middle) >= border else QUIET for middle in (edges[:-1] + edges[1:]) / 2]
+    far = np.abs(flips.index) >= abs(mean) - 2e-6 * float(np.abs(differences).sum())  # the means are rounded
+    bars = min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
+    reach = 1.02 * flips.index.max() or 1.0  # a little more, or the means would lie on the edges of the bars
+    grey, black = flips[~far], flips[far]
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
         axes.margins(y=0.2)
-        axes.bar(edges[:-1], shares, np.diff(edges), align="edge", color=colors, edgecolor="white", linewidth=0.5)
+        look: dict[str, Any] = {"stacked": True, "color": [QUIET, INK], "edgecolor": "white", "linewidth": 0.5}
+        axes.hist([grey.index, black.index], bars, range=(-reach, reach), weights=[grey, black], **look)
         axes.axvline(mean, color=INK, linewidth=1.5, linestyle="--", label=f"found: {signed(mean)}")
         axes.legend(frameon=False, loc="upper left" if mean > 0 else "upper right")
         axes.yaxis.set_major_formatter(PercentFormatter(1))

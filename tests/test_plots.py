@@ -152,11 +152,9 @@ def test_learning_curves_grow_while_a_run_trains():
     assert f"gap {MINUS}5.0 points" in texts_of(plot_learning_curves(rows[:2]))
 
 
-def test_learning_curves_need_their_columns_and_a_panel_each():
+def test_learning_curves_need_their_columns():
     with pytest.raises(ValueError, match="this one lacks test_accuracy"):
         plot_learning_curves([{"epoch": 1, "train_accuracy": 0.5}])
-    with pytest.raises(ValueError, match="ax has room for one condition, not for 2"):
-        plot_learning_curves(history_of([0.1]), ax=Figure().subplots())
 
 
 def test_replication_shows_every_run_and_the_means_with_their_intervals():
@@ -190,8 +188,9 @@ def test_the_black_share_of_the_sign_flips_is_p(differences):
     for bar in axes.patches:
         black = matplotlib.colors.to_hex(bar.get_facecolor()) == INK
         heights["black" if black else "grey"] += bar.get_height()
-        middle = abs(bar.get_x() + bar.get_width() / 2)
-        assert black == (middle >= abs(np.mean(differences)) - 1e-3)
+        ends = sorted(abs(bar.get_x() + share * bar.get_width()) for share in (0, 1))
+        if bar.get_height() > 1e-9:  # a bar at the mean that was found may be of both colours
+            assert ends[1] >= abs(np.mean(differences)) - 1e-3 if black else ends[0] <= abs(np.mean(differences))
     assert heights["black"] == pytest.approx(sign_flip_p(differences))
     assert sum(heights.values()) == pytest.approx(1)
 
@@ -202,7 +201,6 @@ def test_the_black_share_of_the_sign_flips_is_p(differences):
         lambda ax: plot_replication(OUTCOMES, ax=ax),
         lambda ax: plot_differences(OUTCOMES, ax=ax),
         lambda ax: plot_sign_flips([1, 2, -1], ax=ax),
-        lambda ax: plot_learning_curves(history_of([0.1] * 3, ["bn"]), ax=ax),
     ],
 )
 def test_a_panel_may_be_given(plot):
