@@ -39,7 +39,6 @@ OTHER_COLORS = ("#332288", "#44AA99", "#999933", "#882255", "#117733", "#AA4499"
 INK, QUIET = "#222222", "#AAAAAA"  # what stands out and what does not, where the colour means no condition
 STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook"), "grid.color": "#E6E6E6"}
 STYLE["axes.edgecolor"] = "#999999"
-MOST_BANDS = 2  # the bands of more conditions cover each other
 DOTS = "a dot is a run, a diamond the mean with its 95% interval"
 
 
@@ -66,8 +65,8 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
 def plot_accuracy(history: History, title: str = "") -> Figure:
     """Plot the test accuracy of every condition by epoch, and the second half of training enlarged.
 
-    Several seeds of a condition appear as their mean. Up to two conditions have a band from the lowest seed to the
-    highest; with more, one grey bar shows how much the runs of one condition differ.
+    Several seeds of a condition appear as their mean, and one grey bar shows how much the runs of one condition differ:
+    bands of several conditions would cover each other.
 
     Args:
         history: a study, or its `history()`, one row per epoch: condition, label, seed, epoch, lr, test_accuracy.
@@ -118,6 +117,9 @@ def plot_learning_curves(history: History, title: str = "", epochs: int | None =
 
 def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
     """Draw training and test accuracy of one condition, shade what is between them, and name all three inside."""
+    for column in ("train_accuracy", "test_accuracy"):
+        seeds = rows.groupby("epoch")[column]
+        axes.fill_between(seeds.min().index, seeds.min(), seeds.max(), color=color, alpha=0.15, linewidth=0)
     training = _draw_line(axes, rows, "train_accuracy", color, "--")
     test = _draw_line(axes, rows, "test_accuracy", color)
     axes.fill_between(test.index, training, test, color=color, alpha=0.12, linewidth=0)
@@ -129,13 +131,10 @@ def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
         axes.text(0.97, first + 0.085 * row, text, transform=axes.transAxes, ha="right", fontsize=11, color=tone)
 
 
-def _draw_line(axes: Axes, rows: pd.DataFrame, what: str, color: str, dash: str = "-", band: bool = True) -> pd.Series:
-    """Draw and return the mean over the seeds by epoch, with a band from the lowest seed to the highest."""
-    seeds = rows.groupby("epoch")[what]
-    mean = seeds.mean()
+def _draw_line(axes: Axes, rows: pd.DataFrame, what: str, color: str, dash: str = "-") -> pd.Series:
+    """Draw and return the mean over the seeds by epoch."""
+    mean = rows.groupby("epoch")[what].mean()
     axes.plot(mean.index, mean, dash, color=color, linewidth=2, marker="o" if len(mean) == 1 else None)
-    if band:
-        axes.fill_between(mean.index, seeds.min(), seeds.max(), color=color, alpha=0.15, linewidth=0)
     return mean
 
 
@@ -168,7 +167,6 @@ def _plot_curves(history: History, column: str, title: str) -> Figure:
     epochs, seeds = int(table["epoch"].max()), table["seed"].nunique()
     first, colors = epochs // 2 + 1, colors_of(list(table["condition"].unique()))
     second_half = f"epochs {first} to {epochs}, enlarged" if first < epochs else f"epoch {epochs}"
-    bands = seeds > 1 and len(colors) <= MOST_BANDS
     ends = table.groupby(["condition", "seed"], sort=False).last().groupby("condition", sort=False)
     means, labels, sd = ends[column].mean(), ends["label"].first(), ends[column].var().mean() ** 0.5
     with rc_context(STYLE):
@@ -176,7 +174,7 @@ def _plot_curves(history: History, column: str, title: str) -> Figure:
         whole, close = figure.subplots(1, 2, width_ratios=(3, 2))
         for axes, start, name in ((whole, 1, "all epochs"), (close, first, second_half)):
             for slug, rows in table[table["epoch"] >= start].groupby("condition", sort=False):
-                _draw_line(axes, rows, column, colors[slug], band=bands)
+                _draw_line(axes, rows, column, colors[slug])
             axes.set(title=name, xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # two decimals say each tick exactly
@@ -184,13 +182,12 @@ def _plot_curves(history: History, column: str, title: str) -> Figure:
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
             _mark_new_rates(axes, table, start)
         whole.set_ylabel(f"{column.replace('_', ' ')} (the axis does not start at 0)")
-        if not bands and sd > 0:
+        if sd > 0:
             close.errorbar(1.02 * epochs, means.mean(), sd, fmt="none", ecolor="#888888", elinewidth=4)
             close.set_title(f"{second_half}\ngrey bar: \N{PLUS-MINUS SIGN}1 SD of runs of one condition")
         number = "{:.2%}  {}" if column == "test_accuracy" else "{:.4f}  {}"
         label_ends(close, [(mean, number.format(mean, labels[slug]), colors[slug]) for slug, mean in means.items()])
-        spread = ", band: lowest to highest" if bands else ""
-        figure.suptitle(f"{title} (mean of {seeds} seeds{spread})" if seeds > 1 else f"{title} (1 seed)")
+        figure.suptitle(f"{title} (mean of {seeds} seeds)" if seeds > 1 else f"{title} (1 seed)")
     return figure
 
 
