@@ -37,23 +37,15 @@ LABELS = {"l1-bn": "L1 + BN", "gbn": "GBN"}
 
 def history_of(rates, slugs=("l1-bn", "gbn"), seeds=(1, 2)):
     """A history with these learning rates: every condition 0.9 at first, and a little more with each epoch and seed."""
-    columns = ("condition", "label", "seed", "epoch", "lr", "train_accuracy", "test_accuracy", "test_loss")
-    rows = [
-        (
-            slug,
-            LABELS.get(slug, slug),
-            seed,
-            epoch,
-            rate,
-            0.9 + 0.002 * epoch,
-            0.9 + 0.001 * (epoch + 2 * seed),
-            1 / epoch,
-        )
-        for slug in slugs
-        for seed in seeds
-        for epoch, rate in enumerate(rates, 1)
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    places = pd.MultiIndex.from_product([slugs, seeds, range(1, len(rates) + 1)], names=["condition", "seed", "epoch"])
+    table = places.to_frame(index=False)
+    return table.assign(
+        label=table["condition"].replace(LABELS),
+        lr=np.tile(rates, len(slugs) * len(seeds)),
+        train_accuracy=0.9 + 0.002 * table["epoch"],
+        test_accuracy=0.9 + 0.001 * (table["epoch"] + 2 * table["seed"]),
+        test_loss=1 / table["epoch"],
+    )
 
 
 def texts_of(figure):
