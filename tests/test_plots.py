@@ -142,9 +142,6 @@ def test_learning_curves_grow_while_a_run_trains():
         assert len(axes.texts) == (3 if rows else 0)
         rows.append({"epoch": epoch + 1, "train_accuracy": 0.8 + 0.05 * epoch, "test_accuracy": 0.9})
     assert f"gap {MINUS}5.0 points" in texts_of(plot_learning_curves(rows[:2]))
-
-
-def test_learning_curves_need_their_columns():
     with pytest.raises(ValueError, match="this one lacks test_accuracy"):
         plot_learning_curves([{"epoch": 1, "train_accuracy": 0.5}])
 

@@ -70,12 +70,8 @@ def read_back(table, **options):
 )
 def test_a_table_means_the_same_however_it_came(function, same):
     before, expected = PEOPLES.copy(), function(PEOPLES)
-    found = function(same)
+    assert np.all(function(same) == expected)
     pd.testing.assert_frame_equal(PEOPLES, before)
-    if isinstance(expected, float):
-        assert found == expected
-    else:
-        pd.testing.assert_frame_equal(found, expected)
 
 
 LONG = PEOPLES.reset_index().melt("seed", var_name="condition", value_name="test_accuracy")
@@ -114,10 +110,8 @@ def test_an_array_has_numbers_for_names_and_too_few_conditions_are_refused():
 
 @given(VALUES, st.sampled_from([0.90, 0.95, 0.99]))
 def test_mean_interval_is_scipys(values, level):
-    if np.ptp(values) == 0:
-        expected = (values[0], values[0])
-    else:
-        expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(level)
+    equal = np.ptp(values) == 0
+    expected = values[:1].repeat(2) if equal else scipy.stats.ttest_1samp(values, 0).confidence_interval(level)
     assert mean_interval(values, level) == pytest.approx(tuple(expected), abs=1e-9)
 
 
@@ -197,11 +191,9 @@ def test_sign_flip_sees_ties_of_decimals():
 
 @pytest.mark.parametrize("n", [24, 122])
 def test_sign_flip_is_exact_for_many_seeds(n):
-    """Of n ones and some minus ones, the sum is binomial."""
-    differences = np.ones(n)
-    differences[: n // 3] = -1
+    """Of n ones and minus ones, the sum is binomial."""
     expected = scipy.stats.binomtest(n // 3, n).pvalue
-    assert sign_flip_p(differences) == pytest.approx(expected, rel=1e-9)
+    assert sign_flip_p([-1] * (n // 3) + [1] * (n - n // 3)) == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.floats(-9, 9), st.integers(2, 10_000), st.integers(1, 45))
@@ -214,8 +206,8 @@ def test_power_is_a_chance_however_large_the_effect(magnitude, n, comparisons):
 
 def test_power_is_statsmodels():
     for effect, n, comparisons in itertools.product((1e-4, 0.3, 1.0), (2, 10, 32), (1, 15)):
-        expected = TTestPower().power(effect, n, 0.05 / comparisons)
-        assert power(0.05, 0.05 * effect, n, comparisons) == pytest.approx(1 if np.isnan(expected) else expected)
+        expected = np.nan_to_num(TTestPower().power(effect, n, 0.05 / comparisons), nan=1)
+        assert power(0.05, 0.05 * effect, n, comparisons) == pytest.approx(expected)
 
 
 @settings(max_examples=40)
@@ -230,11 +222,9 @@ def test_as_many_seeds_as_needed_have_the_power(sd, difference, comparisons):
 def test_an_enormous_sd_ends_at_once():
     assert seeds_needed(1e8, 0.02) == pytest.approx(1.962e20, rel=1e-3)
     assert seeds_needed(6.001, 0.02) == pytest.approx(seeds_needed(5.999, 0.02), rel=1e-3)  # from t to normal
-    with pytest.raises(ValueError, match="the SD must be at least 0 and finite"):
-        seeds_needed(float("inf"), 0.02)
 
 
-@pytest.mark.parametrize("bad", [(-1, 0.05), (0.05, 0), (float("nan"), 0.05), (0.05, 0.05, 0)])
+@pytest.mark.parametrize("bad", [(-1, 0.05), (0.05, 0), (np.nan, 0.05), (np.inf, 0.05), (0.05, 0.05, 0)])
 def test_power_for_nothing_is_refused(bad):
     for function, n in ((seeds_needed, ()), (power, (10,))):
         with pytest.raises(ValueError, match="the SD must be at least 0 and finite, the difference above 0"):
