@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor, nn
 
 from s6lib import Condition, Recipe, Study
@@ -79,6 +80,14 @@ def _table_entry(setting: Any) -> Any:
     if setting is None:
         return "-"
     return name_of(setting) if callable(setting) else setting
+
+
+def wilson_interval(accuracy: float, images: int = 10_000) -> tuple[float, float]:
+    """The 95% interval of one model's accuracy (0 to 1), measured on this number of images (Wilson 1927)."""
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"an accuracy is from 0 to 1, not {accuracy!r}: divide percents by 100")
+    low, high = proportion_confint(round(accuracy * images), images, method="wilson")
+    return float(low), float(high)
 
 
 def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int = len(CLASS_NAMES)) -> np.ndarray:

@@ -16,19 +16,10 @@ import pandas as pd
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
-from statsmodels.stats.proportion import proportion_confint
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "cannot be told at this n"
 SHAPE = "a table of outcomes has one row per seed and one column per condition"
 SEED_COLUMNS = ("unnamed: 0", "index", "seed")  # the index of a table that was written to a csv and read back
-
-
-def wilson_interval(accuracy: float, images: int = 10_000) -> tuple[float, float]:
-    """The 95% interval of one model's accuracy (0 to 1), measured on this number of images (Wilson 1927)."""
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"an accuracy is from 0 to 1, not {accuracy!r}: divide percents by 100")
-    low, high = proportion_confint(round(accuracy * images), images, method="wilson")
-    return float(low), float(high)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -213,3 +213,10 @@ def test_a_run_passes_if_all_of_its_last_epochs_do():
     assert tables.passing(history, 0.994, last=3).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): False}
     for level in (0.994, 99.4 / 100):  # which is a little more
         assert tables.passing(history, level, last=2).to_dict() == {("a", 1): True, ("a", 2): False, ("b", 1): True}
+
+
+def test_the_interval_of_an_accuracy_is_wilsons():
+    assert tables.wilson_interval(0.9945) == pytest.approx((0.99285, 0.99577), abs=1e-5)
+    for percent in (99.5, -0.1, np.nan):
+        with pytest.raises(ValueError, match="divide percents by 100"):
+            tables.wilson_interval(percent)

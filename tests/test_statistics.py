@@ -22,7 +22,6 @@ from s6lib.statistics import (
     sign_flip_means,
     sign_flip_p,
     verdict,
-    wilson_interval,
 )
 
 VALUES = st.lists(st.integers(-99, 99), min_size=2, max_size=12).map(lambda whole: np.array(whole) / 4)
@@ -113,6 +112,9 @@ def test_mean_interval_is_scipys(values, level):
     equal = np.ptp(values) == 0
     expected = values[:1].repeat(2) if equal else scipy.stats.ttest_1samp(values, 0).confidence_interval(level)
     assert mean_interval(values, level) == pytest.approx(tuple(expected), abs=1e-9)
+    for percent in (99.5, -0.1, np.nan):
+        with pytest.raises(ValueError, match=r"between 0 and 1, not .*: 0.95 for 95%"):
+            mean_interval(values, percent)
 
 
 def test_condition_statistics_are_in_the_unit_of_the_table():
@@ -123,15 +125,6 @@ def test_condition_statistics_are_in_the_unit_of_the_table():
     assert table.iloc[0, 1:].tolist() == pytest.approx([3, 99.5, 0.1, 99.5 - half, 99.5 + half])
     assert table.iloc[1, 1:].tolist() == pytest.approx([3, 1, 0, 1, 1])
     assert run_sd(table_of(a=[99.4, 99.5, 99.6], b=[99.0, 99.0, 99.0])) == pytest.approx(0.1 / 2**0.5)
-
-
-@pytest.mark.parametrize("percent", [99.5, -0.1, float("nan")])
-def test_an_accuracy_in_percent_is_refused(percent):
-    with pytest.raises(ValueError, match="divide percents by 100"):
-        wilson_interval(percent)
-    with pytest.raises(ValueError, match=r"between 0 and 1, not .*: 0.95 for 95%"):
-        mean_interval([1, 2], percent)
-    assert wilson_interval(0.9945) == pytest.approx((0.99285, 0.99577), abs=1e-5)
 
 
 @pytest.mark.parametrize(
