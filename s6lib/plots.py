@@ -167,7 +167,8 @@ def _plot_curves(history: History, column: str, title: str) -> Figure:
     epochs, seeds = int(table["epoch"].max()), table["seed"].nunique()
     first, colors = epochs // 2 + 1, colors_of(list(table["condition"].unique()))
     second_half = f"epochs {first} to {epochs}, enlarged" if first < epochs else f"epoch {epochs}"
-    ends = table.groupby(["condition", "seed"], sort=False).last().groupby("condition", sort=False)
+    last = table.sort_values("epoch", kind="stable").groupby(["condition", "seed"], sort=False).last()
+    ends = last.groupby("condition", sort=False)
     means, labels, sd = ends[column].mean(), ends["label"].first(), ends[column].var().mean() ** 0.5
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
