@@ -113,7 +113,7 @@ def test_no_more_workers_than_cores_on_a_cpu(tmp_path, monkeypatch, device, expe
         raise StudyError("not run")
 
     monkeypatch.setattr("s6lib.lab.workers._pool", spied)
-    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, settings: "not run")
+    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, task: "not run")
     monkeypatch.setattr("s6lib.lab.workers.cpu_count", lambda: 3)
     monkeypatch.setattr("s6lib.lab.launch.resolve_device", lambda device: device)
     for jobs, seeds in ((None, 9), (2, 9), (1000, 1000), (None, 2)):

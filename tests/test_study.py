@@ -174,7 +174,7 @@ def test_copies_as_drive_and_people_make_them_are_passed_over(copy, monkeypatch)
         for folder in (seed, seed.parent, copy / "plain", copy):
             (folder / name).write_text("x")
     assert Study(copy).runs == [("l1-bn", 1), ("l1-bn", 2), ("gbn", 1), ("gbn", 2)]
-    monkeypatch.setattr("s6lib.lab.launch.train_here", lambda waiting, settings: iter(waiting and 1 / 0))
+    monkeypatch.setattr("s6lib.lab.launch.train_here", lambda task, jobs: iter(task.runs and 1 / 0))
     assert run_study(TINY, ["gbn"], (1, 2), copy, show_progress=False).runs == [("gbn", 1), ("gbn", 2)]
     with pytest.raises(ZeroDivisionError):  # one more is asked for, and nothing stands in its way
         run_study(TINY, "gbn", 3, copy, show_progress=False)

@@ -20,7 +20,7 @@ from test_study import assert_same_study
 from s6lib.__main__ import main
 from s6lib.errors import RunsFailed, StudyError
 from s6lib.lab.launch import run_study
-from s6lib.lab.workers import JobSettings, _packed, dask_executor, resolve_device, train_here, train_packed
+from s6lib.lab.workers import Task, _packed, dask_executor, resolve_device, train_here, train_packed
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
@@ -207,6 +207,10 @@ def test_an_executor_that_is_shut_down_is_a_failure_of_each_run(tmp_path):
         run_study(TINY, (GBN,), (1,), tmp_path, executor=executor, show_progress=False)
 
 
+def task_of(runs, folder, device="cpu"):
+    return Task(runs, folder / "not there", device)
+
+
 def half(model):
     return 0.5 + 0 * model.layers[0].weight.sum()
 
@@ -216,7 +220,7 @@ def test_what_is_ones_own_travels_by_value(tmp_path):
     """To a process that knows nothing of this file, and shares no disk."""
     runs = [Run(ONCE, Condition("half", penalty=half), seed) for seed in (1, 2)]
     task = tmp_path / "task"
-    task.write_bytes(pickle.dumps(("study", _packed(runs), 1, JobSettings(tmp_path, "not there", "cpu", None))))
+    task.write_bytes(pickle.dumps((_packed(task_of(runs, tmp_path)), 1)))
     script = (
         "import pickle, sys; from s6lib.lab.workers import train_packed\n"
         "print(round(train_packed(*pickle.load(open(sys.argv[1], 'rb'))).history[0]['penalty'], 6))"
@@ -232,33 +236,29 @@ def test_what_runs_share_is_pickled_and_read_once(monkeypatch, tmp_path):
     images = bytes(10**6)
     condition = Condition("own", penalty=lambda model: len(images))
     runs = [Run(ONCE, condition, seed) for seed in (1, 2, 3)]
-    content = _packed(runs)
+    content = _packed(task_of(runs, tmp_path))
     assert len(content) < 1.1 * len(images)
     trained = []
-    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, settings: trained.append(run))
+    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, task: trained.append(run))
     for number in range(3):
-        train_packed("a study", content, number, JobSettings(tmp_path, "", "cpu", None))
+        train_packed(content, number)
     assert [run.seed for run in trained] == [1, 2, 3]
     assert trained[0].condition is trained[2].condition is not condition
-
-
-def settings(folder, **changes):
-    return JobSettings(folder, "", "cpu", 2)._replace(**changes)
 
 
 @pytest.mark.parametrize("thing", [threading.Lock(), sys.stderr], ids=["a lock", "an open file"])
 def test_what_cannot_be_sent_is_refused_before_training(tmp_path, thing):
     run = Run(ONCE, Condition("own", penalty=lambda model: id(thing)), 1)
     with pytest.raises(StudyError, match=r"cannot be sent to another process \(.*\): open files and .* with jobs=1$"):
-        list(train_here([run, run], settings(tmp_path)))
+        list(train_here(task_of([run, run], tmp_path), 2))
 
 
 def test_a_daemon_is_told_to_use_one_job(tmp_path, monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     with pytest.raises(StudyError, match="this process is a daemon, which may not start 2 others: use jobs=1"):
-        list(train_here([], settings(tmp_path)))
-    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, settings: "in this process")
-    assert list(train_here([1], settings(tmp_path, jobs=None))) == [(1, "in this process")]
+        list(train_here(task_of([1], tmp_path), 2))
+    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, task: "in this process")
+    assert list(train_here(task_of([1], tmp_path))) == [(1, "in this process")]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_cores_limit_the_jobs_on_a_cpu_alone(tmp_path, monkeypatch, device, jobs
     started = []
     monkeypatch.setattr("s6lib.lab.workers.cpu_count", lambda: 3)
     monkeypatch.setattr("s6lib.lab.workers._pool", lambda number: started.append(number) or ThreadPoolExecutor())
-    monkeypatch.setattr("s6lib.lab.workers.train_with", lambda pool, runs, settings: ((run, "") for run in runs))
-    assert len(list(train_here(list(range(9)), settings(tmp_path, device=device, jobs=jobs)))) == 9
+    monkeypatch.setattr("s6lib.lab.workers.train_with", lambda pool, task: ((run, "") for run in task.runs))
+    assert len(list(train_here(task_of(list(range(9)), tmp_path, device), jobs))) == 9
     assert started == [processes]
 
 

@@ -21,7 +21,7 @@ from s6lib.lab.progress import progress
 from s6lib.lab.record import differences, read_condition, require_same, settings_of
 from s6lib.lab.run import Data, identity, save_run
 from s6lib.lab.trial import first_steps
-from s6lib.lab.workers import JobSettings, Outcome, resolve_device, train_here, train_with
+from s6lib.lab.workers import Outcome, Task, resolve_device, train_here, train_with
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, load_images
 from s6lib.study import Study
 
@@ -71,16 +71,12 @@ def run_study(
     with _only_study_in(out) as token:
         _require_one_training(out, runs, data)
         waiting = [run for run in runs if not is_complete(run.folder(out))]
-        settings = JobSettings(out.resolve(), token, str(device), jobs)
         if not waiting and show_progress:
             print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
-        histories = {str(run): run.folder(out) / "history.csv" for run in waiting}
-        epochs = {str(run): run.settings.epochs for run in waiting}
-        with progress(histories, epochs) if waiting and show_progress else nullcontext():
+        task = Task(waiting, out.resolve() / token, str(device))
+        with progress(waiting, out) if waiting and show_progress else nullcontext():
             try:
-                outcomes = (
-                    train_here(waiting, settings) if executor is None else train_with(executor, waiting, settings)
-                )
+                outcomes = train_here(task, jobs) if executor is None else train_with(executor, task, jobs)
                 reasons = [_save(run.folder(out), run, outcome) for run, outcome in outcomes]
             except KeyboardInterrupt:
                 kept = "epoch" if executor is None else "run"
@@ -158,30 +154,32 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
     StudyError if a run was trained with different settings, or if a symbolic link, perhaps a stranger's, would lead a
     run's files out of the folder; and SettingError if a condition cannot be trained.
     """
-    folder, conditions = out / runs[0].recipe.name, {run.condition.slug: run.condition for run in runs}
+    recipe, conditions = runs[0].recipe, {run.condition.slug: run.condition for run in runs}
     for place in {run.folder(out) for run in runs}:
         if not place.resolve().is_relative_to(out.resolve()):
             raise StudyError(f"{place} leads out of {out}, to {place.resolve()}; remove the link")
     recorded: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for other in run_folders(folder):
-        about = read_about(other) if is_complete(other) else read_checkpoint(other)
+    for folder in run_folders(out / recipe.name):
+        about = read_about(folder) if is_complete(folder) else read_checkpoint(folder)
         if about is not None:
-            condition = conditions.get(other.parent.name) or read_condition(about["condition"])
-            require_same(other, about, settings_of(Run(runs[0].recipe, condition, about["seed"])))
-            recorded.setdefault(other.parent.name, (other, about))
-    tried = {}
+            condition = conditions.get(folder.parent.name) or read_condition(about["condition"])
+            require_same(folder, about, settings_of(Run(recipe, condition, about["seed"])))
+            recorded.setdefault(folder.parent.name, (folder, about))
+    tried = []
     for slug, condition in conditions.items():
-        other, about = recorded.get(slug, (folder, {"seed": runs[0].seed}))
-        run = Run(runs[0].recipe, condition, about["seed"])
-        tried[slug] = run, None if run.is_built_in else first_steps(run, data)
+        folder, about = recorded.get(slug, (out, {"seed": runs[0].seed}))
+        run = Run(recipe, condition, about["seed"])
+        steps = None if run.is_built_in else first_steps(run, data)
         if "first_steps" in about:
-            require_same(other, about, identity(*tried[slug]))
-    for (first, one), (second, another) in combinations(tried.items(), 2):
-        renamed = replace(another[0], seed=one[0].seed, condition=replace(another[0].condition, slug=first))
-        if not differences(identity(*one), identity(renamed, another[1])):
+            require_same(folder, about, identity(run, steps))
+        tried.append((run, steps))
+    for (first, one), (second, another) in combinations(tried, 2):
+        renamed = Run(recipe, replace(second.condition, slug=first.condition.slug), first.seed)
+        if not differences(identity(first, one), identity(renamed, another)):
             print(
-                f"{first} and {second} train alike, as far as settings and first steps show; if a lambda in a loop "
-                "reads the loop's variable, give it a default, as in `lambda model, weight=weight: ...`",
+                f"{first.condition.slug} and {second.condition.slug} train alike, as far as settings and first steps "
+                "show; if a lambda in a loop reads the loop's variable, give it a default, as in "
+                "`lambda model, weight=weight: ...`",
                 file=sys.stderr,
                 flush=True,
             )

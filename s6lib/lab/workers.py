@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
-from uuid import uuid4
+from typing import NamedTuple
 
 import torch
 from loky import ProcessPoolExecutor, cpu_count
@@ -27,36 +28,36 @@ from s6lib.lab.trial import first_steps, pack
 from s6lib.recipes import Run, load_images
 
 Outcome = RunResult | str  # of a run: its result, or the reason why it failed
-POOLS = 3  # one worker may die by chance; after three, assume that memory is short
-WORKERS_DIE = (
-    "worker processes were killed again and again: is memory short (a worker needs about 1 GB)? Every finished epoch "
-    "is kept: give the same command again, with fewer jobs"
+TRIES = 4  # of a run whose worker is killed, since one may be killed by chance
+WORKER_KILLED = (
+    "its worker process was killed: is memory short (a worker needs about 1 GB)? Every finished epoch is kept: give "
+    "the same command again, with fewer jobs"
 )
 LACKS_MODULE = (
     "a worker cannot import what the run needs ({error}): install it there; for s6lib, run "
     "`pip install -r requirements.txt` in a clone"
 )
-_STUDIES: dict[str, tuple[Run, ...]] = {}  # runs that this process has sent out, or has unpacked as a worker, by study
 _ALONE = threading.Lock()  # the threads of a process share the random generators, so they take turns
 
 
 class LostWorker(str):
-    """The reason of a run whose worker process died, and its pool with it."""
+    """The reason of a run whose worker process was killed, and its pool with it."""
 
 
-class JobSettings(NamedTuple):
-    """The settings that all runs of a study share.
+class Task(NamedTuple):
+    """What a worker is sent: the runs of a study, one of which it trains.
 
-    out: the study's folder.
-    token: the name of a file in it. A worker that sees the file shares the disk, and writes checkpoints there.
+    token: a file in the study's folder. A worker that sees it shares the disk, and writes checkpoints to the folder.
     device: the name of the device to train on.
-    jobs: the most runs at a time; None for the default.
     """
 
-    out: Path
-    token: str
+    runs: list[Run]
+    token: Path
     device: str
-    jobs: int | None
+
+
+_SENT: dict[bytes, Task] = {}  # the originals of what this process has packed
+_unpack = lru_cache(maxsize=1)(pickle.loads)  # once for all runs of a study
 
 
 def resolve_device(device: str | torch.device) -> str:
@@ -74,55 +75,51 @@ def resolve_device(device: str | torch.device) -> str:
     return str(device)
 
 
-def train_here(runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Outcome]]:
+def train_here(task: Task, jobs: int | None = None) -> Iterator[tuple[Run, Outcome]]:
     """Train runs on this machine, and yield each with its outcome as it ends.
 
-    On a CPU, `settings.jobs` processes of one thread each run in parallel: by default, and at most, one per core. On a
-    GPU, or with one job, the runs take turns in this process. A new pool replaces one that loses a worker.
+    On a CPU, `jobs` processes of one thread each run in parallel: by default, and at most, one per core. On a GPU, or
+    with one job, the runs take turns in this process. A new pool replaces one that loses a worker.
 
     Raises StudyError if this process may not start others, or the user's code cannot be sent to them.
     """
-    cores = cpu_count() if settings.device == "cpu" else settings.jobs or 1
+    cores = cpu_count() if task.device == "cpu" else jobs or 1
     daemon = multiprocessing.current_process().daemon
-    jobs = min(settings.jobs or (1 if daemon else cores), cores)
-    if jobs > 1 and daemon:
-        raise StudyError(f"this process is a daemon, which may not start {jobs} others: use jobs=1")
-    if jobs == 1:
-        yield from ((run, _train(run, settings)) for run in runs)
+    jobs = min(jobs or (1 if daemon else cores), cores)
+    if jobs == 1 or not task.runs:
+        yield from ((run, _train(run, task)) for run in task.runs)
         return
-    groups, settings = [runs], settings._replace(jobs=None)
-    for pool_number in range(POOLS + 1):
-        lost = []
+    if daemon:
+        raise StudyError(f"this process is a daemon, which may not start {jobs} others: use jobs=1")
+    runs = task.runs
+    for more_tries in reversed(range(TRIES)):
+        # At last a pool for each run, so that a run that kills its worker stops no other run.
+        groups, lost = [runs] if more_tries else [[run] for run in runs], []
         for group in groups:
-            with _pool(min(jobs, len(group) or 1)) as pool:
-                for run, outcome in train_with(pool, group, settings):
-                    if not isinstance(outcome, LostWorker):
-                        yield run, outcome
-                    elif pool_number == POOLS:
-                        yield run, f"{run}: {WORKERS_DIE}"
-                    else:
+            with _pool(min(jobs, len(group))) as pool:
+                for run, outcome in train_with(pool, task._replace(runs=group)):
+                    if more_tries and isinstance(outcome, LostWorker):
                         lost.append(run)
+                    else:
+                        yield run, outcome
         if not lost:
             return
         print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
-        # At last a pool for each run, so that a run that kills its worker stops no other run.
-        groups = [[run] for run in lost] if pool_number == POOLS - 1 else [lost]
+        runs = lost
 
 
-def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> Iterator[tuple[Run, Outcome]]:
-    """Train runs in an executor, `settings.jobs` at a time (by default all), and yield each with its outcome.
+def train_with(executor: Executor, task: Task, jobs: int | None = None) -> Iterator[tuple[Run, Outcome]]:
+    """Train runs in an executor, `jobs` at a time (by default all), and yield each with its outcome.
 
     Raises StudyError if the user's code cannot be sent to a worker.
     """
-    study, content = uuid4().hex, _packed(runs)
-    _STUDIES[study] = tuple(runs)
-    todo, pending = iter(enumerate(runs)), dict[Future, Run]()
+    content = _packed(task)
+    _SENT[content] = task
+    todo, pending = iter(enumerate(task.runs)), dict[Future, Run]()
     try:
         while True:
-            for number, run in todo:
-                pending[_submit(executor, study, content, number, settings)] = run
-                if len(pending) == settings.jobs:
-                    break
+            for number, run in islice(todo, None if jobs is None else jobs - len(pending)):
+                pending[_submit(executor, content, number)] = run
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -131,14 +128,14 @@ def train_with(executor: Executor, runs: list[Run], settings: JobSettings) -> It
     finally:
         for future in pending:  # for example, after Ctrl-C
             future.cancel()
-        _STUDIES.pop(study, None)
+        _SENT.pop(content, None)
 
 
-def _packed(runs: list[Run]) -> bytes:
+def _packed(task: Task) -> bytes:
     """Pickle runs, and what they share, such as images that a function sees, once. Raises StudyError if it cannot."""
-    parts = [part for run in runs for part in (*vars(run.recipe).values(), *run.parts.values())]
+    parts = [part for run in task.runs for part in (*vars(run.recipe).values(), *run.parts.values())]
     try:
-        return pack(tuple(runs), parts)
+        return pack(task, parts)
     except Exception as error:  # whatever the user's objects raise
         raise StudyError(
             f"your code cannot be sent to another process ({error}): open files and make locks inside the function "
@@ -146,9 +143,9 @@ def _packed(runs: list[Run]) -> bytes:
         ) from None
 
 
-def _submit(executor: Executor, *task: Any) -> Future:
+def _submit(executor: Executor, content: bytes, number: int) -> Future:
     try:
-        return executor.submit(train_packed, *task)
+        return executor.submit(train_packed, content, number)
     except RuntimeError as error:  # the pool has died, or was shut down
         future: Future = Future()
         future.set_exception(error)
@@ -163,39 +160,35 @@ def _outcome(run: Run, future: Future) -> Outcome:
         return f"{run}: {LACKS_MODULE.format(error=error)}"
     except CancelledError:
         return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
+    except BrokenExecutor:
+        return LostWorker(f"{run}: {WORKER_KILLED}")
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        kind = LostWorker if isinstance(error, BrokenExecutor) else str
-        return kind(f"{run}: given up by the executor, {type(error).__name__}: {reason}")
+        return f"{run}: given up by the executor, {type(error).__name__}: {reason}"
 
 
-def train_packed(study: str, content: bytes, number: int, settings: JobSettings) -> Outcome:
+def train_packed(content: bytes, number: int) -> Outcome:
     """Train one of a study's packed runs in whatever process or thread an executor calls this.
 
     In the process that packed the runs, train the original: unpickling it there would redefine the user's classes.
-    Another process unpacks a study once.
     """
-    runs = _STUDIES.get(study)
-    if runs is None:
-        runs = pickle.loads(content)
-        _STUDIES.clear()
-        _STUDIES[study] = runs
-    return _train(runs[number], settings)
+    task = _SENT.get(content) or _unpack(content)
+    return _train(task.runs[number], task)
 
 
-def _train(run: Run, settings: JobSettings) -> Outcome:
+def _train(run: Run, task: Task) -> Outcome:
     """Train a run; return the reason if it fails, since an exception would look like the executor's.
 
     Checkpoints go to the run's folder if this process sees the study's. Without them, a lost run starts from epoch 1.
     """
     try:
-        folder = run.folder(settings.out) if (settings.out / settings.token).exists() else None
+        folder = run.folder(task.token.parent) if task.token.exists() else None
         with _ALONE:
             steps = None
             if has_user_code(run):
                 with reproducible(CPU):  # a function that gives the data may draw
                     steps = first_steps(run, load_images(run.recipe.data, run.recipe.held_out))
-            return train_run(run, folder, resolve_device(settings.device), steps)
+            return train_run(run, folder, resolve_device(task.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
     return message if message.startswith(str(run)) else f"{run}: {message}"
@@ -205,12 +198,12 @@ def _train(run: Run, settings: JobSettings) -> Outcome:
 def _pool(jobs: int) -> Iterator[Executor]:
     """Start worker processes, which end with this process; if the block is left early, they end at once."""
     pool = ProcessPoolExecutor(jobs, initializer=_follow, initargs=(os.getpid(),))
-    finished = False
     try:
         yield pool
-        finished = True
-    finally:
-        pool.shutdown(wait=True, kill_workers=not finished)
+    except BaseException:
+        pool.shutdown(kill_workers=True)
+        raise
+    pool.shutdown()
 
 
 def _follow(driver: int) -> None:
@@ -248,4 +241,4 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
                 raise RunError(f"worker {address}: {LACKS_MODULE.format(error=answer)}")
         if not answers:
             print(f"waiting for workers: none has come to {scheduler} yet", file=sys.stderr, flush=True)
-        yield client.get_executor(pure=False, retries=POOLS)
+        yield client.get_executor(pure=False, retries=TRIES - 1)
