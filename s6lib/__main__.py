@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -45,47 +45,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="{run,report}", parser_class=_Parser)
 
     run = commands.add_parser("run", help="train (the default), then report")
-    add, count = run.add_argument, _whole_number(1)
-    add("--study", metavar="FILE.py", help="a file that defines your own RECIPE and CONDITIONS")
-    add("--recipe", metavar="NAME", help="plain (default) or bottleneck")
+    add, recipe = run.add_argument, run.add_mutually_exclusive_group()
+    recipe.add_argument("--study", metavar="FILE.py", help="a file that defines your own RECIPE and CONDITIONS")
+    recipe.add_argument(
+        "--recipe", choices=("plain", "bottleneck"), default="plain", help="the network (default: plain)"
+    )
     which = f"which to train: {SLUGS} (default: the first five), or those of your study file"
     add("--conditions", nargs="+", metavar="SLUG", help=which)
-    add("--seeds", nargs="+", type=_whole_number(0), default=[1], metavar="K", help="one run each (default: 1)")
-    add("--epochs", type=count, metavar="N", help="passes over the training images (default: 25)")
-    add("--train-images", type=count, metavar="N", help="how many images to use (default: all)")
+    add("--seeds", nargs="+", type=int, default=[1], metavar="K", help="one run each (default: 1)")
+    add("--epochs", type=int, metavar="N", help="passes over the training images (default: 25)")
+    add("--train-images", type=int, metavar="N", help="how many images to use (default: all)")
     add("--out", default="runs", metavar="DIR", help="the folder for the runs (default: runs)")
-    add("--jobs", type=count, metavar="N", help="parallel runs (default: one per core; 1 on a GPU)")
+    add("--jobs", type=int, metavar="N", help="parallel runs (default: one per core; 1 on a GPU)")
     add("--device", default="auto", help="auto (default: a CUDA GPU if there is one), cpu, cuda:1, mps")
     cluster = "send the runs to the workers of a Dask scheduler"
     add("--cluster", type=_scheduler_address, metavar="dask://HOST:PORT", help=cluster)
 
     report = commands.add_parser("report", help="print the result tables of a folder and draw its figures")
     report.add_argument("dir", metavar="DIR", help="a folder that `run` filled")
-    report.add_argument("--study", metavar="FILE.py", help="the study file that was given to `run`")
+    report.add_argument("--study", metavar="FILE.py", help="report the study in this file, which was given to `run`")
     report.add_argument("--images", metavar="DIR", help="the folder for the figures (default: DIR/images)")
     return parser
-
-
-def _whole_number(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-
-    return parse
 
 
 def _scheduler_address(address: str) -> str:
     if not re.fullmatch(r"dask://[^/:]+:\d+", address):
         raise argparse.ArgumentTypeError(f"{address!r} is not of the form dask://HOST:PORT")
     return address.replace("dask", "tcp", 1)
-
-
-def _look_up(name: str, choices: dict[str, Any]) -> Any:
-    """Return the choice of this name. Raises StudyError if there is none."""
-    if name not in choices:
-        raise StudyError(f"{name!r} is not known; there are: {', '.join(choices)}")
-    return choices[name]
 
 
 def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
@@ -116,16 +102,14 @@ def _run(arguments: argparse.Namespace) -> None:
     from s6lib.lab.workers import dask_executor
     from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES
 
-    if arguments.study is not None and arguments.recipe is not None:
-        raise StudyError("--study and --recipe both name a recipe; give one of them")
-    conditions: Sequence[Condition] = CONDITIONS
-    if arguments.study is None:
-        recipe, choices = _look_up(arguments.recipe or "plain", RECIPES), ALL_CONDITIONS
-    else:
+    recipe, conditions, choices = RECIPES[arguments.recipe], list(CONDITIONS), ALL_CONDITIONS
+    if arguments.study is not None:
         recipe, conditions = read_study_file(arguments.study)
         choices = {condition.slug: condition for condition in conditions}
     if arguments.conditions is not None:
-        conditions = [_look_up(slug, choices) for slug in arguments.conditions]
+        if unknown := [slug for slug in arguments.conditions if slug not in choices]:
+            raise StudyError(f"{unknown[0]!r} is not known; there are: {', '.join(choices)}")
+        conditions = [choices[slug] for slug in arguments.conditions]
     changes = {"epochs": arguments.epochs, "train_images": arguments.train_images}
     recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     with nullcontext() if arguments.cluster is None else dask_executor(arguments.cluster) as executor:
@@ -138,17 +122,11 @@ def _report_all(arguments: argparse.Namespace) -> None:
     from s6lib.study import Study, recipes_in
 
     folder, images = Path(arguments.dir), arguments.images
-    own, conditions = (None, []) if arguments.study is None else read_study_file(arguments.study)
-    names = recipes_in(folder) or [own.name if own else "plain"]
-    if own is not None and own.name not in names:
-        raise StudyError(
-            f"{folder} holds no run of {own.name}, the recipe of {arguments.study}, but {', '.join(names)}"
-        )
-    for name in names:
-        study = Study(folder, name)
-        if own is not None and own.name == name:
-            given = {condition.slug: condition for condition in conditions}
-            study = Study(folder, own, [given.get(slug, slug) for slug in study.conditions])
+    if arguments.study is not None:
+        studies = [Study(folder, *read_study_file(arguments.study))]
+    else:
+        studies = [Study(folder, name) for name in recipes_in(folder) or ["plain"]]
+    for study in studies:
         _report(study, Path(images or folder / "images"))
 
 
