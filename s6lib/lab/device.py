@@ -24,8 +24,7 @@ def seed_everything(seed: int, epoch: int, device: torch.device) -> torch.Genera
 
     Each gets its own words of one SeedSequence, so that all streams are independent.
     """
-    words = np.random.SeedSequence((seed, epoch)).generate_state(4).tolist()
-    for_torch, for_batches, for_numpy, for_random = words
+    for_torch, for_batches, for_numpy, for_random = np.random.SeedSequence((seed, epoch)).generate_state(4).tolist()
     torch.default_generator.manual_seed(for_torch)
     if device.type != "cpu":  # torch.manual_seed would also reseed GPUs that are not used here
         torch.manual_seed(for_torch)
@@ -164,6 +163,7 @@ def _commit() -> str | None:
     command = ["git", "-C", str(clone), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # leave the index alone: others may be at work there
     with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, env=environment, check=True)
-        return done.stdout.strip()
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=5, env=environment
+        ).strip()
     return None

@@ -107,20 +107,15 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
     """Read the newest undamaged checkpoint, or return None.
 
-    With `resume`, report a damaged checkpoint on stderr and replace it by the older one. Without the replacement, the
-    next `write_checkpoint` would keep the damaged one instead.
+    With `resume`, report a damaged one on stderr and remove it, or the next `write_checkpoint` would keep it.
     """
-    last, before = (folder / name for name in CHECKPOINTS)
-    for path in filter(Path.exists, (last, before)):
+    for path in (folder / name for name in CHECKPOINTS if (folder / name).exists()):
         try:
-            state = _load_checkpoint(path)
+            return _load_checkpoint(path)
         except Exception as error:  # torch.load raises a dozen kinds of exception for damaged files
             if resume:
                 print(f"{path} is damaged ({type(error).__name__}); going on without it", file=sys.stderr, flush=True)
-            continue
-        if resume and path == before:
-            os.replace(before, last)
-        return state
+                path.unlink()
     return None
 
 

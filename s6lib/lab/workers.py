@@ -29,10 +29,6 @@ from s6lib.recipes import Run, load_images
 
 Outcome = RunResult | str  # of a run: its result, or the reason why it failed
 TRIES = 4  # of a run whose worker is killed, since one may be killed by chance
-WORKER_KILLED = (
-    "its worker process was killed: is memory short (a worker needs about 1 GB)? Every finished epoch is kept: give "
-    "the same command again, with fewer jobs"
-)
 LACKS_MODULE = (
     "a worker cannot import what the run needs ({error}): install it there; for s6lib, run "
     "`pip install -r requirements.txt` in a clone"
@@ -66,13 +62,12 @@ def resolve_device(device: str | torch.device) -> str:
     Raises StudyError if this machine lacks the device.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if gpus else "cpu"
+    name = str(device) if device != "auto" else "cuda" if gpus else "cpu"
     usable = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * (gpus > 0)]
     usable += [f"cuda:{number}" for number in range(gpus)]
-    if str(device) not in usable:
-        raise StudyError(f"device {str(device)!r} is not available here; use auto or one of: {', '.join(usable)}")
-    return str(device)
+    if name not in usable:
+        raise StudyError(f"device {name!r} is not available here; use auto or one of: {', '.join(usable)}")
+    return name
 
 
 def train_here(task: Task, jobs: int | None = None) -> Iterator[tuple[Run, Outcome]]:
@@ -161,7 +156,10 @@ def _outcome(run: Run, future: Future) -> Outcome:
     except CancelledError:
         return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
     except BrokenExecutor:
-        return LostWorker(f"{run}: {WORKER_KILLED}")
+        return LostWorker(
+            f"{run}: its worker was killed: is memory short (a worker needs about 1 GB)? Every finished epoch is kept: "
+            "give the same command again, with fewer jobs"
+        )
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         return f"{run}: given up by the executor, {type(error).__name__}: {reason}"
