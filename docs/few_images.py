@@ -47,18 +47,6 @@ def share_removed(size: int, name: str) -> tuple[float, float, float]:
     return tuple(100 * (1 - math.exp(log)) for log in (logs.mean(), high, low))
 
 
-def worth(size: int, name: str) -> float:
-    """How many times the images "nothing" needs for the same mean error, from its own curve, logarithmic both ways."""
-    sizes, curve = np.log(SIZES), np.log([errors(one)["nothing"].mean() for one in SIZES])
-    return math.exp(np.interp(-math.log(errors(size)[name].mean()), -curve, sizes)) / size
-
-
-def worths(name: str) -> tuple[float, float]:
-    """The lowest and the highest `worth`, from 100 to 3,000 images: on 10,000 the curve ends."""
-    found = [worth(size, name) for size in SIZES[:-1]]
-    return min(found), max(found)
-
-
 @cache
 def planned() -> dict[int, tuple[float, float]]:
     """The SD of a gain, and the gain that is found four times in five, as docs/preregistration_when.md plans them."""

@@ -168,12 +168,6 @@ def gain_cell(size: int, slug: str) -> str:
     return f"{number(gained.mean(), 2, '+')} ({interval(statistics.mean_interval(gained), 2)})"
 
 
-def share_cell(size: int, slug: str) -> str:
-    removed, *ends = few.share_removed(size, slug)
-    times = f"; {few.worth(size, slug):.1f} times" if size < few.SIZES[-1] else ""
-    return f"{number(removed, 0)}% ({interval(ends, 0, '')}){times}"
-
-
 def shares(size: str, which: str) -> str:
     """The share of errors removed by one regulariser, or by "each", the largest first."""
     found = {slug: few.share_removed(int(size), slug)[0] for slug in few.NAMES}
@@ -213,12 +207,10 @@ worths = cache(worth_by_size)
 
 
 def worth_cell(size: int, slug: str) -> str:
-    """The share of errors removed, bold where it is above or below 0 after Holm's correction, and the worth."""
-    row, ends = worths().loc[(slug, size)], "_low", "_high"
-    removed, times = (
-        interval((row[name + end] for end in ends), digits, "") for name, digits in (("share", 0), ("worth", 2))
-    )
-    bold = "**" if row["p"] <= 0.05 else ""
+    """The share of errors removed, bold where it differs from 0 after Holm's correction, and the worth."""
+    row, bold = worths().loc[(slug, size)], "**" if worths().loc[(slug, size), "p"] <= 0.05 else ""
+    removed = interval((row["share_low"], row["share_high"]), 0, "")
+    times = interval((row["worth_low"], row["worth_high"]), 2, "")
     return f"{bold}{number(row['share'], 0)}%{bold} ({removed}); {row['worth']:.2f} ({times})"
 
 
@@ -239,19 +231,24 @@ def worth_answers(*questions: str) -> str:
     return table("| | | n | p, Holm | answer |", rows)
 
 
+def worth(*sizes_and_names: str) -> str:
+    """How many times the images a regulariser is worth on so many, or the range of several."""
+    size, *names = sizes_and_names
+    factors = [worths().loc[(name, int(size)), "worth"] for name in names]
+    return " to ".join(f"{factor:.1f}" for factor in sorted({min(factors), max(factors)}))
+
+
 def power_table() -> str:
     rows = ((f"{size:,}", *map("{:.2f}".format, few.power(size))) for size in few.SIZES)
     return table("| images | SD of a gain, planned | as it came out | finds, planned | as it came out |", rows)
 
 
-TABLES = (answer_table, summary_table, size_table, question_table, power_table)
+TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, worth_answers)
 VALUES: dict[str, Callable[..., str]] = {
-    **{function.__name__: function for function in (*TABLES, said, pruned, difference, nothing, shares)},
+    **{function.__name__: function for function in (*TABLES, said, pruned, difference, nothing, shares, worth)},
     "gain_table": lambda: by_size(gain_cell, ["*accuracy without*", *map(nothing, few.SIZES)]),
-    "share_table": lambda: by_size(share_cell),
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
     "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)[0])['both']:.2f}",
-    "worths": lambda slug: " to ".join(f"{end:.1f}" for end in few.worths(slug)),
     "six": lambda name: six()[name],
     "clean": lambda images, column: f"{few.clean().query(f'images == {images}')[column].mean():.2f}",
     "recurrence": lambda slug: f"{few.recurrence(slug):.0%}",

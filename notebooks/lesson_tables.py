@@ -281,4 +281,4 @@ def worth_by_size(folder: Path = PROJECT / "results" / "worth") -> pd.DataFrame:
         add(*pair, "share", *(worth_analysis.share(removed[end]) for end in ("mean", "low", "high")))
         add(*pair, "worth", *(data[end] for end in ("mean", "low", "high")))
         rows[pair]["p"] = removed["p_holm"]
-    return pd.DataFrame(rows).T.rename_axis(["name", "size"])
+    return pd.DataFrame(rows).T.rename_axis(["name", "size"]).sort_index()

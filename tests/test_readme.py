@@ -57,10 +57,10 @@ def test_no_marker_ends_a_paragraph(page):
     ("text", "named"),
     [
         ("<!-- typo -->1<!-- / -->", "<!-- typo --> names no number"),
-        ("<!-- worths l2 -->1", "<!-- worths l2 --> has no counterpart"),
+        ("<!-- shares 300 l2 -->1", "<!-- shares 300 l2 --> has no counterpart"),
         ("1<!-- / -->", "<!-- / --> has no counterpart"),
-        ("<!-- worths l2 -->1<!-- worths l1 -->2<!-- / -->", "<!-- worths l2 --> has no counterpart"),
-        ("<!--worths l2-->1<!-- / -->", "<!--worths l2--> has no counterpart"),
+        ("<!-- shares 300 l2 -->1<!-- shares 300 l1 -->2<!-- / -->", "<!-- shares 300 l2 --> has no counterpart"),
+        ("<!--shares 300 l2-->1<!-- / -->", "<!--shares 300 l2--> has no counterpart"),
     ],
 )
 def test_an_unknown_or_unclosed_marker_is_named(text, named):
@@ -139,22 +139,35 @@ def test_the_claims_about_the_frontier_hold():
 
 
 def test_the_claims_about_fewer_images_hold():
-    share, sizes, names = few_images.share_removed, few_images.SIZES, tuple(few_images.NAMES)
-    on_300 = [share(300, name)[0] for name in names]
-    assert 24.5 < min(on_300) < max(on_300) < 50  # a quarter to a half
-    assert f"12% (n = {len(few_images.errors(10_000))})" in FIRST
+    share, names = few_images.share_removed, tuple(few_images.NAMES)
     assert [name for name in names if share(10_000, name)[1] > 0] == ["l2"]
-    assert all(few_images.gains(size)[name].mean() > 5 for size in (100,) for name in names)
+    assert all(few_images.gains(100)[name].mean() > 5 for name in names)
     assert all(few_images.gains(3_000)[name].mean() < 0.5 for name in names)
-    for name in set(names) - {"l2"}:
-        worth = [few_images.worth(size, name) for size in sizes[:-1]]
-        assert worth[0] - worth[-1] > 0.4  # loses most of its effect; L2 does not:
-        assert worth[-1] < few_images.worth(3_000, "l2")
-    assert few_images.worths("l2")[0] > 1.4
-    gained = few_images.gains(3_000)["l1"]
-    assert numbers.statistics.mean_interval(gained)[0] < 0 < share(3_000, "l1")[1]  # the scale decides
     assert few_images.minutes(100, 300) > 9.0  # since the page's commit, when the headline was committed
     assert sorted(map(few_images.recurrence, names))[-1] == few_images.recurrence("l1")
+
+
+def test_the_claims_about_the_worth_of_regularisers_hold():
+    """Of README, docs/results.md and notebook 06: they follow from the sentences of the analysis."""
+    table, folder = numbers.worths(), numbers.RESULTS / "worth"
+    removed, worth = ({row["subject"]: row for row in numbers.worth_analysis.QUESTIONS[k](folder)} for k in (0, 1))
+    assert all(removed[f"{name}, 300 images"]["said"].startswith("removes") for name in few_images.NAMES)
+    for name in few_images.NAMES:
+        assert removed[f"{name}, 10,000 images"]["said"].startswith("not shown")
+        assert worth[f"{name}, 10,000 images"]["said"].endswith("not shown to be worth more or less than itself")
+    on_300, on_10_000 = (table["worth"].drop("nothing").xs(size, level="size").round(1) for size in (300, 10_000))
+    assert (on_300["rotation"], on_300.drop("rotation").min(), on_300.drop("rotation").max()) == (2.2, 1.4, 1.8)
+    assert (on_10_000.min(), on_10_000.max()) == (0.9, 1.2)
+    l2 = [
+        table.loc[("l2", size), [f"worth_{end}" for end in ("low", "high")]].round(1).tolist() for size in (300, 10_000)
+    ]
+    assert l2 == [[1.5, 1.8], [1.0, 1.3]]
+    fall = {row["subject"]: row["said"].partition(" ")[0] for row in numbers.worth_analysis.fall(folder)}
+    assert fall == dict.fromkeys(few_images.NAMES, "falls") | {"dropout": "the"}
+    kept = [row["said"] for row in numbers.worth_analysis.own(folder)]
+    assert all(int(re.search(r"keeps (\d+)%", said)[1]) > 70 for said in kept)
+    commits = {about["commit"] for about in Study(folder, "plain").about().to_dict("records")}
+    assert [commit[:7] for commit in commits] == ["748da0c"]
 
 
 def test_the_claims_about_settings_on_fewer_images_hold():

@@ -17,8 +17,8 @@ from s6lib.train import predict_logits, score
 RESULTS = PROJECT / "results"
 FOLDERS = sorted({path.parents[2].relative_to(RESULTS) for path in RESULTS.rglob("seed-*/run.json")})
 
-# To keep the repository small, only these seeds of results/when carry their weights.
-FEW_WEIGHTS, WITH_WEIGHTS = Path("when/when"), (11, 12)
+# To keep the repository small, only two seeds of these carry their weights.
+WITH_WEIGHTS = {Path("when/when"): (11, 12), Path("worth/plain"): (31, 32)}
 
 read_study = cache(lambda path: Study((RESULTS / path).parent, path.name))  # so that every history is read once
 
@@ -26,7 +26,7 @@ read_study = cache(lambda path: Study((RESULTS / path).parent, path.name))  # so
 @cache
 def read_weights(path):
     """The runs of a study that carry their weights."""
-    return Study((RESULTS / path).parent, path.name, seeds=WITH_WEIGHTS if path == FEW_WEIGHTS else None)
+    return Study((RESULTS / path).parent, path.name, seeds=WITH_WEIGHTS.get(path))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
