@@ -73,7 +73,7 @@ def test_a_study_in_the_users_home_shows_a_line_for_each_run(tmp_path, monkeypat
         ({"conditions": [4]}, "4 is neither a Condition"),
         ({"conditions": []}, "conditions and seeds must name at least one each"),
         ({"seeds": []}, "conditions and seeds must name at least one each"),
-        ({"conditions": (GBN, L1_BN, replace(GBN, num_splits=8))}, "share the name of a folder: gbn, l1-bn, gbn"),
+        ({"conditions": (GBN, L1_BN, replace(GBN, num_splits=8))}, "two conditions share the name gbn; rename"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_met_is_said_before_anything_is_made(tmp_path, asked, said):
@@ -101,25 +101,6 @@ def test_a_folder_trained_otherwise_is_refused(tiny_study, recipe, conditions, d
 def test_a_folder_in_use_is_refused(tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(StudyError, match="another study is using"):
         run_study(TINY, (GBN,), (1,), tmp_path)
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cpu", [3, 2, 3, 2]), ("cuda", [2, 1000])])
-def test_no_more_workers_than_cores_on_a_cpu(tmp_path, monkeypatch, device, expected):
-    """On a GPU, as many as are asked for: by default one, this process."""
-    asked = []
-
-    def spied(jobs):
-        asked.append(jobs)
-        raise StudyError("not run")
-
-    monkeypatch.setattr("s6lib.lab.workers._pool", spied)
-    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, task: "not run")
-    monkeypatch.setattr("s6lib.lab.workers.cpu_count", lambda: 3)
-    monkeypatch.setattr("s6lib.lab.launch.resolve_device", lambda device: device)
-    for jobs, seeds in ((None, 9), (2, 9), (1000, 1000), (None, 2)):
-        with pytest.raises((StudyError, RunsFailed), match="not run"):
-            run_here(TINY, (GBN,), range(seeds), tmp_path, jobs=jobs, device=device)
-    assert asked == expected
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -253,24 +253,22 @@ def test_what_cannot_be_sent_is_refused_before_training(tmp_path, thing):
         list(train_here(task_of([run, run], tmp_path), 2))
 
 
-def test_a_daemon_is_told_to_use_one_job(tmp_path, monkeypatch):
-    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
-    with pytest.raises(StudyError, match="this process is a daemon, which may not start 2 others: use jobs=1"):
-        list(train_here(task_of([1], tmp_path), 2))
-    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, task: "in this process")
-    assert list(train_here(task_of([1], tmp_path))) == [(1, "in this process")]
-
-
 @pytest.mark.parametrize(
-    ("device", "jobs", "processes"), [("cpu", 5, 3), ("cpu", None, 3), ("cpu", 2, 2), ("cuda", 5, 5)]
-)
-def test_cores_limit_the_jobs_on_a_cpu_alone(tmp_path, monkeypatch, device, jobs, processes):
+    ("device", "jobs", "runs", "processes"),
+    [("cpu", None, 9, [3]), ("cpu", 2, 9, [2]), ("cpu", 5, 2, [2]), ("cpu", 1, 9, []), ("cuda", 5, 9, [5]),
+     ("cuda", None, 9, []), ("daemon", None, 9, []), ("daemon", 5, 9, [])],
+)  # fmt: skip
+def test_cores_limit_the_jobs_on_a_cpu_and_a_daemon_starts_none(tmp_path, monkeypatch, device, jobs, runs, processes):
+    """By default a GPU has one, this process."""
     started = []
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", device == "daemon")
     monkeypatch.setattr("s6lib.lab.workers.cpu_count", lambda: 3)
     monkeypatch.setattr("s6lib.lab.workers._pool", lambda number: started.append(number) or ThreadPoolExecutor())
-    monkeypatch.setattr("s6lib.lab.workers.train_with", lambda pool, task: ((run, "") for run in task.runs))
-    assert len(list(train_here(task_of(list(range(9)), tmp_path, device), jobs))) == 9
-    assert started == [processes]
+    monkeypatch.setattr("s6lib.lab.workers._train", lambda run, task: "in this process")
+    monkeypatch.setattr("s6lib.lab.workers.train_with", lambda pool, task, lost: ((run, "") for run in task.runs))
+    trained = list(train_here(task_of(list(range(runs)), tmp_path, device.replace("daemon", "cpu")), jobs))
+    assert trained == [(run, "" if processes else "in this process") for run in range(runs)]
+    assert started == processes
 
 
 def test_auto_is_the_cpu_where_there_is_no_cuda(monkeypatch):

@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -73,7 +72,7 @@ def run_study(
         waiting = [run for run in runs if not is_complete(run.folder(out))]
         if not waiting and show_progress:
             print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
-        task = Task(waiting, out.resolve() / token, str(device))
+        task = Task(waiting, token, str(device))
         with progress(waiting, out) if waiting and show_progress else nullcontext():
             try:
                 outcomes = train_here(task, jobs) if executor is None else train_with(executor, task, jobs)
@@ -98,15 +97,12 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
 
 def _conditions(conditions: Iterable[Condition | str] | Condition | str) -> list[Condition]:
     """Return each condition once. Raises StudyError for an invalid one, or for two with one folder."""
-    distinct: list[Condition] = []
+    distinct: dict[str, Condition] = {}
     for given in [conditions] if isinstance(conditions, Condition | str) else conditions:
         condition = _built_in(given, ALL_CONDITIONS, Condition)
-        if condition not in distinct:
-            distinct.append(condition)
-    slugs = [condition.slug for condition in distinct]
-    if len(set(slugs)) < len(slugs):
-        raise StudyError(f"two different conditions share the name of a folder: {', '.join(slugs)}; rename one")
-    return distinct
+        if distinct.setdefault(condition.slug, condition) != condition:
+            raise StudyError(f"two conditions share the name {condition.slug}; rename one")
+    return list(distinct.values())
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:
@@ -127,24 +123,22 @@ def _save(folder: Path, run: Run, outcome: Outcome) -> str | None:
 
 
 @contextmanager
-def _only_study_in(out: Path) -> Iterator[str]:
-    """Lock a folder, and yield the name of a file in it, by which workers recognise a shared disk."""
-    token = out / f".study-{uuid4().hex}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock").acquire(timeout=0)
-        for leftover in out.glob(".study-*"):  # of a study that was killed
-            leftover.unlink(missing_ok=True)
-        token.touch()
-    except Timeout:
-        raise StudyError(f"another study is using {out}; wait until it ends or choose another folder") from None
-    except OSError as error:
-        raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from None
-    with lock:
+def _only_study_in(out: Path) -> Iterator[Path]:
+    """Lock a folder, and yield the path of a file in it, by which workers recognise a shared disk."""
+    token = out.resolve() / f".study-{uuid4().hex}"
+    with ExitStack() as held:
         try:
-            yield token.name
-        finally:
-            token.unlink(missing_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(out / ".lock").acquire(timeout=0))
+            for leftover in out.glob(".study-*"):  # of a study that was killed
+                leftover.unlink(missing_ok=True)
+            held.callback(token.unlink, missing_ok=True)
+            token.touch()
+        except Timeout:
+            raise StudyError(f"another study is using {out}; wait until it ends or choose another folder") from None
+        except OSError as error:
+            raise StudyError(f"cannot write in {out} ({error.strerror}); choose another folder") from None
+        yield token
 
 
 def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
@@ -169,17 +163,16 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
     for slug, condition in conditions.items():
         folder, about = recorded.get(slug, (out, {"seed": runs[0].seed}))
         run = Run(recipe, condition, about["seed"])
-        steps = None if run.is_built_in else first_steps(run, data)
+        requested = identity(run, None if run.is_built_in else first_steps(run, data))
         if "first_steps" in about:
-            require_same(folder, about, identity(run, steps))
-        tried.append((run, steps))
-    for (first, one), (second, another) in combinations(tried, 2):
-        renamed = Run(recipe, replace(second.condition, slug=first.condition.slug), first.seed)
-        if not differences(identity(first, one), identity(renamed, another)):
+            require_same(folder, about, requested)
+        tried.append(requested)
+    for one, other in combinations(tried, 2):
+        first, second = one["condition"]["slug"], other["condition"]["slug"]
+        if not differences(one, {**other, "seed": one["seed"], "condition": {**other["condition"], "slug": first}}):
             print(
-                f"{first.condition.slug} and {second.condition.slug} train alike, as far as settings and first steps "
-                "show; if a lambda in a loop reads the loop's variable, give it a default, as in "
-                "`lambda model, weight=weight: ...`",
+                f"{first} and {second} train alike, as far as settings and first steps show; if a lambda in a loop "
+                "reads the loop's variable, give it a default, as in `lambda model, weight=weight: ...`",
                 file=sys.stderr,
                 flush=True,
             )

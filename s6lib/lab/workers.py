@@ -29,15 +29,11 @@ from s6lib.recipes import Run, load_images
 
 Outcome = RunResult | str  # of a run: its result, or the reason why it failed
 TRIES = 4  # of a run whose worker is killed, since one may be killed by chance
-LACKS_MODULE = (
-    "a worker cannot import what the run needs ({error}): install it there; for s6lib, run "
-    "`pip install -r requirements.txt` in a clone"
+_LACKS_MODULE = (
+    "a worker cannot import what the run needs ({}): install it there; for s6lib, run `pip install -r "
+    "requirements.txt` in a clone"
 )
 _ALONE = threading.Lock()  # the threads of a process share the random generators, so they take turns
-
-
-class LostWorker(str):
-    """The reason of a run whose worker process was killed, and its pool with it."""
 
 
 class Task(NamedTuple):
@@ -61,10 +57,10 @@ def resolve_device(device: str | torch.device) -> str:
 
     Raises StudyError if this machine lacks the device.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = str(device) if device != "auto" else "cuda" if gpus else "cpu"
-    usable = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * (gpus > 0)]
-    usable += [f"cuda:{number}" for number in range(gpus)]
+    gpus = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    gpus = gpus if torch.cuda.is_available() else []
+    name = str(device) if device != "auto" else (*gpus, "cpu")[0]
+    usable = ["cpu", *["mps"] * torch.backends.mps.is_available(), *gpus]
     if name not in usable:
         raise StudyError(f"device {name!r} is not available here; use auto or one of: {', '.join(usable)}")
     return name
@@ -73,38 +69,38 @@ def resolve_device(device: str | torch.device) -> str:
 def train_here(task: Task, jobs: int | None = None) -> Iterator[tuple[Run, Outcome]]:
     """Train runs on this machine, and yield each with its outcome as it ends.
 
-    On a CPU, `jobs` processes of one thread each run in parallel: by default, and at most, one per core. On a GPU, or
-    with one job, the runs take turns in this process. A new pool replaces one that loses a worker.
+    On a CPU, `jobs` processes of one thread each run in parallel: by default, and at most, one per core. On a GPU, with
+    one job, or in a daemon, which may not start processes, the runs take turns in this process. A new pool replaces one
+    that loses a worker.
 
-    Raises StudyError if this process may not start others, or the user's code cannot be sent to them.
+    Raises StudyError if the user's code cannot be sent to other processes.
     """
     cores = cpu_count() if task.device == "cpu" else jobs or 1
-    daemon = multiprocessing.current_process().daemon
-    jobs = min(jobs or (1 if daemon else cores), cores)
-    if jobs == 1 or not task.runs:
-        yield from ((run, _train(run, task)) for run in task.runs)
-        return
-    if daemon:
-        raise StudyError(f"this process is a daemon, which may not start {jobs} others: use jobs=1")
+    jobs = 1 if multiprocessing.current_process().daemon else min(jobs or cores, cores)
     runs = task.runs
-    for more_tries in reversed(range(TRIES)):
-        # At last a pool for each run, so that a run that kills its worker stops no other run.
-        groups, lost = [runs] if more_tries else [[run] for run in runs], []
-        for group in groups:
-            with _pool(min(jobs, len(group))) as pool:
-                for run, outcome in train_with(pool, task._replace(runs=group)):
-                    if more_tries and isinstance(outcome, LostWorker):
-                        lost.append(run)
-                    else:
-                        yield run, outcome
-        if not lost:
+    if jobs == 1:
+        yield from ((run, _train(run, task)) for run in runs)
+        return
+    for _ in range(TRIES - 1):
+        if not runs:
             return
-        print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
+        lost: list[Run] = []
+        with _pool(min(jobs, len(runs))) as pool:
+            yield from train_with(pool, task._replace(runs=runs), lost=lost)
+        if lost:
+            print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
         runs = lost
+    for run in runs:  # in a pool each, so that a run that kills its worker stops no other run
+        with _pool(1) as pool:
+            yield from train_with(pool, task._replace(runs=[run]))
 
 
-def train_with(executor: Executor, task: Task, jobs: int | None = None) -> Iterator[tuple[Run, Outcome]]:
+def train_with(
+    executor: Executor, task: Task, jobs: int | None = None, lost: list[Run] | None = None
+) -> Iterator[tuple[Run, Outcome]]:
     """Train runs in an executor, `jobs` at a time (by default all), and yield each with its outcome.
+
+    A run whose worker was killed is added to `lost` instead, if that is given.
 
     Raises StudyError if the user's code cannot be sent to a worker.
     """
@@ -119,7 +115,10 @@ def train_with(executor: Executor, task: Task, jobs: int | None = None) -> Itera
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 run = pending.pop(future)
-                yield run, _outcome(run, future)
+                if lost is not None and isinstance(future.exception(), BrokenExecutor):
+                    lost.append(run)
+                else:
+                    yield run, _outcome(run, future)
     finally:
         for future in pending:  # for example, after Ctrl-C
             future.cancel()
@@ -152,11 +151,11 @@ def _outcome(run: Run, future: Future) -> Outcome:
     try:
         return future.result()
     except ModuleNotFoundError as error:
-        return f"{run}: {LACKS_MODULE.format(error=error)}"
+        return f"{run}: {_LACKS_MODULE.format(error)}"
     except CancelledError:
         return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
     except BrokenExecutor:
-        return LostWorker(
+        return (
             f"{run}: its worker was killed: is memory short (a worker needs about 1 GB)? Every finished epoch is kept: "
             "give the same command again, with fewer jobs"
         )
@@ -236,7 +235,7 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
         answers = client.run(import_module, "s6lib.lab.workers", on_error="return")
         for address, answer in answers.items():
             if isinstance(answer, ModuleNotFoundError):
-                raise RunError(f"worker {address}: {LACKS_MODULE.format(error=answer)}")
+                raise RunError(f"worker {address}: {_LACKS_MODULE.format(answer)}")
         if not answers:
             print(f"waiting for workers: none has come to {scheduler} yet", file=sys.stderr, flush=True)
         yield client.get_executor(pure=False, retries=TRIES - 1)
