@@ -115,15 +115,11 @@ def keep_freed_memory() -> None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe a start for run.json: device, processor, library versions, host, process, commit, and time in UTC."""
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        processor = _cpuinfo().get("model name") or platform.processor() or platform.machine()
-        processor = f"{processor} ({torch.backends.cpu.get_cpu_capability()})"
+    cpu, core = _cpu()
     return {
         "device": str(device),
-        "processor": processor,
-        "core": _core(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "core": core,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": version("torchvision"),
@@ -135,23 +131,22 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _core() -> str:
-    """Family, model, stepping and caches: processors of the same name have given different last digits."""
+def _cpu() -> tuple[str, str]:
+    """The CPU's name and instruction set; and its family, model, stepping and caches.
+
+    Processors of the same name have given different last digits.
+    """
+    path = Path("/proc/cpuinfo")  # only on Linux
+    lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
+    entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     names = {"vendor_id": "", "cpu family": "family ", "model": "model ", "stepping": "stepping "}
-    cpuinfo = _cpuinfo()
-    words = [f"{word}{cpuinfo[name]}" for name, word in names.items() if name in cpuinfo]
+    words = [f"{word}{entries[name]}" for name, word in names.items() if name in entries]
     for place in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         with suppress(OSError):
             level, kind, size = ((place / name).read_text().strip() for name in ("level", "type", "size"))
             words.append(f"L{level} {kind.lower()} {size}")
-    return ", ".join(words) or platform.machine()
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The entries of the first core in /proc/cpuinfo on Linux; empty on other systems."""
-    path = Path("/proc/cpuinfo")
-    first = path.read_text().partition("\n\n")[0] if path.exists() else ""
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    name = entries.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})", ", ".join(words) or platform.machine()
 
 
 @cache

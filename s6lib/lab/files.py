@@ -19,7 +19,6 @@ from s6lib.recipes import SLUG
 
 RESULTS = ("predictions.npy", "weights.pt", "history.csv")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # of the last epoch, and of the one before
-IDENTITY = {"recipe", "condition", "seed"}  # entries that every checkpoint has
 
 
 def serialise(write: Callable[[BinaryIO], Any]) -> bytes:
@@ -44,12 +43,6 @@ def write_whole(path: Path, content: bytes) -> None:
     with suppress(OSError):  # some file systems (CIFS, some FUSE) cannot sync a folder
         os.fsync(folder)  # so that the rename survives a crash
     os.close(folder)
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove the part files of processes that were killed while writing."""
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
 
 
 def write_results(folder: Path, about: dict[str, Any], results: dict[str, bytes]) -> None:
@@ -107,8 +100,11 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
     """Read the newest undamaged checkpoint, or return None.
 
-    With `resume`, report a damaged one on stderr and remove it, or the next `write_checkpoint` would keep it.
+    With `resume`, remove the part files of processes that were killed, and report a damaged checkpoint on stderr and
+    remove it, or the next `write_checkpoint` would keep it.
     """
+    for part in folder.glob(".*.part") if resume else ():
+        part.unlink(missing_ok=True)
     for path in (folder / name for name in CHECKPOINTS if (folder / name).exists()):
         try:
             return _load_checkpoint(path)
@@ -125,7 +121,7 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile("wrong checksum")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict) and state.keys() >= IDENTITY:
+    if isinstance(state, dict) and state.keys() >= {"recipe", "condition", "seed"}:
         return state
     raise TypeError("not a checkpoint")
 

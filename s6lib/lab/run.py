@@ -20,7 +20,6 @@ from s6lib.lab.device import keep_freed_memory, machine, reproducible, seed_ever
 from s6lib.lab.files import (
     is_complete,
     read_checkpoint,
-    remove_parts,
     serialise,
     write_checkpoint,
     write_results,
@@ -280,7 +279,6 @@ def _resume(
     if folder is None or is_complete(folder):
         return [], []
     folder.mkdir(parents=True, exist_ok=True)
-    remove_parts(folder)
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is None:
         return [], []
