@@ -16,7 +16,7 @@ from hypothesis import settings
 from s6lib import recipes
 from s6lib.data import load_mnist
 from s6lib.lab.launch import run_study
-from s6lib.recipes import CONDITIONS, PLAIN
+from s6lib.recipes import CONDITIONS, PLAIN, Condition
 from s6lib.study import Study
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -36,6 +36,17 @@ needs_fake_gpu = pytest.mark.skipif(not FAKES_GPUS, reason="this torch fakes no 
 # Two epochs on ten batches: seconds, and long enough for every part of a run.
 TINY = replace(PLAIN, epochs=2, train_images=640)
 L1_BN, _, _, GBN, _ = CONDITIONS
+DRIVER = os.getpid()
+
+
+def deadly(model: torch.nn.Module) -> torch.Tensor:
+    """A penalty that ends the worker which computes it, as the kernel does when memory is short."""
+    if os.getpid() != DRIVER:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0 * model.layers[0].weight.sum()
+
+
+DEADLY = Condition("deadly", penalty=deadly)
 
 
 @pytest.hookimpl(trylast=True)

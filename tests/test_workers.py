@@ -14,7 +14,7 @@ from dataclasses import replace
 import cloudpickle
 import pytest
 import torch
-from conftest import GBN, L1_BN, TINY, bounded
+from conftest import DEADLY, GBN, L1_BN, TINY, bounded
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
@@ -23,8 +23,6 @@ from s6lib.lab.launch import run_study
 from s6lib.lab.workers import Task, _packed, dask_executor, resolve_device, train_here, train_packed
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
-
-DRIVER = os.getpid()
 
 
 class Cluster:
@@ -93,24 +91,16 @@ def test_a_study_on_a_cluster_equals_the_local_one_though_a_worker_is_killed(clu
     assert not list(out.glob(".study-*"))
 
 
-def deadly(model):
-    """A penalty that ends the worker which computes it, as the kernel does when memory is short."""
-    if os.getpid() != DRIVER:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 0 * model.layers[0].weight.sum()
-
-
 @pytest.mark.slow
 def test_one_worker_never_trains_in_the_driver_and_a_deadly_run_is_named(cluster, tiny_study, tmp_path):
     cluster.worker()  # with a nanny, which starts it again
-    conditions = (Condition("deadly", penalty=deadly), L1_BN, GBN)
     settings = {"jobs": 1, "device": "cpu", "show_progress": False}
     with dask_executor(f"tcp://{cluster.address}") as executor:
         with pytest.raises(
             RunsFailed, match=r"^deadly \(deadly\), seed 1: given up by the executor, KilledWorker: .*$"
         ):
-            run_study(TINY, conditions, (1,), tmp_path / "out", executor=executor, **settings)
-        study = run_study(TINY, conditions[1:], (1, 2), tmp_path / "out", executor=executor, **settings)
+            run_study(TINY, (DEADLY, L1_BN, GBN), (1,), tmp_path / "out", executor=executor, **settings)
+        study = run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path / "out", executor=executor, **settings)
     assert_same_study(study, tiny_study)
     assert os.getpid() not in set(study.about()["process"])
 

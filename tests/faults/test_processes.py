@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import GBN, L1_BN, TINY, evaluation_on_few_digits
+from conftest import DEADLY, GBN, L1_BN, TINY, evaluation_on_few_digits
 from processes import REQUEST, THOROUGH, command, complete, end, kill, started, wait_for
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
 from s6lib.errors import RunsFailed
 from s6lib.lab.launch import run_study
-from s6lib.recipes import Condition
 from s6lib.study import Study
 
 
@@ -63,21 +62,10 @@ def test_a_worker_with_nothing_to_do_ends_with_its_driver(tmp_path):
         process.communicate(timeout=30)
 
 
-DRIVER = os.getpid()
-
-
-def deadly(model):
-    """A penalty that ends the worker which computes it, as the kernel does when memory is short."""
-    if os.getpid() != DRIVER:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 0 * model.layers[0].weight.sum()
-
-
 @pytest.mark.slow
 def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(undisturbed, tmp_path, capsys):
-    conditions = (Condition("deadly", penalty=deadly), L1_BN, GBN)
     with pytest.raises(RunsFailed, match=r"^deadly \(deadly\), seed 1: .*: is memory short .* with fewer jobs$"):
-        run_study(TINY, conditions, (1,), tmp_path, jobs=2, show_progress=False)
+        run_study(TINY, (DEADLY, L1_BN, GBN), (1,), tmp_path, jobs=2, show_progress=False)
     assert_same_study(Study(tmp_path), undisturbed)
     assert capsys.readouterr().err.count("a worker process was killed; its runs go on in a new one\n") == 3
 
