@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -163,16 +164,17 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
     for slug, condition in conditions.items():
         folder, about = recorded.get(slug, (out, {"seed": runs[0].seed}))
         run = Run(recipe, condition, about["seed"])
-        requested = identity(run, None if run.is_built_in else first_steps(run, data))
+        steps = None if run.is_built_in else first_steps(run, data)
         if "first_steps" in about:
-            require_same(folder, about, requested)
-        tried.append(requested)
-    for one, other in combinations(tried, 2):
-        first, second = one["condition"]["slug"], other["condition"]["slug"]
-        if not differences(one, {**other, "seed": one["seed"], "condition": {**other["condition"], "slug": first}}):
+            require_same(folder, about, identity(run, steps))
+        tried.append((run, steps))
+    for (first, one), (second, other) in combinations(tried, 2):
+        renamed = Run(recipe, replace(second.condition, slug=first.condition.slug), first.seed)
+        if not differences(identity(first, one), identity(renamed, other)):
             print(
-                f"{first} and {second} train alike, as far as settings and first steps show; if a lambda in a loop "
-                "reads the loop's variable, give it a default, as in `lambda model, weight=weight: ...`",
+                f"{first.condition.slug} and {second.condition.slug} train alike, as far as settings and first steps "
+                "show; if a lambda in a loop reads the loop's variable, give it a default, as in "
+                "`lambda model, weight=weight: ...`",
                 file=sys.stderr,
                 flush=True,
             )
