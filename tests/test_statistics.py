@@ -209,7 +209,8 @@ def test_as_many_seeds_as_needed_have_the_power(sd, difference, comparisons):
     n = seeds_needed(sd, difference, comparisons)
     assert power(sd, difference, n, comparisons) >= 0.8
     assert 2.0 ** (1 - n) <= 0.05 / comparisons  # the least p of the sign-flip test
-    assert power(sd, difference, n - 1, comparisons) < 0.8 or 2.0 ** (2 - n) > 0.05 / comparisons
+    # 1e-5: how near the solver comes.
+    assert power(sd, difference, n - 1, comparisons) < 0.8 + 1e-5 or 2.0 ** (2 - n) > 0.05 / comparisons
 
 
 def test_an_enormous_sd_ends_at_once():
