@@ -366,7 +366,7 @@ def plot_worth(table: pd.DataFrame, title: str = "", limits: tuple[float, float]
         limits: of the axis on the right; an interval that is open, or ends beyond them, is drawn up to them.
     """
     looks = {name: {"color": COLORS[name], "label": label} for name, (label, _) in REGULARISERS.items()}
-    looks = {"nothing": {"color": INK, "label": "nothing", "zorder": 3}, **looks}
+    looks = {"nothing": {"color": COLORS["nothing"], "label": "nothing", "zorder": 3}, **looks}
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     with rc_context(STYLE):
         left, right = figure.subplots(1, 2)

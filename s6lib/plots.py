@@ -347,15 +347,17 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     Means at least as far from zero as the observed one are black: their share is the p-value of `sign_flip_p`.
     """
     flips, mean = sign_flip_means(differences), float(np.mean(differences))
-    far = np.abs(flips.index) >= abs(mean) - 2e-6 * float(np.abs(differences).sum())  # the means are rounded
-    bars = min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
-    reach = 1.02 * flips.index.max() or 1.0  # a little more, or the means would lie on the edges of the bars
-    grey, black = flips[~far], flips[far]
+    border = max(0.0, abs(mean) - 2e-6 * float(np.abs(differences).sum()))  # the means are rounded
+    reach = max(1.02 * flips.index.max(), 1.01 * abs(mean)) or 1.0
+    width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
+    outer = border + width * np.arange(2 + int((reach - border) / width))  # no narrower than the rest
+    edges = np.unique([*-outer, *np.linspace(-border, border, 2 + int(2 * border / width)), *outer])
+    shares, _ = np.histogram(flips.index, edges, weights=flips)
+    colors = [INK if abs(middle) >= border else QUIET for middle in (edges[:-1] + edges[1:]) / 2]
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
         axes.margins(y=0.2)
-        look: dict[str, Any] = {"stacked": True, "color": [QUIET, INK], "edgecolor": "white", "linewidth": 0.5}
-        axes.hist([grey.index, black.index], bars, range=(-reach, reach), weights=[grey, black], **look)
+        axes.bar(edges[:-1], shares, np.diff(edges), align="edge", color=colors, edgecolor="white", linewidth=0.5)
         axes.axvline(mean, color=INK, linewidth=1.5, linestyle="--", label=f"found: {signed(mean)}")
         axes.legend(frameon=False, loc="upper left" if mean > 0 else "upper right")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
