@@ -357,14 +357,15 @@ REGULARISERS = {
 }
 
 
-def plot_worth(table: pd.DataFrame, title: str = "", limits: tuple[float, float] = (0.6, 4.0)) -> Figure:
+def plot_worth(table: pd.DataFrame, title: str = "") -> Figure:
     """Draw test errors by the number of training images, and beside them how many times the images each is worth.
 
     Args:
         table: rows by name ("nothing" and REGULARISERS) and size, with `error`, in percent, and `worth`, each with its
-            interval as `_low` and `_high`, as lesson_tables.worth_by_size gives it.
-        limits: of the axis on the right; an interval that is open, or ends beyond them, is drawn up to them.
+            interval as `_low` and `_high`, as lesson_tables.worth_by_size gives it. An interval without an end is drawn
+            to the edge of the figure.
     """
+    limits = (0.6, 4.0)
     looks = {name: {"color": COLORS[name], "label": label} for name, (label, _) in REGULARISERS.items()}
     looks = {"nothing": {"color": COLORS["nothing"], "label": "nothing", "zorder": 3}, **looks}
     figure = Figure(figsize=(11, 5.2), layout="constrained")

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -260,7 +259,7 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
     return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
 
 
-def worth_by_size(folder: Path = PROJECT / "results" / "worth") -> pd.DataFrame:
+def worth_by_size() -> pd.DataFrame:
     """Tabulate the answers to questions 1 and 2 of docs/preregistration_worth.md, for each regulariser and size.
 
     Returns:
@@ -268,6 +267,7 @@ def worth_by_size(folder: Path = PROJECT / "results" / "worth") -> pd.DataFrame:
         times the images, each with its 95% interval over seeds as `_low` and `_high`; and `p` of the share, after
         Holm's correction. "nothing" has errors alone, on up to 30,000 images.
     """
+    folder = PROJECT / "results" / "worth"
     rows: dict[tuple[str, int], dict[str, float]] = {}
 
     def add(name: str, size: int, column: str, mean: float, low: float, high: float) -> None:
