@@ -144,6 +144,8 @@ def load_data(data: str | Callable[[], Any]) -> tuple[ImageDataset, ImageDataset
     """
     if data == "mnist":
         return load_mnist()
+    if not callable(data) and data not in DATASETS:
+        raise DataError(f"data must be a function or one of {', '.join(DATASETS)}, not {data!r}")
     if callable(data):
         train, test = _call_dataset(data)
         train = train.part(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
@@ -233,16 +235,18 @@ def _grey_levels(image: Any) -> np.ndarray:
 def load_mnist(root: str | Path = DATA) -> tuple[ImageDataset, ImageDataset]:
     """Load the training and the test images of MNIST, 60,000 and 10,000.
 
-    They are read from the four archives in `root`/MNIST/raw. If one is missing or damaged, torchvision loads them, from
-    its own unpacked files or a download. Raises DataError if that fails.
+    They are read from the four archives in `root`/MNIST/raw, or from torchvision's unpacked files beside them. What is
+    missing or damaged is downloaded by torchvision. Raises DataError if that fails.
     """
     root = Path(root).expanduser()
     contents = {archive: _read_archive(archive) for archive in (root / "MNIST" / "raw" / name for name in _CRC32)}
-    missing = [str(archive) for archive, content in contents.items() if content is None]
+    missing = [archive for archive, content in contents.items() if content is None]
+    if damaged := [str(archive.with_suffix("")) for archive in missing if archive.with_suffix("").exists()]:
+        raise DataError(f"damaged: {', '.join(damaged)}; delete what is damaged, and try again with a network")
     if missing:
         failed = (
-            f"MNIST archive missing or damaged, and the download failed: {', '.join(missing)}. Restore it with "
-            "`git checkout -- data/MNIST/raw`, or delete it and try again with a network."
+            f"MNIST archive missing or damaged, and the download failed: {', '.join(map(str, missing))}. Restore it "
+            "with `git checkout -- data/MNIST/raw`, or delete it and try again with a network."
         )
         return _load_from_torchvision("MNIST", root, failed)
     images, labels, test_images, test_labels = contents.values()
@@ -250,12 +254,13 @@ def load_mnist(root: str | Path = DATA) -> tuple[ImageDataset, ImageDataset]:
 
 
 def _read_archive(archive: Path) -> Tensor | None:
-    """Read the values of an archive, or None if it is missing or damaged."""
-    with suppress(OSError, EOFError, zlib.error):  # BadGzipFile is an OSError
-        content = gzip.decompress(archive.read_bytes())
-        if zlib.crc32(content) == _CRC32[archive.name]:
-            start, shape = (16, (-1, 28, 28)) if "images" in archive.name else (8, (-1,))
-            return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
+    """Read the values of an archive, or of its unpacked file; None if each is missing or damaged."""
+    for path, unpack in ((archive, gzip.decompress), (archive.with_suffix(""), bytes)):
+        with suppress(OSError, EOFError, zlib.error):  # BadGzipFile is an OSError
+            content = unpack(path.read_bytes())
+            if zlib.crc32(content) == _CRC32[archive.name]:
+                start, shape = (16, (-1, 28, 28)) if "images" in archive.name else (8, (-1,))
+                return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
     return None
 
 

@@ -58,6 +58,20 @@ def archives(tmp_path, monkeypatch):
     return shutil.copytree(RAW, tmp_path / "MNIST" / "raw", ignore=shutil.ignore_patterns("*-ubyte"))
 
 
+def test_an_unpacked_file_takes_the_place_of_its_archive_if_it_is_sound(archives):
+    """Torchvision, which would be asked next, knows such files by their names alone."""
+    archive = archives / "t10k-labels-idx1-ubyte.gz"
+    unpacked = archive.with_suffix("")
+    unpacked.write_bytes(gzip.decompress(archive.read_bytes()))
+    archive.unlink()
+    assert len(load_mnist(archives.parents[1])[1]) == 10_000
+    damaged = unpacked.read_bytes()[:-1] + b"\x0b"
+    unpacked.write_bytes(damaged)
+    with pytest.raises(DataError, match=f"^damaged: {unpacked}; delete what is damaged"):
+        load_mnist(archives.parents[1])
+    assert unpacked.read_bytes() == damaged
+
+
 def test_mnist_has_the_official_counts(mnist):
     train, test = mnist
     assert (train.images.shape, test.images.shape) == ((60_000, 28, 28), (10_000, 28, 28))
@@ -253,6 +267,9 @@ def test_the_class_names_are_those_of_the_data_set():
     ],
 )
 def test_what_are_no_two_data_sets_is_one_sentence(made, said):
+    with pytest.raises(DataError, match="data must be a function or one of mnist, fashion-mnist, kmnist, not 'cifar'"):
+        load_data("cifar")
+
     def data():
         if isinstance(made, Exception):
             raise made
