@@ -100,6 +100,22 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, 
     assert read_checkpoint(tmp_path, resume=True) is None
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
+    """For want of memory; nor does one matter that another process has moved in the meantime."""
+    write_checkpoint(tmp_path, STATE)
+    write_checkpoint(tmp_path, STATE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", full_memory)
+        with pytest.raises(MemoryError):
+            read_checkpoint(tmp_path, resume=True)
+    (tmp_path / "checkpoint.pt").unlink()
+    assert same(read_checkpoint(tmp_path, resume=True))
+
+
+def full_memory(*args, **kwargs):
+    raise MemoryError
+
+
 def test_another_file_of_torchs_is_no_checkpoint(tmp_path):
     for other in (torch.zeros(3), STATE["model"]):
         torch.save(other, tmp_path / "checkpoint.pt")

@@ -100,18 +100,25 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
     """Read the newest undamaged checkpoint, or return None.
 
-    With `resume`, remove the part files of processes that were killed, and report a damaged checkpoint on stderr and
-    remove it, or the next `write_checkpoint` would keep it.
+    With `resume`, remove the part files of processes that were killed, report a damaged checkpoint on stderr, and put
+    the older one in its place. Raises MemoryError, since what cannot be read now is not damaged.
     """
     for part in folder.glob(".*.part") if resume else ():
         part.unlink(missing_ok=True)
-    for path in (folder / name for name in CHECKPOINTS if (folder / name).exists()):
+    for path in (folder / name for name in CHECKPOINTS):
         try:
-            return _load_checkpoint(path)
+            state = _load_checkpoint(path)
+        except FileNotFoundError:
+            continue
+        except MemoryError:
+            raise
         except Exception as error:  # torch.load raises a dozen kinds of exception for damaged files
             if resume:
                 print(f"{path} is damaged ({type(error).__name__}); going on without it", file=sys.stderr, flush=True)
-                path.unlink()
+        else:
+            if resume:
+                os.replace(path, folder / CHECKPOINTS[0])  # or the next `write_checkpoint` would keep the damaged one
+            return state
     return None
 
 
