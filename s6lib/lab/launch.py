@@ -126,10 +126,10 @@ def _save(folder: Path, run: Run, outcome: Outcome) -> str | None:
 @contextmanager
 def _only_study_in(out: Path) -> Iterator[Path]:
     """Lock a folder, and yield the path of a file in it, by which workers recognise a shared disk."""
-    token = out.resolve() / f".study-{uuid4().hex}"
     with ExitStack() as held:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            token = out.resolve() / f".study-{uuid4().hex}"
             held.enter_context(FileLock(out / ".lock").acquire(timeout=0))
             for leftover in out.glob(".study-*"):  # of a study that was killed
                 leftover.unlink(missing_ok=True)

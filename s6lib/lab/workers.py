@@ -156,8 +156,8 @@ def _outcome(run: Run, future: Future) -> Outcome:
         return f"{run}: cancelled, perhaps because the scheduler is gone; give the same command again to go on"
     except BrokenExecutor:
         return (
-            f"{run}: its worker was killed: is memory short (a worker needs about 1 GB)? Every finished epoch is kept: "
-            "give the same command again, with fewer jobs"
+            f"{run}: its worker was killed: is memory short (a worker needs about 1 GB)? Give the same command again, "
+            "with fewer jobs: finished epochs are kept if the worker sees the study's folder"
         )
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
