@@ -98,6 +98,13 @@ def as_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def pieces(setting: Any) -> list[Any]:
+    """The functions, objects and numbers of which a setting is made: itself, or those in a partial or a list."""
+    if isinstance(setting, partial):
+        setting = [setting.func, *setting.args, *setting.keywords.values()]
+    return [piece for one in setting for piece in pieces(one)] if isinstance(setting, list | tuple) else [setting]
+
+
 def name_of(thing: Any) -> str:
     """Return a short name for tables: that of a function or class, or of an object's class."""
     if isinstance(thing, partial):
@@ -109,6 +116,8 @@ def _word(value: Any) -> str:
     if isinstance(value, partial):
         named = (f"{name}-{_word(one)}" for name, one in value.keywords.items())
         return "-".join([_word(value.func), *map(_word, value.args), *named])
+    if isinstance(value, list | tuple):
+        return "-".join(map(_word, value))
     if callable(value):
         return name_of(value)
     return f"{value:g}".replace("e-0", "e-") if type(value) is float else str(value)
@@ -177,6 +186,7 @@ class Condition(_Settings):
     ) -> None:
         own = {"l1": l1, "l2": l2, "num_splits": num_splits, "norm": norm, "penalty": penalty}
         own = {name: as_python(value) for name, value in own.items()}
+        _require(isinstance(changes, Mapping | None), "changes", "a mapping of settings to values", changes)
         changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
         slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
         vars(self).update({"slug": slug, "label": label or slug, **own, "changes": changes})
@@ -372,9 +382,8 @@ class Run:
     @property
     def is_built_in(self) -> bool:
         """Whether the run has parts of s6lib's alone, whose settings are checked where they are made."""
-        known, parts = (F.cross_entropy, *NETWORKS.values()), []
-        for part in self.parts.values():
-            parts += [part.func, *part.args, *part.keywords.values()] if isinstance(part, partial) else [part]
+        known = (F.cross_entropy, *NETWORKS.values())
+        parts = pieces(list(self.parts.values()))
         return all(isinstance(part, int | float | str | None) or any(part is one for one in known) for part in parts)
 
     def folder(self, out: str | Path) -> Path:

@@ -149,6 +149,7 @@ def test_a_condition_is_a_value():
         ({"schedule": "one-cycle"}, "schedule-one-cycle"),
         ({"optimizer": AdamW, "learning_rate": 1e-3}, "optimizer-adamw-learning_rate-0.001"),
         ({"optimizer": partial(AdamW, weight_decay=0.1)}, "optimizer-adamw-weight_decay-0.1"),
+        ({"optimizer": partial(AdamW, betas=(0.9, 0.99))}, "optimizer-adamw-betas-0.9-0.99"),
         ({"penalty": constant_penalty, "label": "C"}, "penalty-constant_penalty"),
     ],
 )
@@ -225,6 +226,7 @@ def test_a_recipe_refuses_what_makes_no_sense(change):
         *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "name", "data")),
         ({"held_out": True}, "must be a setting of the recipe"),
         ({"changes": {"colour": 1}}, "must be a setting of the recipe"),
+        ({"changes": 5}, "changes must be a mapping of settings to values, not 5"),
         ({"optimizer": Adam, "momentum": 0.5}, "momentum must be given to the optimizer itself"),
         ({"optimizer": Adam, "nesterov": True}, "nesterov must be given to the optimizer itself"),
     ],

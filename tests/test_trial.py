@@ -3,12 +3,16 @@
 import copy
 import dataclasses
 import json
+import math
+import pickle
 import random
 import re
 import sys
 import threading
+import types
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,11 +25,12 @@ from torch.nn.utils import parametrizations
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 
+import s6lib
 from s6lib.__main__ import read_study_file
 from s6lib.errors import SettingError, StudyError
 from s6lib.lab.launch import run_study
 from s6lib.lab.record import compare
-from s6lib.lab.trial import first_steps
+from s6lib.lab.trial import first_steps, pack
 from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONTROL, PLAIN, Condition, Recipe, Run, load_images
 
 
@@ -183,6 +188,21 @@ def test_a_gradient_may_jump_where_a_loss_may_not():
     assert compare(steps(1.0, 1.0), steps(1.00005, 1.006)) == []
     assert compare(steps(1.0, 1.0), steps(1.0002, 1.0)) == ["loss = 1, not 1.0002"]
     assert compare(steps(1.0, 1.0), steps(1.0, 1.05)) == ["gradient = 1, not 1.05"]
+    assert compare(steps(math.nan, 1.0), steps(math.nan, 1.0)) == []
+
+
+def test_code_that_a_worker_cannot_import_is_sent_to_it(monkeypatch, tmp_path):
+    """That of a module without a file, and of a file whose name begins as s6lib's folder does."""
+    package = Path(s6lib.__file__).parent
+    for file in (None, f"{package}_ideas.py"):
+        module = types.ModuleType("ideas")
+        exec("def penalty(model): return 0.0", vars(module))
+        if file:
+            module.__file__ = file
+        monkeypatch.setitem(sys.modules, "ideas", module)
+        content = pack(module.penalty, [module.penalty])
+        monkeypatch.delitem(sys.modules, "ideas")
+        assert pickle.loads(content)(None) == 0.0
 
 
 # --- what cannot be trained ------------------------------------------------------------------------------------------
@@ -282,6 +302,7 @@ REFUSED = [
     ((replace(NET, transform=v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.1], [0.3])])),),
      "leave out Normalize"),
     ((replace(NET, batch_transform=lambda images, labels: images),), "must return images and targets"),
+    ((replace(NET, batch_transform=lambda images, labels: (images, labels[1:])),), "64 images and 63 targets"),
     ((replace(NET, batch_transform=v2.CutMix(num_classes=7)),), "cannot be trained"),
     ((late(lambda done: "a"),), "schedule must be a function that gives a finite number from 0, at 0.96"),
     ((late(lambda done: -done),), "schedule must be .* not -0.96"),
@@ -451,8 +472,27 @@ class ThreeChannels(nn.Sequential):
         super().__init__(nn.Conv2d(1, 3, 1), VisionTransformer(28, 7, 2, 2, 16, 32, num_classes=10))
 
 
+class PartOfAStorage(Net):
+    """Of which the rest is not drawn, and differs from build to build."""
+
+    def __init__(self):
+        super().__init__()
+        storage = torch.rand(100_000, generator=torch.Generator().manual_seed(id(self) % 2**31))
+        storage[:10] = 0
+        self.bias = nn.Parameter(storage[:10])
+
+    def forward(self, images):
+        return super().forward(images) + self.bias
+
+
+def sum_of(logits, targets, losses):
+    return sum(loss(logits, targets) for loss in losses)
+
+
 LOCK = threading.Lock()
 ALLOWED = {
+    "a part of a larger storage": (replace(NET, network=PartOfAStorage), CONTROL),
+    "losses in a list": (replace(NET, loss=partial(sum_of, losses=[nn.CrossEntropyLoss(torch.ones(10))])), CONTROL),
     "transformer": (replace(NET, network=ThreeChannels), CONTROL),
     "extra state": (replace(NET, network=Counting), CONTROL),
     "lazy": (replace(NET, network=lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))), CONTROL),

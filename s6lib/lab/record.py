@@ -15,7 +15,7 @@ from typing import Any
 
 from s6lib import models
 from s6lib.errors import SettingError, StudyError
-from s6lib.recipes import Condition, Recipe, Run, name_of
+from s6lib.recipes import Condition, Recipe, Run, name_of, pieces
 
 _CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
@@ -89,13 +89,6 @@ def _is_in_library(thing: Any) -> bool:
     for part in name.split("."):
         holder = getattr(holder, part, None)
     return holder is thing
-
-
-def pieces(setting: Any) -> list[Any]:
-    """The functions, objects and numbers of which a setting is made: itself, or those in a partial or a list."""
-    if isinstance(setting, partial):
-        setting = [setting.func, *setting.args, *setting.keywords.values()]
-    return [piece for one in setting for piece in pieces(one)] if isinstance(setting, list | tuple) else [setting]
 
 
 def is_library(setting: Any) -> bool:
@@ -241,7 +234,7 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
 
 def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
     tolerance = GRADIENT_TOLERANCE if name == "gradient" else tolerance
-    return math.isclose(old, new, rel_tol=tolerance, abs_tol=1e-5 * tolerance)
+    return (math.isnan(old) and math.isnan(new)) or math.isclose(old, new, rel_tol=tolerance, abs_tol=1e-5 * tolerance)
 
 
 def _syntax_tree(source: str | None) -> str | None:

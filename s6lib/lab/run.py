@@ -25,9 +25,9 @@ from s6lib.lab.files import (
     write_results,
     write_whole,
 )
-from s6lib.lab.record import COLUMNS, differences, is_library, pieces, settings_of
+from s6lib.lab.record import COLUMNS, differences, is_library, settings_of
 from s6lib.lab.replay import records_steps, train_recorded
-from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images
+from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images, pieces
 from s6lib.train import Training, memory_format, predict_logits, score, train_epoch
 
 History = list[dict[str, float]]
@@ -130,6 +130,8 @@ def _on_device(loss: Any, device: torch.device) -> Any:
     if isinstance(loss, partial):
         named = {name: _on_device(one, device) for name, one in loss.keywords.items()}
         return partial(loss.func, *(_on_device(one, device) for one in loss.args), **named)
+    if type(loss) in (list, tuple):
+        return type(loss)(_on_device(one, device) for one in loss)
     return loss
 
 
@@ -296,8 +298,13 @@ def _history_csv(history: History) -> bytes:
 
 def serialise_weights(model: nn.Module) -> bytes:
     """Return the state_dict of a model, on the CPU, as torch.save writes it."""
-    state = {
-        name: value.cpu().contiguous() if isinstance(value, Tensor) else value
-        for name, value in model.state_dict().items()
-    }
+    state = {name: _own_storage(value) for name, value in model.state_dict().items()}
     return serialise(lambda file: torch.save(state, file))
+
+
+def _own_storage(value: Any) -> Any:
+    """Move a tensor to the CPU, without the rest of a larger storage, which torch.save would write too."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

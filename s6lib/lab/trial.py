@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 import sysconfig
 import traceback
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_library, pieces
+from s6lib.lab.record import compare, is_library
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
-from s6lib.recipes import Run
+from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
 
 STEPS = 3  # and one more, from a state that was saved and read back
 EVALUATED = 250  # number of test images
-_LIBRARIES = ("site-packages", "dist-packages", str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"))
+_LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
 _STATE = (
     "a number that it keeps in Python makes a run depend on the order of runs and on where it was stopped: keep it in "
     "a buffer, or use the share of training done, as a schedule does"
@@ -133,8 +134,10 @@ def _first_batches(run: Run, setup: Setup) -> Iterator[Any]:
 
 def _step(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
     """Take a step, and return its loss, its penalty and the size of its gradient."""
-    with _error_prefix("`batch_transform` must return images and targets"):
+    with _error_prefix("`batch_transform` must return images and targets, two tensors of one length"):
         images, targets = (part.clone() for part in batch)
+        if len(images) != len(targets):
+            raise ValueError(f"there are {len(images)} images and {len(targets)} targets")
     losses = []
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -192,7 +195,8 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
     names = {getattr(piece, "__module__", "") for part in parts for piece in pieces(part)}
     with ExitStack() as registered:
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
-            if (file := getattr(module, "__file__", None)) and not _is_installed(file):
+            standard = module.__name__.partition(".")[0] in sys.stdlib_module_names
+            if not standard and not _is_installed(getattr(module, "__file__", None) or ""):
                 cloudpickle.register_pickle_by_value(module)
                 registered.callback(cloudpickle.unregister_pickle_by_value, module)
         return cloudpickle.dumps(content)
@@ -201,8 +205,8 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
 def _attributes(setup: Setup) -> dict[str, Any]:
     """The attributes of network and loss that are numbers, text, or lists and dicts of them, as JSON, by name."""
     attributes = {}
-    for part in (setup.model, *setup.parts.get("loss", ())):
-        for path, module in part.named_modules(prefix=type(part).__name__):
+    for number, part in enumerate((setup.model, *setup.parts.get("loss", ()))):
+        for path, module in part.named_modules(prefix=f"{type(part).__name__} {number}"):
             if type(module).get_extra_state is nn.Module.get_extra_state:  # what it keeps would be in the checkpoint
                 for name, value in vars(module).items():
                     with suppress(TypeError, ValueError):  # what JSON cannot hold cannot be watched
