@@ -150,7 +150,7 @@ def with_data(last_label):
         train.labels[-1] = last_label
         return train, test
 
-    return Recipe("net", partial(flat, 144, 3), data=data), CONTROL
+    return Recipe("net", partial(flat, 144, 3), data=data, batch_size=4), CONTROL
 
 
 def with_decay(decay):
@@ -166,7 +166,7 @@ EDITS = {
     "a later drop": (lambda drop: with_schedule(lambda done: 1.0 if done < drop else 0.1), 0.51, 0.54),
     "a cooldown": (lambda end: late(lambda done: end), 1.0, 0.0),
     "one label of the data": (with_data, 0, 1),
-    "the weight decay of an optimizer": (with_decay, 0.05, 0.051),
+    "the weight decay of an optimizer": (with_decay, 0.05, 0.0501),
     "a transform": (lambda a: with_parts(transform=lambda x: (x * a).byte()), 0.9, 0.91),
     "a batch transform": (lambda a: with_parts(network=Flat, batch_transform=lambda x, y: (a * x, y)), 0.9, 0.91),
     "a loss": (lambda a: with_parts(loss=lambda x, y: F.cross_entropy(x, y, label_smoothing=a)), 0.1, 0.11),
