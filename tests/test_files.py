@@ -3,6 +3,7 @@ import os
 import random
 import stat
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,28 +20,18 @@ from s6lib.lab.files import (
     write_whole,
 )
 
-STATE = {
-    "recipe": {"name": "plain"},
-    "condition": {"slug": "gbn"},
-    "seed": 1,
-    "model": {"weight": torch.arange(300.0)},
-    "optimizer": {},
-    "history": [{"epoch": 1, "loss": 0.5}],
-}
+STATE = {"recipe": {}, "condition": {}, "seed": 1, "model": {"weight": torch.arange(300.0)}, "history": [1]}
+FULL = Mock(side_effect=OSError("no space left"))
 
 
 def same(state):
     return state is not None and torch.equal(state["model"]["weight"], STATE["model"]["weight"])
 
 
-def full(descriptor):
-    raise OSError("no space left")
-
-
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_whole(path, b"first")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", FULL)
     with pytest.raises(OSError, match="no space left"):
         write_whole(path, b"second")
     assert path.read_bytes() == b"first"
@@ -91,7 +82,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, 
     write_checkpoint(tmp_path, {**STATE, "history": []})
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     assert same(read_checkpoint(tmp_path, resume=True))
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", FULL)
     with pytest.raises(OSError, match="no space left"):
         write_checkpoint(tmp_path, STATE)
     assert read_checkpoint(tmp_path)["history"] == STATE["history"]
@@ -105,15 +96,11 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, STATE)
     write_checkpoint(tmp_path, STATE)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", full_memory)
+        patch.setattr(torch, "load", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             read_checkpoint(tmp_path, resume=True)
     (tmp_path / "checkpoint.pt").unlink()
     assert same(read_checkpoint(tmp_path, resume=True))
-
-
-def full_memory(*args, **kwargs):
-    raise MemoryError
 
 
 def test_another_file_of_torchs_is_no_checkpoint(tmp_path):

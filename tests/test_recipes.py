@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -87,6 +87,8 @@ def test_learning_rate_falls_tenfold_every_six_epochs():
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
 @settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 200), st.integers(1, 70), st.integers(1, 3))
+@example(1, 1, 1, 1)
+@example(1, 4, 1, 1)
 def test_one_cycle_and_cosine_are_torchs(schedule, epochs, images, batch, passes):
     recipe = replace(OWN, epochs=epochs, train_images=images, batch_size=batch, passes=passes, schedule=schedule)
     ours = rates_of(recipe)
@@ -95,17 +97,13 @@ def test_one_cycle_and_cosine_are_torchs(schedule, epochs, images, batch, passes
     if schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(ours))
     elif len(ours) < 6:  # torch divides by zero where the upward part has one step
+        assert max(ours) <= 0.01
         return
     else:
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, 0.01, total_steps=len(ours), pct_start=0.2, cycle_momentum=False
         )
     assert ours == pytest.approx(list(rates_by(scheduler, optimizer, len(ours))), abs=1e-12)
-
-
-@given(st.integers(1, 5))
-def test_the_shortest_cycles_stay_below_the_highest_rate(epochs):
-    assert max(rates_of(replace(OWN, epochs=epochs, train_images=1, schedule="one-cycle"))) <= 0.01
 
 
 def test_a_schedule_of_the_users_is_a_factor_of_the_learning_rate():
@@ -157,12 +155,6 @@ def test_a_condition_names_itself_after_what_it_changes(changes, slug):
     assert Condition(**changes).slug == slug
 
 
-@pytest.mark.parametrize("changes", [{}, {"label": "x"}, {"penalty": lambda model: 0.0}, {"l1": 0.0}])
-def test_a_condition_without_a_name_to_make_needs_one(changes):
-    with pytest.raises(SettingError, match="needs a slug, as in 'mine'"):
-        Condition(**changes)
-
-
 @settings(max_examples=30)
 @given(st.from_regex(r"[a-z0-9]+([-_.][a-z0-9]+)*", fullmatch=True))
 def test_names_are_words_joined_by_dashes_underscores_or_points(name):
@@ -194,20 +186,22 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("field", "value"),
     [
-        {"epochs": 0}, {"epochs": True}, {"epochs": 2.0}, {"train_images": 60_001}, {"train_images": 0},
-        {"batch_size": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1}, {"dropout": 1.5}, {"momentum": 2},
-        {"rotation": float("inf")}, {"jitter": -0.1}, {"shift": -1}, {"scale": 1.0}, {"schedule": "cosines"},
-        {"nesterov": 1}, {"ema": 1.0}, {"held_out": 1}, {"passes": 0}, {"draw_images": 1},
-        {"data": "svhn"}, {"loss": None}, {"optimizer": "adam"}, {"transform": 1}, {"batch_transform": 1},
-        {"decay_epochs": 0}, {"network": "PlainNet"}, {"name": "../plain"}, {"name": "Plain"}, {"name": "a b"},
+        ("epochs", 0), ("epochs", True), ("epochs", 2.0), ("train_images", 60_001), ("train_images", 0),
+        ("batch_size", 0), ("learning_rate", float("nan")), ("learning_rate", -1), ("dropout", 1.5), ("momentum", 2),
+        ("rotation", float("inf")), ("jitter", -0.1), ("shift", -1), ("scale", 1.0), ("schedule", "cosines"),
+        ("nesterov", 1), ("ema", 1.0), ("held_out", 1), ("passes", 0), ("draw_images", 1), ("data", "svhn"),
+        ("loss", None), ("optimizer", "adam"), ("transform", 1), ("batch_transform", 1), ("decay_epochs", 0),
+        ("network", "PlainNet"), ("name", "../plain"), ("name", "Plain"), ("name", "a b"),
     ],
 )  # fmt: skip
-def test_a_recipe_refuses_what_makes_no_sense(change):
-    ((field, value),) = change.items()
+def test_a_recipe_refuses_what_makes_no_sense(field, value):
     with pytest.raises(ValueError, match=rf"{field} must be .*, not {value!r}"):
-        replace(PLAIN, **change)
+        replace(PLAIN, **{field: value})
+
+
+def test_with_held_out_images_50_000_are_left_to_train_on():
     with pytest.raises(ValueError, match=r"train_images must be .* from 1 to 50,000 with held_out, not 60000"):
         replace(PLAIN, held_out=True)
     assert replace(PLAIN, held_out=True, train_images=50_000).held_out
@@ -217,14 +211,14 @@ def test_a_recipe_refuses_what_makes_no_sense(change):
     ("asked", "said"),
     [
         *(({"slug": slug}, "slug must be lower-case words") for slug in ("..", "a/b", "gbn\n", "A", "a-", "a_-b", 5)),
+        *(({"slug": "", **more}, "needs a slug, as in 'mine'") for more in ({}, {"l1": 0.0}, {"penalty": lambda _: 0})),
         ({"label": 5}, "label must be text"),
         ({"l1": -1}, "l1 must"), ({"l1": float("inf")}, "l1 must"), ({"l2": float("nan")}, "l2 must"),
         ({"num_splits": 0}, "num_splits must"), ({"num_splits": 1.5}, "num_splits must"),
         ({"norm": 4}, "norm must"), ({"penalty": 1e-4}, "penalty must"),
         ({"norm": nn.BatchNorm2d(4)}, "give the class BatchNorm2d, not a BatchNorm2d already made"),
         ({"norm": Own, "num_splits": 4}, "norm must be left out where num_splits is given"),
-        *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "name", "data")),
-        ({"held_out": True}, "must be a setting of the recipe"),
+        *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "data", "held_out")),
         ({"changes": {"colour": 1}}, "must be a setting of the recipe"),
         ({"changes": 5}, "changes must be a mapping of settings to values, not 5"),
         ({"optimizer": Adam, "momentum": 0.5}, "momentum must be given to the optimizer itself"),
