@@ -1,29 +1,26 @@
 """Damaged files and strangers' files: found and named, never run, never rewritten by reading."""
 
-import json
 import os
-import random
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import test_study
 import torch
 from conftest import GBN, L1_BN, TINY
 from processes import THOROUGH
 from test_data import ARCHIVES, archives  # noqa: F401
-from test_study import assert_same_study
+from test_files import damages
+from test_study import assert_same_study, rewrite
 
 from s6lib.data import DataError, load_mnist
-from s6lib.errors import DamagedFile, RunsFailed, StudyError
-from s6lib.lab.files import RESULTS, serialise, write_checkpoint, write_results
+from s6lib.errors import DamagedFile, StudyError
+from s6lib.lab.files import RESULTS, serialise
 from s6lib.lab.launch import run_study
-from s6lib.lab.record import settings_of
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
-PLACES = 20
+copy = test_study.copy  # the fixture: a folder of runs that may be changed
 
 
 class Harmful:
@@ -33,27 +30,10 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def damages(content: bytes, other: bytes, places: int) -> list[bytes]:
-    """A file's content truncated and with a flipped bit at so many places, empty, and another's."""
-    cuts = [content[: len(content) * place // places] for place in range(places)]
-    flips, moments = [], random.Random(1)
-    for _ in range(places):
-        flipped = bytearray(content)
-        flipped[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
-        flips.append(bytes(flipped))
-    return [*cuts, *flips, other]
-
-
-@pytest.fixture
-def copy(tiny_study, tmp_path):
-    """A study folder that may be changed."""
-    return shutil.copytree(tiny_study.folder, tmp_path / "copy")
-
-
 @pytest.mark.parametrize("name", [*RESULTS, "run.json"])
 def test_a_damaged_result_is_named_and_not_rewritten(tiny_study, copy, name):
     path = Run(TINY, GBN, 2).folder(copy) / name
-    for damaged in damages(path.read_bytes(), (Run(TINY, GBN, 1).folder(copy) / name).read_bytes(), PLACES):
+    for damaged in (*damages(path.read_bytes()), (Run(TINY, GBN, 1).folder(copy) / name).read_bytes()):
         path.write_bytes(damaged)
         refusal = ""
         try:
@@ -83,21 +63,11 @@ def test_a_run_whose_checkpoints_are_lost_starts_again_and_says_so(tmp_path, cap
     folder = Run(once, GBN, 1).folder(tmp_path / "out")
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"damaged")
-    (folder / "checkpoint-before.pt").write_bytes(serialise(lambda file: torch.save({"model": Harmful()}, file)))
+    (folder / "checkpoint-before.pt").write_bytes(torchs({"model": Harmful()}))
     study = run_study(once, (GBN,), (1,), tmp_path / "out", jobs=1, show_progress=False)
     assert_same_study(study, whole)
     assert capsys.readouterr().err.count("is damaged") == 2
     assert not (tmp_path / "harm").exists()
-
-
-def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
-    folder = Run(TINY, GBN, 1).folder(tmp_path)
-    folder.mkdir(parents=True)
-    write_checkpoint(folder, settings_of(Run(TINY, GBN, 2)))
-    content = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(RunsFailed, match="is of another run; delete it to start the run again"):
-        run_study(TINY, (GBN,), (1,), tmp_path, jobs=1, show_progress=False)
-    assert (folder / "checkpoint.pt").read_bytes() == content
 
 
 # --- the digits ------------------------------------------------------------------------------------------------------
@@ -106,7 +76,8 @@ def test_another_runs_checkpoint_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize("number", range(4))
 def test_a_damaged_archive_is_named(archives, number):  # noqa: F811
     path, other = archives / ARCHIVES[number], archives / ARCHIVES[number - 1]
-    for damaged in damages(path.read_bytes(), other.read_bytes(), PLACES if THOROUGH else 2):
+    places = 20 if THOROUGH else 2
+    for damaged in (*damages(path.read_bytes(), places, places), other.read_bytes()):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=f"damaged, and the download failed: {path}. Restore it"):
             load_mnist(archives.parents[1])
@@ -116,48 +87,36 @@ def test_a_damaged_archive_is_named(archives, number):  # noqa: F811
 # --- strangers' files ------------------------------------------------------------------------------------------------
 
 
-def rewrite(folder: Path, change: dict, results: dict[str, bytes]) -> None:
-    """Change run.json and results in a run's folder, with digests that fit, as a stranger can."""
-    about = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "sha256"}
-    write_results(folder, about | change, {name: (folder / name).read_bytes() for name in RESULTS} | results)
-
-
-def weights(value: object) -> bytes:
+def torchs(value: object) -> bytes:
     return serialise(lambda file: torch.save(value, file))
 
 
-STRANGE_WEIGHTS = {
-    "code": weights({"weight": Harmful()}),
-    "another network": weights({"weight": torch.zeros(1)}),
-    "a tensor": weights(torch.zeros(1)),
-    "no archive": b"import os",
-    "nothing": b"",
-}
-STRANGE_PREDICTIONS = {
-    "code": serialise(lambda file: np.save(file, np.array([Harmful()], dtype=object), allow_pickle=True)),
-    "the start of an archive": b"PK",
-    "no array": b"import os",
-    "nothing": b"",
+PICKLED = serialise(lambda file: np.save(file, np.array([Harmful()], dtype=object), allow_pickle=True))
+STRANGE = {
+    "weights.pt": (
+        "a state_dict of PlainNet",
+        [torchs({"weight": Harmful()}), torchs({"weight": torch.zeros(1)}), torchs(torch.zeros(1)), b"import os", b""],
+    ),
+    "predictions.npy": ("an array of numbers", [PICKLED, b"PK", b"import os", b""]),
+    "history.csv": ("a history of a run", [b"epoch,lr\n1,0.1\n", b'"', b""]),
 }
 
 
-def test_a_strangers_results_are_refused_though_their_digests_fit(copy, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strangers_result_is_refused_though_its_digest_fits(copy, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    folder = Run(TINY, GBN, 1).folder(copy)
-    for content in STRANGE_WEIGHTS.values():
-        rewrite(folder, {}, {"weights.pt": content})
-        with pytest.raises(DamagedFile, match=r"weights\.pt is not a state_dict of PlainNet, and is not trusted"):
-            Study(copy).model("gbn", 1)
-    for content in STRANGE_PREDICTIONS.values():
-        rewrite(folder, {}, {"predictions.npy": content})
-        with pytest.raises(DamagedFile, match=r"predictions\.npy is not an array of numbers, and is not trusted"):
-            Study(copy).predictions("gbn", 1)
+    kind, contents = STRANGE[name]
+    for content in contents:
+        rewrite(Run(TINY, GBN, 1).folder(copy), {name: content})
+        study = Study(copy)
+        with pytest.raises(DamagedFile, match=rf"{name} is not {kind}, and is not trusted"):
+            study.model("gbn", 1), study.predictions("gbn", 1), study.history()
     assert not (tmp_path / "harm").exists()
 
 
 def test_a_strangers_run_json_that_describes_no_run_is_named(copy):
     for change in ({"recipe": []}, {"recipe": {"name": "plain"}}, {"condition": {"label": "GBN"}}, {"condition": None}):
-        rewrite(Run(TINY, GBN, 1).folder(copy), change, {})
+        rewrite(Run(TINY, GBN, 1).folder(copy), **change)
         with pytest.raises(DamagedFile, match=r"run\.json describes no run"):
             Study(copy)
 
