@@ -139,10 +139,8 @@ def test_a_condition_is_a_value():
 @pytest.mark.parametrize(
     ("changes", "slug"),
     [
-        ({"l1": 6e-3}, "l1-0.006"),
-        ({"l2": 1e-5}, "l2-1e-5"),
+        ({"l1": 6e-3, "l2": 1e-5}, "l1-0.006-l2-1e-5"),
         ({"l1": 2e-4, "num_splits": 4}, "l1-0.0002-num_splits-4"),
-        ({"epochs": 3}, "epochs-3"),
         ({"dropout": 0.0, "nesterov": True}, "dropout-0-nesterov-true"),
         ({"schedule": "one-cycle"}, "schedule-one-cycle"),
         ({"optimizer": AdamW, "learning_rate": 1e-3}, "optimizer-adamw-learning_rate-0.001"),
@@ -193,7 +191,7 @@ def test_numbers_of_numpy_are_numbers():
         ("rotation", float("inf")), ("jitter", -0.1), ("shift", -1), ("scale", 1.0), ("schedule", "cosines"),
         ("nesterov", 1), ("ema", 1.0), ("held_out", 1), ("passes", 0), ("draw_images", 1), ("data", "svhn"),
         ("loss", None), ("optimizer", "adam"), ("transform", 1), ("batch_transform", 1), ("decay_epochs", 0),
-        ("network", "PlainNet"), ("name", "../plain"), ("name", "Plain"), ("name", "a b"),
+        ("network", "PlainNet"), ("name", "a b"),
     ],
 )  # fmt: skip
 def test_a_recipe_refuses_what_makes_no_sense(field, value):
