@@ -74,18 +74,21 @@ def test_what_cannot_be_met_is_said_before_anything_is_made(tmp_path, asked, sai
 
 
 @pytest.mark.parametrize(
-    ("recipe", "conditions", "difference"),
+    ("recipe", "condition", "difference"),
     [
-        (replace(TINY, rotation=7.0, dropout=0.1), (GBN,), "dropout = 0.04, not 0.1; rotation = 15, not 7"),
-        (replace(TINY, epochs=3), (Condition("new", "New"),), "epochs = 2, not 3"),
-        (TINY, (replace(GBN, num_splits=8),), "num_splits = 4, not 8"),
+        (replace(TINY, rotation=7.0, dropout=0.1), GBN, "dropout = 0.04, not 0.1; rotation = 15, not 7"),
+        (replace(TINY, epochs=3), Condition("new", "New"), "epochs = 2, not 3"),  # from those of the other conditions
+        (TINY, replace(GBN, num_splits=8), "num_splits = 4, not 8"),
+        (TINY, replace(GBN, epochs=2), "changes = None, not"),
     ],
 )
-def test_a_folder_trained_otherwise_is_refused(tiny_study, recipe, conditions, difference):
+def test_a_folder_trained_otherwise_is_neither_trained_on_nor_opened(tiny_study, recipe, condition, difference):
     out = tiny_study.folder
     with pytest.raises(StudyError, match=f"was trained with different settings: {difference}"):
-        run_study(recipe, conditions, (7,), out)
-    assert not Run(recipe, conditions[0], 7).folder(out).exists()
+        run_study(recipe, condition, 7, out)
+    assert not Run(recipe, condition, 7).folder(out).exists()
+    with pytest.raises(StudyError, match=f"was trained with different settings: {difference}"):
+        Study(out, recipe, [condition, L1_BN])
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -161,6 +164,11 @@ def test_a_study_of_ones_own_runs_and_is_recorded_with_its_code(own_study):
     assert "nn.Conv2d(1, 4, 5, 3)" in about["recipe"]["network"]["source"]
     assert "nn.GroupNorm(2, channels)" in about["condition"]["norm"]["source"]
     assert about["first_steps"]["parameters"]["0.weight"] == "4x1x5x5"
+    without_code = Study(own_study.folder)
+    assert set(without_code.runs) == set(own_study.runs)
+    assert without_code.labels["wild"] == "batch 256, two epochs"
+    with pytest.raises(StudyError, match=r"Own is known from run\.json alone"):
+        without_code.model("bn")
 
 
 @pytest.mark.parametrize("workers", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
@@ -172,14 +180,6 @@ def test_a_study_of_ones_own_runs_elsewhere_as_here(own_study, tmp_path, workers
         study = run_here(OWN, OWN_CONDITIONS[::-1], (2, 1), tmp_path, **settings)  # in another order too
     assert_same_study(study, own_study)
     assert dict(vars(Own)) == before
-
-
-def test_a_folder_of_ones_own_can_be_read_without_the_code_but_for_its_models(own_study):
-    study = Study(own_study.folder)
-    assert set(study.runs) == set(own_study.runs)
-    assert study.labels["wild"] == "batch 256, two epochs"
-    with pytest.raises(StudyError, match=r"Own is known from run\.json alone"):
-        study.model("bn")
 
 
 def test_a_study_of_the_users_data_is_reported_without_its_code(tmp_path, capsys):
