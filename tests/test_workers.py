@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import cloudpickle
 import pytest
 import torch
 from conftest import DEADLY, GBN, L1_BN, TINY, bounded
+from processes import command, end, started, wait_for
 from test_study import assert_same_study
 
 from s6lib.__main__ import main
@@ -25,20 +27,20 @@ from s6lib.recipes import Condition, Run
 from s6lib.study import Study
 
 
-class Cluster:
+class Cluster(ExitStack):
     """A scheduler, and workers in folders of their own."""
 
     def __init__(self, folder):
+        super().__init__()
         self.folder, self.processes = folder, []
         self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", "0")
-        line = next(line for line in self.scheduler.stderr if "Scheduler at:" in line)
+        line = next(line for line in self.scheduler.stdout if "Scheduler at:" in line)
         self.address = re.search(r"tcp://(127\.0\.0\.1:\d+)", line)[1]
+        self.options = ("--cluster", f"dask://{self.address}", "--seeds", "1", "2", "--jobs", "4")
 
     def start(self, kind, *options, python=()):
-        module = f"distributed.cli.dask_{kind}"
-        command = [sys.executable, *(python or ("-m", module)), *options, "--no-dashboard"]
-        settings = {"stderr": subprocess.PIPE, "text": True, "cwd": self.folder, "start_new_session": True}
-        self.processes.append(subprocess.Popen(command, **settings))
+        command = [sys.executable, *(python or ("-m", f"distributed.cli.dask_{kind}")), *options, "--no-dashboard"]
+        self.processes.append(self.enter_context(bounded(command, cwd=self.folder)))
         return self.processes[-1]
 
     def worker(self, *options, python=()):
@@ -46,28 +48,16 @@ class Cluster:
         place = str(self.folder / str(len(self.processes)))
         options = (f"tcp://{self.address}", "--nthreads", "1", "--local-directory", place, *options)
         worker = self.start("worker", *options, python=python)
-        assert any("Registered to" in line for line in worker.stderr)
+        assert any("Registered to" in line for line in worker.stdout)
         return worker
-
-    def end(self):
-        for process in self.processes:
-            with_children = os.killpg if process.poll() is None else lambda *_: None
-            with_children(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stderr.close()
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.end()
-
-
-def command(cluster, out, *more):
-    options = ["--cluster", f"dask://{cluster.address}", "--conditions", "l1-bn", "gbn", "--seeds", "1", "2"]
-    options += ["--epochs", "2", "--train-images", "640", "--out", str(out), "--device", "cpu"]
-    return [sys.executable, "-m", "s6lib", "run", *options, *more]
+    with Cluster(tmp_path) as cluster:
+        yield cluster
+        for process in cluster.processes:
+            process.kill()
 
 
 ONCE = replace(TINY, epochs=1, train_images=64)
@@ -76,14 +66,11 @@ ONCE = replace(TINY, epochs=1, train_images=64)
 @pytest.mark.slow
 def test_a_study_on_a_cluster_equals_the_local_one_though_a_worker_is_killed(cluster, tiny_study, tmp_path):
     workers = [cluster.worker("--no-nanny"), cluster.worker("--no-nanny")]
-    out, printed = tmp_path / "out", ""
-    with bounded(command(cluster, out)) as driver:
-        for line in driver.stdout:
-            printed += line
-            if "epoch 2/2" in line and workers[0].poll() is None:  # a run has come back; the next ones are under way
-                os.kill(workers[0].pid, signal.SIGKILL)
-    assert driver.returncode == 0, printed
-    assert workers[0].poll() is not None
+    out = tmp_path / "out"
+    with started(out, *cluster.options) as driver:
+        wait_for("epoch 2/2", driver)  # a run has come back; the next ones are under way
+        os.kill(workers[0].pid, signal.SIGKILL)
+        end(driver, 0)
     study = Study(out)
     assert_same_study(study, tiny_study)
     assert driver.pid not in set(study.about()["process"])
@@ -111,36 +98,32 @@ WITHOUT = "import sys; sys.modules['s6lib'] = None; from distributed.cli.dask_wo
 @pytest.mark.slow
 def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
     cluster.worker("--no-nanny", python=("-c", WITHOUT))
-    done = subprocess.run(command(cluster, tmp_path / "out"), capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
+    with started(tmp_path / "out", *cluster.options) as driver:
+        printed = end(driver, 1)
     assert re.search(
-        r"^python -m s6lib: worker tcp://\S+: a worker cannot import what the run needs .*: install it", done.stderr
+        r"^python -m s6lib: worker tcp://\S+: a worker cannot import what the run needs .*: install", printed
     )
-    assert done.stderr.count("\n") == 1
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_a_scheduler_that_is_gone_ends_the_study_and_keeps_what_is_finished(cluster, tmp_path):
     cluster.worker("--no-nanny")
-    out, printed = tmp_path / "out", ""
-    with bounded(command(cluster, out)) as driver:
-        for line in driver.stdout:
-            printed += line
-            if "3/8 epochs" in line and cluster.scheduler.poll() is None:  # the first run has come back
-                cluster.scheduler.kill()
+    with started(tmp_path / "out", *cluster.options) as driver:
+        wait_for("3/8 epochs", driver)  # the first run has come back
+        cluster.scheduler.kill()
+        printed, _ = driver.communicate(timeout=120)  # with what Dask itself says of it
     assert driver.returncode == 1, printed
     assert "cancelled, perhaps because the scheduler is gone; give the same command again" in printed
-    assert list(out.rglob("run.json"))
+    assert list(tmp_path.rglob("run.json"))
 
 
 @pytest.mark.slow
 def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cluster, tiny_study, tmp_path):
-    with bounded(command(cluster, tmp_path / "out")) as driver:
-        line = driver.stdout.readline()
-        assert line == f"waiting for workers: none has come to tcp://{cluster.address} yet\n"
+    with started(tmp_path / "out", *cluster.options) as driver:
+        assert driver.stdout.readline() == f"waiting for workers: none has come to tcp://{cluster.address} yet\n"
         cluster.worker("--no-nanny", "--nthreads", "2")
-        printed, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 0, printed
+        end(driver, 0)
     study = Study(tmp_path / "out")
     assert_same_study(study, tiny_study)
     assert study.about()["process"].nunique() == 1
@@ -151,14 +134,10 @@ def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cl
 def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_study, tmp_path):
     cluster.worker("--no-nanny")
     out = tmp_path / "out"
-    with bounded(command(cluster, out)) as driver:
-        for line in driver.stdout:
-            if "3/8 epochs" in line:  # the first run has come back
-                driver.send_signal(signal.SIGINT)
-                break
-        printed, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert printed.splitlines()[-1].startswith("Stopped. Every finished run is kept: give the same")
+    with started(out, *cluster.options) as driver:
+        wait_for("3/8 epochs", driver)  # the first run has come back
+        driver.send_signal(signal.SIGINT)
+        assert end(driver, 130).splitlines()[-1].startswith("Stopped. Every finished run is kept: give the same")
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
     assert 1 <= len(finished) < 4
     from distributed import Client  # slow to import, so not in every worker
@@ -166,7 +145,7 @@ def test_ctrl_c_keeps_finished_runs_and_cancels_what_was_sent(cluster, tiny_stud
     with Client(f"tcp://{cluster.address}", set_as_default=False) as client:
         kept = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
     assert kept == 0
-    assert main(command(cluster, out)[3:]) == 0
+    assert main(command(out, *cluster.options)[3:]) == 0
     assert_same_study(Study(out), tiny_study)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
 
