@@ -67,11 +67,8 @@ def kill(process: subprocess.Popen, whom: str) -> bool:
     """End with SIGKILL a driver, all its processes, or one of its workers; False if it has none yet."""
     if whom == "all":
         os.killpg(process.pid, signal.SIGKILL)
-    elif whom == "driver":
-        process.kill()
-    else:
-        workers = workers_of(process)
-        if not workers:
-            return False
-        os.kill(workers[0], signal.SIGKILL)
-    return True
+        return True
+    victims = workers_of(process)[:1] if whom == "worker" else [process.pid]
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    return bool(victims)

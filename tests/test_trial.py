@@ -280,22 +280,15 @@ def counting_in_a_global(model):
     return (1e-2 if STEPS > 30 else 0.0) * model[0].weight.abs().sum()
 
 
-def counting(strength, lock=None):
+def counting(function, lock=None):
+    """A function of one thing and of how often it was called, which it counts in a closure."""
     steps = []
 
-    def penalty(model, lock=lock):
+    def counted(thing, lock=lock):
         steps.append(1)
-        return strength(len(steps)) * model[0].weight.abs().sum()
+        return function(thing, len(steps))
 
-    return penalty
-
-
-class CountingTransform:
-    steps = 0
-
-    def __call__(self, image):
-        self.steps += 1
-        return image
+    return counted
 
 
 class CountingLoss(nn.CrossEntropyLoss):
@@ -325,9 +318,8 @@ class CountingOptimizer(torch.optim.SGD):
 LOCK = threading.Lock()
 CARRIED = {
     "a global": with_penalty(counting_in_a_global),
-    "a closure": with_penalty(counting(lambda steps: 1e-2 if steps > 30 else 0.0)),
-    "what cannot be pickled": with_penalty(counting(lambda steps: 1e-3 * steps, LOCK)),  # seen in the next step alone
-    "an object": with_parts(transform=CountingTransform()),
+    "a closure": with_parts(transform=counting(lambda image, steps: image)),
+    "what cannot be pickled": with_penalty(counting(lambda model, steps: steps * model[0].weight.abs().sum(), LOCK)),
     "a loss": with_parts(loss=CountingLoss()),
     "a network": with_flat(steps=0, forward=dropping_more_and_more),
     "an optimizer": with_parts(optimizer=CountingOptimizer),
