@@ -1,4 +1,4 @@
-"""The sliders of notebook 06, without a browser."""
+"""The sliders of notebooks 05 and 06, without a browser."""
 
 import sys
 
@@ -49,8 +49,8 @@ def test_the_sliders_answer_at_once(turned):
 
 def test_the_button_adds_the_readers_own_dots_each_with_a_seed_of_its_own(turned):
     shown, _, name, _, button, said = turned
-    for _ in range(2):
-        button.click()
+    button.click()
+    button.click()
     stars = [line for line in shown[-1].axes[0].get_lines() if line.get_marker() == "*"]
     assert [list(line.get_ydata()) for line in stars] == [[100.0, 100.0], [90.0, 91.0]]
     assert said.value == "your trial: training 100.0%, held-out 91.0%"
@@ -60,7 +60,17 @@ def test_the_button_adds_the_readers_own_dots_each_with_a_seed_of_its_own(turned
     assert not button.disabled
 
 
-def test_what_is_saved_of_it_fits_in_what_ipywidgets_shows(turned, capsys, monkeypatch):
+def test_the_slider_over_seeds_shows_the_winners_of_each(monkeypatch):
+    accuracies = pd.DataFrame({"A": [99.1, 99.2, 99.4], "B": [99.3, 99.2, 99.3]}, index=[1, 2, 3])
+    slider, table = knob.slide_over_seeds(accuracies).children
+    for slider.value, winners in ((1, "B"), (2, "A and B"), (3, "A"), (1, "B")):
+        assert f"{accuracies.loc[slider.value].max():.2f}%</td></tr>" in table.value
+        assert f"The winner: <b>{winners}</b>" in table.value
+    monkeypatch.setattr(knob, "ipywidgets", None)
+    assert knob.slide_over_seeds(accuracies) is accuracies
+
+
+def test_what_is_saved_of_a_knob_fits_in_what_ipywidgets_shows_and_without_it_there_is_a_figure(capsys, monkeypatch):
     box = knob.turn_the_knob(TRIALS, None, 300, "l1", 6e-3)
     assert len(repr(box)) <= 110
     assert isinstance(box, ipywidgets.VBox)
