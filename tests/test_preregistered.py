@@ -1,39 +1,11 @@
-import itertools
+"""The analysis of docs/preregistration.md; its interval and its test are in test_statistics.py."""
 
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
-from hypothesis import given
-from hypothesis import strategies as st
 
 from s6lib.data import PROJECT
-from s6lib.preregistered import (
-    FACTORIAL,
-    PENALTIES,
-    answer,
-    contrasts,
-    exact_sign_flip_p,
-    main,
-    mean_interval,
-    read,
-    statement,
-)
-
-HALVES = st.lists(st.integers(-40, 40), min_size=2, max_size=9).map(lambda halves: np.array(halves) / 200)
-
-
-@given(HALVES)
-def test_sign_flip_test_counts_all_choices_of_signs(differences):
-    signs = np.array(list(itertools.product([-1, 1], repeat=len(differences))))
-    sums = np.rint(200 * signs * differences).sum(1)
-    assert exact_sign_flip_p(differences) == np.mean(np.abs(sums) >= abs(np.rint(200 * differences).sum()))
-
-
-@given(HALVES.filter(lambda values: np.ptp(values) > 0), st.sampled_from([0.90, 0.95]))
-def test_interval_is_scipys(differences, level):
-    expected = scipy.stats.ttest_1samp(differences, 0).confidence_interval(level)
-    np.testing.assert_allclose(mean_interval(differences, level), expected, atol=1e-12)
+from s6lib.preregistered import FACTORIAL, PENALTIES, answer, contrasts, main, read, statement
 
 
 def test_contrasts_are_those_of_the_page():
@@ -67,12 +39,8 @@ def test_a_cost_of_ghost_batches_is_said_to_be_one():
 
 
 def test_what_the_page_says_of_seeds_1_to_10():
-    seeds = range(1, 11)
-    found = (
-        answer(read(PROJECT / "results", FACTORIAL, seeds), read(PROJECT / "results", PENALTIES, seeds))
-        .set_index("question")
-        .round(3)
-    )
+    runs = [read(PROJECT / "results", conditions, range(1, 11)) for conditions in (FACTORIAL, PENALTIES)]
+    found = answer(*runs).set_index("question").round(3)
     assert found.loc["G", ["mean", "low_95", "high_95", "p", "p_holm"]].tolist() == [0.044, 0.004, 0.084, 0.047, 0.094]
     assert found.loc["P", ["mean", "low_95", "high_95"]].tolist() == [0.028, -0.006, 0.062]
 
