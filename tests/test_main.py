@@ -9,7 +9,6 @@ import torch
 
 from s6lib.__main__ import SLUGS, main
 from s6lib.data import DataError
-from s6lib.lab.files import RESULTS
 from s6lib.recipes import ALL_CONDITIONS
 
 
@@ -71,19 +70,16 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
         assert "device 'cuda' is not available here" in refused(["run", "--device", "cuda"], capsys)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("1 / 0", "mine.py cannot be imported: ZeroDivisionError"),
-        ("", "mine.py must define RECIPE, a s6lib.Recipe, not None"),
-        ("from s6lib import PLAIN as RECIPE", "mine.py must define CONDITIONS, a tuple of s6lib.Condition, not None"),
-    ],
-)
-def test_a_file_of_ones_own_that_is_none_is_one_line(tmp_path, capsys, monkeypatch, text, said):
+def test_a_file_of_ones_own_that_is_none_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(text)
-    assert said in refused(["run", "--study", "mine.py"], capsys)
-    assert not (tmp_path / "runs").exists()
+    for text, said in {
+        "1 / 0": "mine.py cannot be imported: ZeroDivisionError",
+        "": "mine.py must define RECIPE, a s6lib.Recipe, not None",
+        "from s6lib import PLAIN as RECIPE": "mine.py must define CONDITIONS, a tuple of s6lib.Condition, not None",
+    }.items():
+        (tmp_path / "mine.py").write_text(text)
+        assert said in refused(["run", "--study", "mine.py"], capsys)
+        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -100,15 +96,13 @@ def test_a_failed_run_or_missing_images_are_exit_code_1(tmp_path, capsys, monkey
     assert capsys.readouterr().err.endswith(said)
 
 
-def test_help_is_quick_and_names_the_commands_and_the_conditions(capsys):
+def test_help_names_the_commands_and_the_conditions(capsys):
     for command in (["--help"], ["run", "--help"], ["report", "--help"]):
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code == 0
     assert "python -m s6lib report results" in capsys.readouterr().out
     assert SLUGS.split(", ") == list(ALL_CONDITIONS)
-    script = "import sys, s6lib.__main__, s6lib; assert 'torch' not in sys.modules; s6lib.GhostBatchNorm"
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 OWN = """
@@ -159,39 +153,23 @@ def test_more_seeds_and_another_condition_are_reported_for_what_was_asked(tmp_pa
     )
 
 
-def test_a_report_checks_every_file(tiny_study, tmp_path, capsys):
+def test_a_report_checks_the_files(tiny_study, tmp_path, capsys):
     copy = shutil.copytree(tiny_study.folder, tmp_path / "copy")
-    for name in RESULTS:
-        path = copy / "plain" / "gbn" / "seed-2" / name
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-        assert main(["report", str(copy)]) == 1
-        assert f"{path} is damaged" in capsys.readouterr().err
-        path.write_bytes(content)
+    path = copy / "plain" / "gbn" / "seed-2" / "weights.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["report", str(copy)]) == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_report_whose_reader_has_read_enough_ends_without_a_word(tiny_study, tmp_path):
-    copy = shutil.copytree(tiny_study.folder, tmp_path / "copy")
-    script = f"{sys.executable} -m s6lib report {copy} | true"
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-
-
-GREEK = """
-import s6lib
-from torch import nn
-class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(784, 10))
-RECIPE = s6lib.Recipe("mine", network=Net, epochs=1, train_images=64)
-CONDITIONS = (s6lib.CONTROL, s6lib.Condition("l1", "\N{GREEK SMALL LETTER LAMDA} = 1e-4", l1=1e-4))
-"""
+def test_a_report_whose_reader_has_read_enough_ends_without_a_word(tiny_study):
+    script = f"{sys.executable} -m s6lib report {tiny_study.folder} | true"
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False).stderr == ""
 
 
 @pytest.mark.slow
 def test_a_letter_that_the_output_lacks_and_a_file_named_like_a_module_of_pythons(tmp_path):
-    (tmp_path / "random.py").write_text(GREEK, encoding="utf-8")
+    (tmp_path / "random.py").write_text(OWN.replace("GroupNorm", "\N{GREEK SMALL LETTER LAMDA} = 1e-4", 1), "utf-8")
     command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
     command += ["-m", "s6lib", "run", "--study", str(tmp_path / "random.py"), "--jobs", "1", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
