@@ -83,8 +83,10 @@ def all_images_of_every_tenth(seed, saved, labels):
 
 
 @pytest.mark.parametrize("path", FOLDERS, ids=str)
-def test_saved_weights_give_the_telling_predictions(path, mnist):
-    assert not runs_that_differ(read_weights(path), mnist[1], telling_images)
+@pytest.mark.parametrize("choose", [telling_images, pytest.param(all_images_of_every_tenth, marks=pytest.mark.slow)])
+def test_saved_weights_give_the_saved_predictions(path, choose, mnist):
+    """All images, and the loss, of every tenth seed: ten thousand images of each of 760 runs take ten minutes."""
+    assert not runs_that_differ(read_weights(path), mnist[1], choose)
 
 
 def test_the_weights_of_another_seed_are_found(mnist, monkeypatch):
@@ -93,13 +95,6 @@ def test_the_weights_of_another_seed_are_found(mnist, monkeypatch):
     model = study.model
     monkeypatch.setattr(study, "model", lambda slug, seed: model(slug, seed % 3 + 1))
     assert len(runs_that_differ(study, mnist[1], telling_images)) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", FOLDERS, ids=str)
-def test_saved_weights_give_all_saved_predictions_and_the_loss(path, mnist):
-    """Of every tenth seed: ten thousand images of each of 760 runs take ten minutes."""
-    assert not runs_that_differ(read_weights(path), mnist[1], all_images_of_every_tenth)
 
 
 @pytest.mark.slow
