@@ -1,11 +1,12 @@
 import errno
 import gzip
+import re
 import shutil
 import struct
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -88,19 +89,12 @@ def test_archives_are_read_in_the_users_folder_and_those_that_are_missing_are_na
     assert sorted(path.name for path in archives.iterdir()) == sorted(ARCHIVES)
     for name in ARCHIVES[2:]:
         (archives / name).unlink()
-    named = ", ".join(str(archives / name) for name in ARCHIVES[2:])
+    named = re.escape(", ".join(str(archives / name) for name in ARCHIVES[2:]))
     with pytest.raises(DataError, match=rf"missing or damaged, .*failed: {named}\. Restore it with `git checkout"):
         load_mnist(root)
-
-
-def test_a_read_only_folder_of_missing_archives_is_named(archives, monkeypatch):
-    def fail(path):
-        raise OSError(errno.EROFS, "it cannot be written", path)
-
-    (archives / ARCHIVES[2]).unlink()
-    monkeypatch.setattr("s6lib.data.FileLock", fail)
-    with pytest.raises(DataError, match=rf"failed: {archives / ARCHIVES[2]}\. .*\(.*it cannot be written"):
-        load_mnist(archives.parents[1])
+    monkeypatch.setattr("s6lib.data.FileLock", Mock(side_effect=OSError(errno.EROFS, "it cannot be written")))
+    with pytest.raises(DataError, match=rf"failed: {named}\. .*\(.*it cannot be written"):
+        load_mnist(root)
 
 
 def test_missing_and_damaged_archives_are_downloaded(archives, mnist, monkeypatch):
@@ -195,12 +189,10 @@ def test_arrays_of_any_layout_are_kept_as_they_are(images, labels):
         (X[:, :8], Y, NAMES, r"images must be uint8 .* \(40, 8, 12\).* Resize"),
         (X[:0], Y[:0], NAMES, "images must be uint8"),
         ([X[0], X[1, :6, :6]], Y[:2], NAMES, "images must be numbers of one shape, .* not list"),
-        (X.astype(object), Y, NAMES, "images must be numbers of one shape, .* not ndarray"),
         (X, Y[:9], NAMES, r"labels must be whole numbers \(40,\)"),
         (X, Y + 1, NAMES, "labels must be whole numbers .* from 0 to 9, .* from 1 to 10"),
         (X, Y - 1, NAMES, "labels must be whole numbers .* from -1 to 8"),
         (X, Y * 1.0, NAMES, "labels must be whole numbers .*float64"),
-        (X, np.eye(10, dtype=int)[Y], NAMES, r"labels must be whole numbers .* \(40, 10\)"),
         (X, Y.astype(str), NAMES, "labels must be numbers"),
         (X, Y, NAMES[:1], "class_names must be 2 to 256 names, one per class"),
         (X, Y, 10, "class_names must be .* not 10"),
@@ -249,32 +241,27 @@ def test_the_class_names_are_those_of_the_data_set():
     assert train.class_names == test.class_names == ("shirt", "shoe", "bag", "hat")
 
 
+def failing():
+    raise ZeroDivisionError("by\nzero")
+
+
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("data", "said"),
     [
-        (None, "data must give two data sets of .*, not NoneType"),
-        (PAIRS, "data must give two data sets .*, not TensorDataset"),
-        (ZeroDivisionError("by\nzero"), "the data cannot be made: ZeroDivisionError: by zero"),
-        ((X, Y, X, Y), "data must give two data sets .*, not 4"),
-        ((1, 2), r"must hold pairs \(image, label\), not int"),
-        ((X, Y), r"must hold pairs \(image, label\)"),
-        ((TensorDataset(*PAIRS.tensors, PAIRS.tensors[1]),) * 2, r"must hold pairs \(image, label\)"),
-        ((fake(9, None),) * 2, r"images must be uint8 .* use transforms.Grayscale\(\)"),
-        ((fake(9, v2.Compose([FLOATS, v2.Normalize([0.5], [0.5])])),) * 2, "uint8 .* leave out Normalize"),
-        (([(X[0], 0), (X[1, :6, :6], 1)],) * 2, "images must be numbers of one shape"),
-        ((PAIRS, fake(9, v2.Compose([GREY, v2.Resize(8)]))), r"must be of one size, not \(12, 12\) and \(8, 8\)"),
-        (([(X[0], 0.5), (X[1], 1)],) * 2, "labels must be whole numbers"),
+        ("cifar", "data must be a function or one of mnist, fashion-mnist, kmnist, not 'cifar'"),
+        (failing, "the data cannot be made: ZeroDivisionError: by zero"),
+        (lambda: PAIRS, "data must give two data sets .*, not TensorDataset"),
+        (lambda: (X, Y, X, Y), "data must give two data sets .*, not 4"),
+        (lambda: (X, Y), r"must hold pairs \(image, label\), not ndarray"),
+        (lambda: (1, 2), r"must hold pairs \(image, label\), not int"),
+        (lambda: [TensorDataset(*PAIRS.tensors, PAIRS.tensors[1])] * 2, r"must hold pairs \(image, label\)"),
+        (lambda: [fake(9, None)] * 2, r"images must be uint8 .* use transforms.Grayscale\(\)"),
+        (lambda: [fake(9, v2.Compose([FLOATS, v2.Normalize([0.5], [0.5])]))] * 2, "uint8 .* leave out Normalize"),
+        (lambda: (PAIRS, fake(9, v2.Compose([GREY, v2.Resize(8)]))), r"of one size, not \(12, 12\) and \(8, 8\)"),
+        (lambda: [[(X[0], 0.5), (X[1], 1)]] * 2, "labels must be whole numbers"),
     ],
 )
-def test_what_are_no_two_data_sets_is_one_sentence(made, said):
-    with pytest.raises(DataError, match="data must be a function or one of mnist, fashion-mnist, kmnist, not 'cifar'"):
-        load_data("cifar")
-
-    def data():
-        if isinstance(made, Exception):
-            raise made
-        return made
-
+def test_what_are_no_two_data_sets_is_one_sentence(data, said):
     with pytest.raises(DataError, match=said) as raised:
         load_data(data)
     assert "\n" not in str(raised.value)
@@ -380,31 +367,24 @@ def test_batches_hold_every_image_once_with_its_label(mnist, count, size):
 EVERY = Augmentation(15.0, 0.1, 2.0, 0.1)
 
 
-def test_batches_come_from_the_generator_alone(mnist):
-    def drawn(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.cat([images for images, _ in batches(mnist[0].part(slice(100)), 32, EVERY, generator)])
-
-    torch.manual_seed(1)
-    first = drawn(3)
-    torch.manual_seed(2)
-    assert torch.equal(first, drawn(3))
-    assert not torch.equal(first, drawn(4))
-
-
-def test_what_the_published_recipes_draw_is_settled(mnist):
-    """Order, brightness, contrast, angles, in this order: whatever else is drawn comes after them."""
+@pytest.mark.parametrize("augmentation", [Augmentation(7.0, 0.1), EVERY], ids=["published", "every"])
+def test_what_recipes_draw_is_settled_and_comes_from_the_generator_alone(mnist, augmentation):
+    """The order, then brightness, contrast, angle, scale, right and down: whatever else is drawn comes after them."""
     dataset, generator = mnist[0].part(slice(150)), torch.Generator().manual_seed(5)
     order = torch.randperm(150, generator=generator)
-    brightness, contrast, angles = (torch.rand(150, generator=generator).mul_(2).sub_(1) for _ in range(3))
-    expected = adjust_brightness(dataset.images[order], 1 + 0.1 * brightness)
-    expected = normalise(rotate(adjust_contrast(expected, 1 + 0.1 * contrast), 7.0 * angles))
-    drawn = list(batches(dataset, 64, Augmentation(7.0, 0.1), torch.Generator().manual_seed(5)))
-    assert torch.equal(torch.cat([labels for _, labels in drawn]), dataset.labels[order])
-    images = torch.cat([images for images, _ in drawn])
-    # A mean, in the contrast, may round otherwise in another batch: a pixel is then one grey level off.
-    assert (images - expected).abs().max() <= 1.01 / (255 * STD)
-    assert (images != expected).sum() <= 150
+    rotation, jitter, shift, scale = augmentation
+    limits = torch.tensor([jitter, jitter, rotation, scale, shift, shift])
+    amounts = [limit * (2 * torch.rand(150, generator=generator) - 1) for limit in limits]
+    brightness, contrast, angles, scales, *shifts = amounts
+    expected = adjust_contrast(adjust_brightness(dataset.images[order], 1 + brightness), 1 + contrast)
+    moved = affine(expected, angles, 1 + scales, torch.stack(shifts, 1)) if shift else rotate(expected, angles)
+    parts = batches(dataset, 64, augmentation, torch.Generator().manual_seed(5))
+    images, labels = map(torch.cat, zip(*parts, strict=True))
+    assert torch.equal(labels, dataset.labels[order])
+    # A mean, in the contrast, may round otherwise in another batch: a pixel is then one grey level off, or four are.
+    difference = (images - normalise(moved)).abs()
+    assert difference.max() <= 1.01 / (255 * STD)
+    assert (difference > 1e-5).sum() <= 4 * 150
 
 
 @pytest.mark.parametrize(
@@ -442,9 +422,7 @@ def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
     [
         (v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.13], [0.31])]), "leave out Normalize"),
         (v2.ToDtype(torch.float32), r"give images of uint8 or from 0 to 1, not torch.float32"),
-        (v2.CenterCrop(20), r"of the same size, not \(1, 20, 20\)"),
         (v2.Grayscale(3), r"of the same size, not \(3, 28, 28\)"),
-        (v2.ToPILImage(), "of the same size, not Image"),
         (lambda image: None, "of the same size, not NoneType"),
     ],
 )
@@ -454,14 +432,10 @@ def test_a_transform_of_another_kind_is_one_sentence(mnist, transform, said):
 
 
 @needs_fake_gpu
-def test_batches_stay_on_the_device_of_the_images():
-    """A GPU of which torch computes shapes and devices alone."""
-    with FakeTensorMode():
-        images = torch.zeros(100, 28, 28, dtype=torch.uint8, device="cuda")
-        labels = torch.zeros(100, dtype=torch.int64, device="cuda")
-        dataset = SimpleNamespace(images=images, labels=labels, mean=0.5, std=0.5)  # nothing can be checked here
-        augmentations = (Augmentation(15.0, 0.1), Augmentation(15.0, 0.0, 2.0, 0.1))
-        parts = [part for each in augmentations for part in batches(dataset, 64, each, torch.Generator())]
-        parts += [(function(images, torch.ones(100, device="cuda")),) for function in (rotate, adjust_brightness)]
-    assert [tuple(images.shape) for images, *_ in parts[:4]] == 2 * [(64, 1, 28, 28), (36, 1, 28, 28)]
-    assert {tensor.device.type for part in parts for tensor in part} == {"cuda"}
+def test_images_are_changed_on_their_device():
+    """A GPU of which torch computes shapes and devices alone. Batches are followed there in test_replay.py."""
+    with FakeTensorMode(), torch.device("cuda"):
+        images, amounts = torch.zeros(9, 28, 28, dtype=torch.uint8), torch.ones(9)
+        changed = [function(images, amounts) for function in (rotate, adjust_brightness, adjust_contrast)]
+        changed += [normalise(images), affine(images, amounts, amounts, torch.ones(9, 2))]
+    assert {one.device.type for one in changed} == {"cuda"}
