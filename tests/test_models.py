@@ -12,7 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from s6lib.errors import SettingError
 from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.recipes import CONDITIONS, PLAIN, RECIPES, build_model
+from s6lib.recipes import CONDITIONS, RECIPES, build_model
 
 PLAIN_LAYERS = """
 Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -
@@ -35,15 +35,9 @@ LONG = {"Conv": "Conv2d", "BN": "BatchNorm2d", "MaxPool": "MaxPool2d", "AvgPool"
 def expected_layers(text):
     """(type, output shape, parameters) a layer, from the design's shorthand: shapes and zeros are left out there."""
     shape = ""
-    for word in " ".join(text.split()).split(" - "):
-        kind, *numbers = word.split()
-        parameters = "0"
-        for number in numbers:
-            if "x" in number:
-                shape = ", ".join(number.split("x"))
-            else:
-                parameters = number
-        yield LONG.get(kind, kind), shape, parameters
+    for kind, changed, parameters in re.findall(r"([A-Z]\w+)(?: (\d+x\d+x\d+))?(?: ([\d,]+))?", text):
+        shape = changed.replace("x", ", ") or shape
+        yield LONG.get(kind, kind), shape, parameters or "0"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +58,12 @@ def test_torchsummary_prints_the_layer_table(network, text, totals, capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_condition_gives_logits_without_a_bias(recipe):
+def test_every_condition_gives_logits_without_a_bias_and_torchsummary_names_its_ghosts(recipe, capsys):
     for condition in CONDITIONS:
         model = build_model(recipe, condition)
+        summary(model, (1, 28, 28), device="cpu")
+        ghosts = sum(isinstance(layer, GhostBatchNorm) for layer in model.modules())
+        assert capsys.readouterr().out.count("GhostBatchNorm-") == ghosts
         assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
         assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
 
@@ -117,31 +114,18 @@ def test_the_gradient_of_a_block_keeps_the_memory_format_of_its_images():
     assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in seen)
 
 
-def test_summary_names_the_ghost_layers(capsys):
-    summary(build_model(PLAIN, CONDITIONS[3]), (1, 28, 28), device="cpu")
-    assert capsys.readouterr().out.count("GhostBatchNorm-") == 7
-
-
-@pytest.mark.parametrize("network", [PlainNet, BottleneckNet])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(GhostBatchNorm, num_splits=4)], ids=["batch", "ghost"])
-def test_torchvisions_extractors_find_the_layers_and_train_as_the_network(network, norm):
+def test_torchvisions_extractors_find_the_layers_and_compute_as_the_network():
     """They trace a network in both modes."""
-    torch.manual_seed(1)
-    model = network(norm)
+    model = PlainNet(partial(GhostBatchNorm, num_splits=4))
     names = ["images", *(f"layers.{number}" for number in range(len(model.layers))), "flatten"]
     assert get_graph_node_names(model) == (names, names)
-    extractor = create_feature_extractor(model, ["flatten"])
+    extractor, images = create_feature_extractor(model, ["flatten"]), torch.randn(9, 1, 28, 28)
     extractor.load_state_dict(model.state_dict())
-    for samples in (9, 64):
-        images, outputs = torch.randn(samples, 1, 28, 28), []
-        for part in (model, lambda images: extractor(images)["flatten"]):
-            torch.manual_seed(2)
-            outputs.append(part(images))
-            outputs[-1].square().sum().backward()
-        assert torch.equal(*outputs)
-        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), extractor.buffers(), strict=True))
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), extractor.parameters(), strict=True))
-    assert torch.equal(model.eval()(images), extractor.eval()(images)["flatten"])
+    for train in (True, False):
+        with torch.random.fork_rng():
+            expected = model.train(train)(images)
+        assert torch.equal(extractor.train(train)(images)["flatten"], expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), extractor.buffers(), strict=True))
 
 
 def dropout_masks(p, shape, count):

@@ -49,10 +49,6 @@ def test_penalties_are_sums_over_all_trainable_parameters(l1, l2):
     weights = torch.cat([one.detach().flatten() for one in model.parameters() if one.requires_grad]).double()
     expected = float(l1 * weights.abs().sum() + l2 * weights.square().sum())
     assert float(torch.as_tensor(penalty).detach()) == pytest.approx(expected, rel=1e-5)
-    if l1 or l2:
-        penalty.backward()
-        for one in filter(lambda one: one.requires_grad, model.parameters()):
-            assert torch.allclose(one.grad, l1 * one.detach().sign() + 2 * l2 * one.detach(), atol=1e-6)
 
 
 def train_by_hand(model, parts, optimizer, loss, l1, l2):
@@ -113,16 +109,13 @@ def test_the_penalty_comes_after_the_logits(model, some):
     assert called == ["logits", "penalty"] * 2
 
 
-def test_no_batches_are_one_sentence(model):
+def test_no_batches_or_a_loss_or_a_penalty_that_is_not_finite_are_one_sentence(model, some):
     with pytest.raises(ValueError, match="there must be at least one batch to train on"):
         train_epoch(model, iter(()), sgd(model))
-
-
-def test_a_loss_or_a_penalty_that_is_not_finite_is_one_sentence(model, some):
-    first, *middle, (images, labels) = cut(some)
-    for parts, l1 in (([first, *middle, (images * float("nan"), labels)], 0.0), ([first], 1e38)):
+    images, labels = cut(some)[0]
+    for batch, l1 in (((images * float("nan"), labels), 0.0), ((images, labels), 1e38)):
         with pytest.raises(FloatingPointError, match="the loss is infinite or not a number; lower the learning rate"):
-            train_epoch(model, parts, sgd(model), penalty=lambda model, l1=l1: l1_l2_penalty(model, l1))
+            train_epoch(model, [batch], sgd(model), penalty=lambda model, l1=l1: l1_l2_penalty(model, l1))
 
 
 @pytest.mark.parametrize(
