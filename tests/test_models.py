@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import GBN
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from s6lib.errors import SettingError
 from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.recipes import CONDITIONS, RECIPES, build_model
+from s6lib.recipes import PLAIN, build_model
 
 PLAIN_LAYERS = """
 Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -
@@ -41,31 +42,24 @@ def expected_layers(text):
 
 
 @pytest.mark.parametrize(
-    ("network", "text", "totals"),
+    ("network", "text", "parameters"),
     [
-        (PlainNet, PLAIN_LAYERS, ["9,646", "0.63", "0.04", "0.67"]),
-        (BottleneckNet, BOTTLENECK_LAYERS, ["8,546", "0.72", "0.03", "0.76"]),
-        (SeparableNet, SEPARABLE_LAYERS, ["2,466", "0.33", "0.01", "0.34"]),
+        (PlainNet, PLAIN_LAYERS, "9,646"),
+        (BottleneckNet, BOTTLENECK_LAYERS, "8,546"),
+        (SeparableNet, SEPARABLE_LAYERS, "2,466"),
     ],
 )
-def test_torchsummary_prints_the_layer_table(network, text, totals, capsys):
+def test_torchsummary_prints_the_layer_table(network, text, parameters, capsys):
     summary(network(), (1, 28, 28), device="cpu")
     printed = capsys.readouterr().out
+    assert f"Total params: {parameters}\n" in printed
     rows = re.findall(r"(\w+)-\d+ +\[-1, ([\d, ]+)\] +([\d,]+)", printed)
     assert rows == list(expected_layers(text))
-    names = "Total params", "pass size (MB)", "Params size (MB)", "Total Size (MB)"
-    assert [re.search(rf"{re.escape(name)}: ([\d.,]+)", printed)[1] for name in names] == totals
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_condition_gives_logits_without_a_bias_and_torchsummary_names_its_ghosts(recipe, capsys):
-    for condition in CONDITIONS:
-        model = build_model(recipe, condition)
-        summary(model, (1, 28, 28), device="cpu")
-        ghosts = sum(isinstance(layer, GhostBatchNorm) for layer in model.modules())
-        assert capsys.readouterr().out.count("GhostBatchNorm-") == ghosts
-        assert model(torch.randn(9, 1, 28, 28)).shape == (9, 10)
-        assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
+def test_torchsummary_names_the_ghost_layers(capsys):
+    summary(build_model(PLAIN, GBN), (1, 28, 28), device="cpu")
+    assert capsys.readouterr().out.count("GhostBatchNorm-") == 7
 
 
 @given(st.integers(1, 40))

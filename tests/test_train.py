@@ -1,3 +1,5 @@
+from copy import deepcopy
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -114,8 +116,9 @@ def test_no_batches_or_a_loss_or_a_penalty_that_is_not_finite_are_one_sentence(m
         train_epoch(model, iter(()), sgd(model))
     images, labels = cut(some)[0]
     for batch, l1 in (((images * float("nan"), labels), 0.0), ((images, labels), 1e38)):
+        fresh, penalty = deepcopy(model), partial(l1_l2_penalty, l1=l1)
         with pytest.raises(FloatingPointError, match="the loss is infinite or not a number; lower the learning rate"):
-            train_epoch(model, [batch], sgd(model), penalty=lambda model, l1=l1: l1_l2_penalty(model, l1))
+            train_epoch(fresh, [batch], sgd(fresh), penalty=penalty)
 
 
 @pytest.mark.parametrize(
