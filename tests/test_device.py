@@ -5,7 +5,6 @@ import re
 import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,49 +27,37 @@ def settings() -> list:
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_callers_settings_and_modes_change_nothing_and_come_back():
-    undisturbed = train_run(ONCE)
-    before = settings()
+    undisturbed, before = train_run(ONCE), settings()
     with ExitStack() as disturbed:
-        for restore, value in (
-            (torch.set_default_dtype, torch.float32),
-            (torch.set_flush_denormal, False),
-            (torch.set_float32_matmul_precision, "highest"),
-            (torch.set_default_device, None),
+        for change, value, usual in (
+            (torch.set_default_dtype, torch.float64, torch.float32),
+            (torch.set_flush_denormal, True, False),
+            (torch.set_float32_matmul_precision, "medium", "highest"),  # bfloat16, on some CPUs too
         ):
-            disturbed.callback(restore, value)
+            disturbed.callback(change, usual)
+            change(value)
         for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
             disturbed.enter_context(mode)
-        torch.set_default_dtype(torch.float64)
-        torch.set_flush_denormal(True)
-        torch.set_float32_matmul_precision("medium")  # bfloat16, on some CPUs too
         theirs = settings()
-        torch.set_default_device("meta")
-        assert_same_run(train_run(ONCE), undisturbed)
-        torch.set_default_device(None)
-        assert settings() == theirs
-        disturbed.enter_context(torch.inference_mode())
-        assert_same_run(train_run(ONCE), undisturbed)
+        for mode in (torch.device("meta"), torch.inference_mode()):
+            with mode:
+                assert_same_run(train_run(ONCE), undisturbed)
+            assert settings() == theirs
     assert settings() == before
 
 
 NEWER = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")
 
 
-@pytest.fixture(params=["neither", "the older", pytest.param("the newer", marks=NEWER)])
-def interface(request, monkeypatch):
-    """The interface through which a caller has asked for TF32."""
-    if request.param == "the newer":
-        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-    elif request.param == "the older":
-        torch.set_float32_matmul_precision("high")
-    yield request.param
-    if request.param == "the older":
-        torch.set_float32_matmul_precision("highest")
-
-
-def test_float32_is_full_through_both_interfaces(interface):
+@pytest.mark.parametrize("interface", ["neither", "the older", pytest.param("the newer", marks=NEWER)])
+def test_float32_is_full_whichever_interface_has_asked_for_tf32(interface, monkeypatch, request):
     """And the older one can be read: torch refuses that if the two disagree."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if interface == "the newer":
+        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    elif interface == "the older":
+        request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+        torch.set_float32_matmul_precision("high")
     newer = [cudnn.conv, matmul] if hasattr(cudnn, "conv") else []
     before = [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
     with reproducible(CPU):
@@ -95,25 +82,21 @@ def test_every_generator_is_seeded_from_seed_and_epoch_alone():
     assert len(set(several)) == 12
 
 
-def git(clone: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=s6lib", "-c", "user.email=s6lib@localhost"]
-    return subprocess.run(
-        ["git", *identity, "-C", clone, *arguments], capture_output=True, text=True, check=True
-    ).stdout
-
-
 def test_a_start_names_the_commit_of_a_clone_and_whether_it_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=s6lib", "-c", "user.email=s6lib@localhost"]
+        return subprocess.check_output(["git", *identity, "-C", tmp_path, *arguments], text=True).strip()
+
     commit = s6lib.lab.device._commit.__wrapped__
     file = tmp_path / "s6lib" / "lab" / "device.py"
     file.parent.mkdir(parents=True)
     file.write_text("as committed")
     monkeypatch.setattr(s6lib.lab.device, "__file__", str(file))
     assert commit() is None  # no clone
-    git(tmp_path, "init", "--quiet")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "--quiet", "--message", "First")
-    head = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert commit() == head
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "First")
+    assert commit() == (head := git("rev-parse", "HEAD"))
     file.write_text("changed")
     assert commit() == f"{head} with changes"
     monkeypatch.setenv("PATH", "")
