@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import GBN, L1_BN, bounded
-from test_replay import CYCLE, RECORDED, SHORT, SIZES, step_by_step, train_until, trained
+from test_replay import RECORDED, SHORT, STOPPED, step_by_step, stopped_twice, trained
 
 from s6lib.data import PROJECT
 from s6lib.lab.launch import run_study
@@ -70,11 +70,7 @@ def test_a_recording_that_breaks_off_leaves_training_right():
 
 
 def test_a_stopped_run_ends_like_one_that_was_not(tmp_path):
-    run = Run(CYCLE, SIZES[0], 1)
-    expected = trained(run, device=DEVICE)
-    for drawn in (5 + 3, 0):
-        train_until(drawn, run, tmp_path, DEVICE)
-    assert trained(run, folder=tmp_path, device=DEVICE) == expected
+    assert stopped_twice(tmp_path, DEVICE) == trained(STOPPED, device=DEVICE)
 
 
 def test_runs_in_turn_are_those_taken_alone(tmp_path):

@@ -8,7 +8,7 @@ import gc
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ from s6lib.train import train_epoch
 FRONTIER, SIZES = read_study_file(str(PROJECT / "studies" / "frontier.py"))
 SHORT = replace(TINY, train_images=4 * 64 + 32)  # four batches, and a smaller one
 CYCLE = replace(FRONTIER, epochs=2, train_images=4 * 64 + 32)  # with a moving average, and a rate for each step
+STOPPED = Run(CYCLE, SIZES[0], 1)
 TWICE = replace(CYCLE, passes=2)  # the smaller batch comes again
-AVERAGED = replace(SHORT, ema=0.9)
 RECORDED = {
     "l1-l2-gbn": Run(SHORT, ALL_CONDITIONS["l1-l2-gbn"], 1),
     "frontier": Run(TWICE, SIZES[0], 1),
@@ -90,21 +90,15 @@ class Graph(TorchDispatchMode):
                     place.copy_(value)
 
 
-class Generator:
-    """Stands for a GPU's generator, by that of the CPU."""
-
-    clone_state = staticmethod(torch.get_rng_state)
-    graphsafe_set_state = staticmethod(torch.set_rng_state)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
-    """Runs on the CPU go as on a GPU, and its dropout is torch's own."""
+    """Runs on the CPU go as on a GPU, with torch's own dropout, and with the generator of the CPU."""
     records_steps = replay.records_steps
     monkeypatch.setattr(s6lib.lab.run, "records_steps", lambda device: records_steps(torch.device("cuda")))
     monkeypatch.setattr(Dropout, "forward", nn.Dropout.forward)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "default_generators", [Generator])
+    generator = SimpleNamespace(clone_state=torch.get_rng_state, graphsafe_set_state=torch.set_rng_state)
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(replay, "_broken", set())
     for name in ("recorded", "launched"):
@@ -147,29 +141,26 @@ def test_recorded_steps_train_to_the_bits_of_steps_as_they_are(name, gpu, capfd)
     assert not capfd.readouterr().err
 
 
-def train_until(drawn, run, folder, device="cpu"):
-    """Train a run until so many batches have been drawn, whether its loop sees them or not."""
-    original, numbers = s6lib.lab.run.Setup.batches, count()
+def stopped_twice(folder, device="cpu"):
+    """That run, stopped in the middle of its second epoch, and again where it goes on: no recording is kept."""
+    original, stops = s6lib.lab.run.Setup.batches, iter([False] * (5 + 3) + [True, True])
 
-    def until(setup, epoch, generator):
-        for batch in original(setup, epoch, generator):
-            if next(numbers) == drawn:
+    def until(*arguments):
+        for batch in original(*arguments):  # whether the training loop sees it or not
+            if next(stops):
                 raise Stopped
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s6lib.lab.run.Setup, "batches", until)
-        with pytest.raises(Stopped):
-            train_run(run, folder, device)
+        for _ in range(2):
+            with pytest.raises(Stopped):
+                train_run(STOPPED, folder, device)
+    return trained(STOPPED, folder=folder, device=device)
 
 
 def test_a_stopped_run_ends_like_one_that_was_not(gpu, tmp_path):
-    """Stopped in the middle of its second epoch, and at the end of the first: nothing recorded is kept."""
-    run = Run(CYCLE, SIZES[0], 1)
-    expected = trained(run)
-    for drawn in (5 + 3, 0):
-        train_until(drawn, run, tmp_path)
-    assert trained(run, folder=tmp_path) == expected
+    assert stopped_twice(tmp_path) == trained(STOPPED)
 
 
 def failing_when_recorded(error):
@@ -184,7 +175,7 @@ def failing_when_recorded(error):
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, capfd, for_ever):
     """The epoch is trained again, and the run goes on step by step; before torch 2.12 later runs do too."""
-    run = Run(AVERAGED, CONTROL, 1)
+    run = Run(replace(SHORT, ema=0.9), CONTROL, 1)
     expected = step_by_step(run)
     monkeypatch.setattr(replay, "_BREAKS_FOR_EVER", for_ever)
     with monkeypatch.context() as patch:
