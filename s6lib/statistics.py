@@ -125,8 +125,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
     Raises ValueError for fewer than two differences. Fisher 1935, section 21.
     """
-    chances, found = sign_flip_means(differences), abs(np.mean(differences))
-    return float(chances[np.abs(chances.index) >= found - _flip_step(np.asarray(differences))].sum())
+    chances, sample = sign_flip_means(differences), _sample(differences)
+    return float(chances[np.abs(chances.index) >= abs(sample.mean()) - _flip_step(sample)].sum())
 
 
 def sign_flip_means(differences: Sequence[float]) -> pd.Series:
