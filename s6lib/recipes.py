@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain
 from numbers import Real
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ def _number(most: float = math.inf) -> Check:
     return lambda value: type(value) in (int, float) and 0 <= value <= most and value < math.inf, expected
 
 
-def _one_of(names: tuple[str, ...]) -> Check:
-    expected = f"a function or one of {', '.join(names)}"
+def _one_of(names: tuple[str, ...], function: str) -> Check:
+    expected = f"a function {function}, or one of {', '.join(names)}"
     return lambda value: callable(value) or (isinstance(value, str) and value in names), expected
 
 
@@ -61,8 +62,8 @@ _CHECKS: dict[str, Check] = {
     "rotation": _number(180),
     "scale": _number(0.9),
     "ema": _number(0.9999),
-    "schedule": _one_of(SCHEDULES),
-    "data": _one_of(tuple(DATASETS)),
+    "schedule": _one_of(SCHEDULES, "of the share of training done"),
+    "data": _one_of(tuple(DATASETS), "that gives the training and the test set"),
     "network": (callable, "a class or function that makes a network"),
     "norm": (callable, "a function or a class that makes a layer"),
     "penalty": (callable, "a function of the model"),
@@ -81,12 +82,14 @@ def _require_sound(settings: Mapping[str, Any]) -> None:
         if name in ("network", "norm") and isinstance(value, nn.Module):
             kind = type(value).__name__
             raise SettingError(f"{name} must be {expected}: give the class {kind}, not a {kind} already made")
+        if name in ("penalty", "loss", "transform", "batch_transform") and isinstance(value, type):
+            raise SettingError(f"{name} must be {expected}: give an instance, {value.__name__}(...), not the class")
         _require(sound(value) or (value is None and name in _OPTIONAL), name, expected, value)
 
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
     if not met:
-        raise SettingError(f"{name} must be {expected}, not {value!r}")
+        raise SettingError(f"{name} must be {expected}, not {shorten(repr(value), 90, placeholder='...')}")
 
 
 def as_python(value: Any) -> Any:

@@ -62,7 +62,7 @@ def test_a_study_in_the_users_home_shows_a_line_for_each_run(tmp_path, monkeypat
         *(({"device": name}, f"device '{name}' is not available here; use auto") for name in ("cuda:7", "gpu")),
         ({"recipe": "plan"}, "'plan' is neither a Recipe nor the name of a built-in one, which are: plain, bottleneck"),
         ({"conditions": ["gnb"]}, "'gnb' is neither a Condition nor the name of a built-in one, which are: l1-bn"),
-        ({"conditions": [4]}, "4 is neither a Condition"),
+        ({"conditions": 4}, "4 is neither a Condition"),
         ({"seeds": []}, "conditions and seeds must name at least one each"),
         ({"conditions": (GBN, L1_BN, replace(GBN, num_splits=8))}, "two conditions share the name gbn; rename"),
     ],

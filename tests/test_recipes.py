@@ -180,6 +180,9 @@ def test_numbers_of_numpy_are_numbers():
     assert [type(number) for number in numbers] == [float, float, int]
 
 
+ADAM = Adam([nn.Parameter(torch.zeros(1))])  # its repr has many lines
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +218,7 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
         ({"num_splits": 0}, "num_splits must"), ({"num_splits": 1.5}, "num_splits must"),
         ({"norm": 4}, "norm must"), ({"penalty": 1e-4}, "penalty must"),
         ({"norm": nn.BatchNorm2d(4)}, "give the class BatchNorm2d, not a BatchNorm2d already made"),
+        ({"penalty": nn.L1Loss}, "penalty must be a function of the model: give an instance, L1Loss.*, not the class"),
         ({"norm": Own, "num_splits": 4}, "norm must be left out where num_splits is given"),
         *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "data", "held_out")),
         ({"changes": {"colour": 1}}, "must be a setting of the recipe"),
@@ -237,6 +241,12 @@ def test_a_condition_refuses_what_makes_no_sense(asked, said):
             for with_rate in (partial(Adam, lr=1e-6), partial(partial(Adam, lr=1e-6), weight_decay=0.1))
         ),
         (PLAIN, {"network": PlainNet()}, "network must be .*: give the class PlainNet, not a PlainNet already made"),
+        (PLAIN, {"loss": nn.CrossEntropyLoss}, "loss must be .*: give an instance, CrossEntropyLoss.*, not the class"),
+        (
+            PLAIN,
+            {"optimizer": ADAM},
+            r"optimizer must be a class .*, not Adam \( Parameter Group 0 .*\.{3}$",
+        ),
         (PLAIN, {"epochs": -1}, "epochs must be a whole number from 1, not -1"),
         (BOTTLENECK, {"dropout": 0.5}, r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"),
         (PLAIN, {"momentum": 0.0, "nesterov": True}, "nesterov must be True, with a momentum above 0, or False"),

@@ -22,6 +22,7 @@ from conftest import GBN, TINY
 from test_run import KINDS, Counting, flat, squares
 from torch import nn
 from torch.nn.utils import parametrizations
+from torchvision import transforms
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 
@@ -236,12 +237,12 @@ REFUSED = [
     (with_flat(forward=lambda net, images: (Flat.forward(net, images),) * 2), "into logits .64, 10., not tuple"),
     (with_last(partial(nn.Softmax, 1)), "logits, not probabilities"),
     (with_last(partial(nn.BatchNorm1d, 10), train_images=257), "1 images, as many as the last batch has, fails"),
+    (with_flat(forward=lambda net, images: F.dropout(Flat.forward(net, images))), "F.dropout with `training=self"),
     (with_flat(forward=of_64_images), "step 3 fails: RuntimeError: shape '.64, 784.' is invalid"),
     (with_penalty(lambda model: torch.ones(3)), "`penalty` must return a scalar tensor, not a tensor of shape"),
     (with_penalty(lambda model: 3.0), "`penalty` must return a scalar tensor, not float"),
     (with_penalty(lambda model: model[0].weight.sum().detach()), "has no gradient"),
     (with_penalty(lambda model: 1 / 0), r"ZeroDivisionError: .* \(in <lambda>, line \d+\)$"),
-    (with_parts(loss=nn.CrossEntropyLoss), "cannot be trained: step 1 fails: `loss` fails on logits"),
     (with_parts(loss=nn.MSELoss()), r"`loss` fails on logits \(64, 10\) and targets \(64,\)"),
     (with_parts(optimizer=lambda parameters, lr: None), "must make a torch.optim.Optimizer that calls super"),
     (with_parts(optimizer=Unfinished, ema=0.9), "must make .* that calls super.*, not Unfinished"),
@@ -249,6 +250,7 @@ REFUSED = [
     (with_parts(optimizer=lambda p, lr: torch.optim.SGD(SHARED.parameters(), lr)), ITS_PARAMETERS),
     (with_parts(optimizer=lambda p, lr: torch.optim.SGD(list(p)[:2], lr)), ITS_PARAMETERS),
     (with_parts(transform=lambda image: image[:, 1:]), "into one of the same size, not .1, 27, 28."),
+    (with_parts(transform=transforms.ToTensor()), "its first batches cannot be made: TypeError: pic should be PIL"),
     (with_parts(batch_transform=lambda images, labels: images), "must return images and targets"),
     (with_parts(batch_transform=lambda images, labels: (images, labels[1:])), "64 images and 63 targets"),
     (with_parts(batch_transform=v2.CutMix(num_classes=7)), "cannot be trained"),

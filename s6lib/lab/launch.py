@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
@@ -91,7 +92,8 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
     found = choices.get(given) if isinstance(given, str) else given
     if not isinstance(found, kind):
         raise StudyError(
-            f"{given!r} is neither a {kind.__name__} nor the name of a built-in one, which are: {', '.join(choices)}"
+            f"{shorten(repr(given), 90, placeholder='...')} is neither a {kind.__name__} nor the name of a built-in "
+            f"one, which are: {', '.join(choices)}"
         )
     return found
 
@@ -99,7 +101,9 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
 def _conditions(conditions: Iterable[Condition | str] | Condition | str) -> list[Condition]:
     """Return each condition once. Raises StudyError for an invalid one, or for two with one folder."""
     distinct: dict[str, Condition] = {}
-    for given in [conditions] if isinstance(conditions, Condition | str) else conditions:
+    if isinstance(conditions, str) or not isinstance(conditions, Iterable):
+        conditions = [conditions]
+    for given in conditions:
         condition = _built_in(given, ALL_CONDITIONS, Condition)
         if distinct.setdefault(condition.slug, condition) != condition:
             raise StudyError(f"two conditions share the name {condition.slug}; rename one")

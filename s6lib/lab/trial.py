@@ -53,7 +53,9 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
         before = _pickles(run)  # before the first transform
-        batches, steps, attributes = list(_first_batches(run, setup)), [], []
+        with _error_prefix("its first batches cannot be made"):
+            batches = list(_first_batches(run, setup))
+        steps, attributes = [], []
         for number, batch in enumerate(batches[:STEPS], 1):
             with _error_prefix(f"step {number} fails"):
                 steps.append(_step(run, setup, batch))
@@ -238,6 +240,11 @@ def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
     with _error_prefix(f"the evaluation{copied} fails"):
         logits = predict_logits(setup.final_model, some)
         _require_logits(logits, len(some), len(some.class_names))
+        if not torch.equal(logits, predict_logits(setup.final_model, some)) and not logits.isnan().any():
+            raise SettingError(
+                "the network gives other logits each time: call F.dropout with `training=self.training`, and draw "
+                "random numbers in training alone"
+            )
         evaluation = float(F.cross_entropy(logits.float(), some.labels))
     seed_everything(run.seed, 2, CPU)
     with _error_prefix(f"a step on {len(batch[1])} images, as many as the last batch has, fails"):
