@@ -55,10 +55,10 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         before = _pickles(run)  # before the first transform
         with _error_prefix("its first batches cannot be made"):
             batches = list(_first_batches(run, setup))
-        steps, attributes = [], []
+        steps, attributes, graphs = [], [], list[Any]()
         for number, batch in enumerate(batches[:STEPS], 1):
             with _error_prefix(f"step {number} fails"):
-                steps.append(_step(run, setup, batch))
+                steps.append(_step(run, setup, batch, graphs))
             if len(batch[1]) == len(batches[0][1]):  # a network may keep the shape of what it has seen
                 attributes.append(_attributes(setup))
         if serialise_weights(second.model) != built:  # as it was before the steps of the first
@@ -69,7 +69,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         before, after = before | attributes[0], _pickles(run) | attributes[-1]
         if changed := [part for part in before if after.get(part, before[part]) != before[part]]:
             raise SettingError(f"`{changed[0]}` changes from step to step, and {_STATE}")
-        if idle := _what_learns_nothing(setup.model):
+        if idle := _what_learns_nothing(setup, graphs):
             _say(f"{name}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
         state = {part: one.state_dict() for part, one in setup.parts.items()}
         saved = serialise(lambda file: torch.save(state, file))
@@ -134,8 +134,8 @@ def _first_batches(run: Run, setup: Setup) -> Iterator[Any]:
     yield next(setup._replace(train=setup.train.part(slice(last))).batches(1, generator))
 
 
-def _step(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
-    """Take a step, and return its loss, its penalty and the size of its gradient."""
+def _step(run: Run, setup: Setup, batch: Any, graphs: list[Any]) -> dict[str, float]:
+    """Take a step; return its loss, its penalty and the size of its gradient, and add the first two to `graphs`."""
     with _error_prefix("`batch_transform` must return images and targets, two tensors of one length"):
         images, targets = (part.clone() for part in batch)
         if len(images) != len(targets):
@@ -147,12 +147,14 @@ def _step(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
         with _error_prefix(f"`loss` fails on logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"):
             losses.append(setup.loss(logits, targets))
         _require_scalar("`loss`", losses[0])
+        graphs.append(losses[0])
         return losses[0]
 
     def penalty(model: nn.Module) -> Tensor | float:
         own = 0.0 if run.condition.penalty is None else run.condition.penalty(model)
         if not isinstance(own, int | float) or own:
             _require_scalar("`penalty`", own)
+            graphs.append(own)
         return l1_l2_penalty(model, run.condition.l1, run.condition.l2) + own
 
     metrics = train_epoch(setup.model, [(images, targets)], setup.optimizer, loss, penalty)
@@ -205,25 +207,35 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
 
 
 def _attributes(setup: Setup) -> dict[str, Any]:
-    """The attributes of network and loss that are numbers, text, or lists and dicts of them, as JSON, by name."""
-    attributes = {}
+    """The attributes of network, loss and optimizer that are numbers, text, or lists and dicts of them, as JSON."""
+    owners: dict[str, Any] = {}  # without those whose state_dict holds more than torch's, perhaps what they keep
     for number, part in enumerate((setup.model, *setup.parts.get("loss", ()))):
-        for path, module in part.named_modules(prefix=f"{type(part).__name__} {number}"):
-            if type(module).get_extra_state is nn.Module.get_extra_state:  # what it keeps would be in the checkpoint
-                for name, value in vars(module).items():
-                    with suppress(TypeError, ValueError):  # what JSON cannot hold cannot be watched
-                        attributes[f"{path}.{name}"] = json.dumps(value)
+        owners |= dict(part.named_modules(prefix=f"{type(part).__name__} {number}"))
+    owners = {path: one for path, one in owners.items() if type(one).get_extra_state is nn.Module.get_extra_state}
+    if type(setup.optimizer).state_dict is torch.optim.Optimizer.state_dict:
+        owners["optimizer"] = setup.optimizer
+    attributes = {}
+    for path, owner in owners.items():
+        for name, value in vars(owner).items():
+            with suppress(TypeError, ValueError):  # what JSON cannot hold cannot be watched
+                attributes[f"{path}.{name}"] = json.dumps(value)
     return attributes
 
 
-def _what_learns_nothing(model: nn.Module) -> list[str]:
-    """List the parameters that have had no gradient, and the attributes that hide layers in a plain list or dict."""
-    idle = [path for path, weights in model.named_parameters() if weights.requires_grad and weights.grad is None]
-    known = set(model.modules())
-    for name, value in (attribute for module in model.modules() for attribute in vars(module).items()):
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-        if any(isinstance(one, nn.Module) and one not in known for one in items):
-            idle.append(f"{name} (use nn.ModuleList)")
+def _what_learns_nothing(setup: Setup, graphs: list[Any]) -> list[str]:
+    """List the parameters that have had no gradient, and what has had one and is not trained."""
+    idle = [path for path, one in setup.model.named_parameters() if one.requires_grad and one.grad is None]
+    trained = {weights for group in setup.optimizer.param_groups for weights in group["params"]}
+    todo, nodes = [graph.grad_fn for graph in graphs], set()
+    while todo:
+        if (node := todo.pop()) is None or node in nodes:
+            continue
+        nodes.add(node)
+        todo += [one for one, _ in node.next_functions]
+    leaves = {node.variable for node in nodes if hasattr(node, "variable")}
+    if shapes := sorted({str(tuple(one.shape)) for one in leaves - trained}):
+        remedy = "put layers into nn.ModuleList, and give a loss that has parameters itself, not in a function"
+        idle.append(f"tensors {', '.join(shapes[:3])} outside the network ({remedy})")
     return idle
 
 
@@ -248,4 +260,4 @@ def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
         evaluation = float(F.cross_entropy(logits.float(), some.labels))
     seed_everything(run.seed, 2, CPU)
     with _error_prefix(f"a step on {len(batch[1])} images, as many as the last batch has, fails"):
-        return {"evaluation": evaluation, **_step(run, setup, batch)}
+        return {"evaluation": evaluation, **_step(run, setup, batch, [])}
