@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +15,12 @@ from filelock import FileLock
 from hypothesis import settings
 
 from s6lib import recipes
-from s6lib.data import load_mnist
+from s6lib.data import PROJECT, load_mnist
 from s6lib.lab.launch import run_study
 from s6lib.recipes import CONDITIONS, PLAIN, Condition
 from s6lib.study import Study
 
+sys.path[:0] = [str(PROJECT / "notebooks"), str(PROJECT / "docs")]  # whose modules are tested too
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.pop("TQDM_DISABLE", None)  # some tests follow the progress that it would switch off
 # A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.
@@ -35,6 +37,7 @@ needs_fake_gpu = pytest.mark.skipif(not FAKES_GPUS, reason="this torch fakes no 
 
 # Two epochs on ten batches: seconds, and long enough for every part of a run.
 TINY = replace(PLAIN, epochs=2, train_images=640)
+ONCE = replace(TINY, epochs=1, train_images=64)
 L1_BN, _, _, GBN, _ = CONDITIONS
 DRIVER = os.getpid()
 
@@ -131,3 +134,9 @@ def tiny_study(tmp_path_factory):
     with FileLock(shared / "tiny.lock"):
         run_study(TINY, (L1_BN, GBN), (1, 2), shared / "tiny", jobs=1, show_progress=False)
         return Study(shutil.copytree(shared / "tiny", base / "tiny_study"), TINY, (L1_BN, GBN), (1, 2))
+
+
+@pytest.fixture
+def copy(tiny_study, tmp_path):
+    """A folder of runs that may be changed."""
+    return shutil.copytree(tiny_study.folder, tmp_path / "copy")

@@ -1,14 +1,11 @@
 """The claims of the notebooks' texts are checked in the last code cell of each, for the published runs alone."""
 
 import json
-import sys
 
+import checks
 import pytest
 
 from s6lib.data import PROJECT
-
-sys.path.insert(0, str(PROJECT / "notebooks"))
-import checks
 
 
 def test_claims_that_do_not_hold_are_named_but_not_of_a_readers_own_runs(monkeypatch, tmp_path, capsys):

@@ -4,12 +4,11 @@ import random
 import re
 import subprocess
 from contextlib import ExitStack
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, TINY
+from conftest import GBN, ONCE
 from test_run import assert_same_run
 
 import s6lib.lab.device
@@ -17,7 +16,7 @@ from s6lib.lab.device import CPU, _denormals_are_flushed, machine, reproducible,
 from s6lib.lab.run import train_run
 from s6lib.recipes import Run
 
-ONCE = Run(replace(TINY, epochs=1, train_images=64), GBN, 1)
+RUN = Run(ONCE, GBN, 1)
 
 
 def settings() -> list:
@@ -27,7 +26,7 @@ def settings() -> list:
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_callers_settings_and_modes_change_nothing_and_come_back():
-    undisturbed, before = train_run(ONCE), settings()
+    undisturbed, before = train_run(RUN), settings()
     with ExitStack() as disturbed:
         for change, value, usual in (
             (torch.set_default_dtype, torch.float64, torch.float32),
@@ -41,7 +40,7 @@ def test_a_callers_settings_and_modes_change_nothing_and_come_back():
         theirs = settings()
         for mode in (torch.device("meta"), torch.inference_mode()):
             with mode:
-                assert_same_run(train_run(ONCE), undisturbed)
+                assert_same_run(train_run(RUN), undisturbed)
             assert settings() == theirs
     assert settings() == before
 

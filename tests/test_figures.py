@@ -1,7 +1,5 @@
 """Figures and tables that one notebook alone uses."""
 
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,13 +8,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from s6lib.data import PROJECT
-from s6lib.recipes import CONDITIONS, PLAIN, Condition, build_model
-from s6lib.statistics import paired_comparisons, seeds_needed
-
-sys.path.insert(0, str(PROJECT / "notebooks"))
 import figures
 import lesson_tables as tables
+from s6lib.recipes import CONDITIONS, PLAIN, Condition, build_model
+from s6lib.statistics import paired_comparisons, seeds_needed
 
 OUTCOMES = pd.DataFrame({"bn": [2.0, 1.0, 3.0], "gbn": [1.0, 1.0, 2.0]}, index=[1, 2, 3])
 ENDS = {"low_90": -0.1, "high_90": 0.1, "low_95": -0.2, "high_95": 0.2, "mean": 0.0, "low": -0.2, "high": 0.2, "n": 9}

@@ -1,16 +1,12 @@
 """The sliders of notebooks 05 and 06, without a browser."""
 
-import sys
-
 import ipywidgets
+import knob
 import pandas as pd
 import pytest
 
 from s6lib.data import PROJECT
 from s6lib.errors import SettingError
-
-sys.path.insert(0, str(PROJECT / "notebooks"))
-import knob
 
 TRIALS = pd.read_csv(PROJECT / "studies" / "when_search.csv")
 

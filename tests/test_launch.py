@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, L1_BN, TINY
+from conftest import GBN, L1_BN, ONCE, TINY
 from filelock import FileLock
 from test_run import SQUARES, Stopped, train_watched
 from test_study import assert_same_study
@@ -17,8 +17,6 @@ from s6lib.lab.launch import run_study
 from s6lib.models import PlainNet
 from s6lib.recipes import CONTROL, Condition, Recipe, Run
 from s6lib.study import Study
-
-ONCE = replace(TINY, epochs=1, train_images=64)
 
 
 def run_here(recipe, conditions, seeds, out, **settings):

@@ -1,7 +1,6 @@
 """What the notebooks need beside the lesson: guesses, pictures that move, activations, times."""
 
 import re
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+import lesson
 import s6lib
 from s6lib.data import PROJECT
 from s6lib.recipes import PLAIN
-
-sys.path.insert(0, str(PROJECT / "notebooks"))
-import lesson
 
 
 def test_a_live_figure_is_one_output_that_changes(monkeypatch):

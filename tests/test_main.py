@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -153,8 +152,7 @@ def test_more_seeds_and_another_condition_are_reported_for_what_was_asked(tmp_pa
     )
 
 
-def test_a_report_checks_the_files(tiny_study, tmp_path, capsys):
-    copy = shutil.copytree(tiny_study.folder, tmp_path / "copy")
+def test_a_report_checks_the_files(copy, capsys):
     path = copy / "plain" / "gbn" / "seed-2" / "weights.pt"
     path.write_bytes(path.read_bytes()[:-1])
     assert main(["report", str(copy)]) == 1

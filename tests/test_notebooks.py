@@ -13,17 +13,15 @@ import colab
 import nbformat
 import pytest
 import torch
+from execute import execute
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from set_address import FILES
 
 import s6lib
 from s6lib.data import PROJECT
-
-sys.path.insert(0, str(PROJECT / "notebooks"))
-from execute import execute
-from set_address import FILES
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 README = (PROJECT / "README.md").read_text()

@@ -3,21 +3,18 @@
 import re
 import sys
 
+import few_images
 import pandas as pd
 import pytest
 import torch
 
+import write_numbers as numbers
 from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
 from s6lib.recipes import PLAIN
 from s6lib.statistics import paired_comparisons
 from s6lib.study import Study
-
-sys.path.insert(0, str(PROJECT / "docs"))
-import few_images
-
-import write_numbers as numbers
 
 README = (PROJECT / "README.md").read_text()
 # Their words, in one line, where a number of them is set by hand

@@ -29,12 +29,6 @@ def assert_same_study(a, b):
         assert (first / "weights.pt").read_bytes() == (second / "weights.pt").read_bytes()
 
 
-@pytest.fixture
-def copy(tiny_study, tmp_path):
-    """A folder of runs that may be changed."""
-    return shutil.copytree(tiny_study.folder, tmp_path / "copy")
-
-
 def rewrite(folder, files=(), **entries):
     """Change a run's files, or entries of its run.json, so that all checksums fit, as a stranger can."""
     about = {name: entry for name, entry in read_about(folder).items() if name != "sha256"}

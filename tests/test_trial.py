@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GBN, TINY
+from conftest import GBN, ONCE
 from test_run import KINDS, Counting, flat, squares
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -475,5 +475,5 @@ def test_conditions_that_cannot_be_told_apart_are_named(tmp_path, capfd):
 def test_runs_of_the_librarys_own_parts_are_not_tried(monkeypatch, tmp_path):
     monkeypatch.setattr("s6lib.lab.launch.first_steps", None)
     monkeypatch.setattr("s6lib.lab.workers.first_steps", None)
-    run_study(replace(TINY, epochs=1, train_images=64), GBN, 1, tmp_path, jobs=1, show_progress=False)
+    run_study(ONCE, GBN, 1, tmp_path, jobs=1, show_progress=False)
     assert "first_steps" not in json.loads((tmp_path / "plain" / "gbn" / "seed-1" / "run.json").read_text())

@@ -10,12 +10,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 
 import cloudpickle
 import pytest
 import torch
-from conftest import DEADLY, GBN, L1_BN, TINY, bounded
+from conftest import DEADLY, GBN, L1_BN, ONCE, TINY, bounded
 from processes import command, end, started, wait_for
 from test_study import assert_same_study
 
@@ -58,9 +57,6 @@ def cluster(tmp_path):
         yield cluster
         for process in cluster.processes:
             process.kill()
-
-
-ONCE = replace(TINY, epochs=1, train_images=64)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_study
 import torch
 from conftest import GBN, L1_BN, TINY
 from processes import THOROUGH
@@ -19,8 +18,6 @@ from s6lib.lab.files import RESULTS, serialise
 from s6lib.lab.launch import run_study
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
-
-copy = test_study.copy  # the fixture: a folder of runs that may be changed
 
 
 class Harmful:

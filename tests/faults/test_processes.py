@@ -7,12 +7,11 @@ import shutil
 import signal
 import subprocess
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import DEADLY, GBN, L1_BN, TINY, evaluation_on_few_digits
+from conftest import DEADLY, GBN, L1_BN, ONCE, TINY, evaluation_on_few_digits
 from processes import REQUEST, THOROUGH, command, complete, end, kill, started, wait_for
 from test_study import assert_same_study
 
@@ -112,13 +111,13 @@ def test_a_clock_that_jumps_back(undisturbed, tmp_path):
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-ONCE = partial(run_study, replace(TINY, epochs=1, train_images=64), (GBN,), (1,), jobs=1, show_progress=False)
+study_once = partial(run_study, ONCE, (GBN,), (1,), jobs=1, show_progress=False)
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     with evaluation_on_few_digits():
-        return ONCE(out=tmp_path_factory.mktemp("once"))
+        return study_once(out=tmp_path_factory.mktemp("once"))
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -136,10 +135,10 @@ def test_a_disk_that_is_full_at_any_write(once, tmp_path, monkeypatch, nth):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunsFailed, match=r"GBN \(gbn\), seed 1: OSError: .*No space left on device"):
-        ONCE(out=tmp_path)
+        study_once(out=tmp_path)
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("run.json"))
-    assert_same_study(ONCE(out=tmp_path), once)
+    assert_same_study(study_once(out=tmp_path), once)
     assert len(written) > nth
 
 
