@@ -21,16 +21,20 @@ RUN = Run(ONCE, GBN, 1)
 
 def settings() -> list:
     dtype, denormals, threads = torch.get_default_dtype(), _denormals_are_flushed(), torch.get_num_threads()
-    return [dtype, denormals, threads, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+    drawn = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    return [dtype, denormals, threads, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, drawn]
 
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_callers_settings_and_modes_change_nothing_and_come_back():
-    undisturbed, before = train_run(RUN), settings()
+    torch.manual_seed(1)
+    before, undisturbed = settings(), train_run(RUN)
     with ExitStack() as disturbed:
         for change, value, usual in (
             (torch.set_default_dtype, torch.float64, torch.float32),
             (torch.set_flush_denormal, True, False),
+            (torch.set_num_threads, 2, 1),
+            (torch.manual_seed, 99, 1),
             (torch.set_float32_matmul_precision, "medium", "highest"),  # bfloat16, on some CPUs too
         ):
             disturbed.callback(change, usual)
@@ -43,6 +47,7 @@ def test_a_callers_settings_and_modes_change_nothing_and_come_back():
                 assert_same_run(train_run(RUN), undisturbed)
             assert settings() == theirs
     assert settings() == before
+    assert train_run(Run(ONCE, GBN, 2)).history != undisturbed.history
 
 
 NEWER = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")
