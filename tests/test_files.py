@@ -56,7 +56,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_unless_the_damage_does
     assert found > 120
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, monkeypatch, capsys):
     """Nor when the next cannot be written."""
     write_checkpoint(tmp_path, STATE)
     write_checkpoint(tmp_path, {**STATE, "history": []})
@@ -66,9 +66,11 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, 
     with pytest.raises(OSError, match="no space left"):
         write_checkpoint(tmp_path, STATE)
     assert read_checkpoint(tmp_path)["history"] == STATE["history"]
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"")
+    capsys.readouterr()
+    for name in CHECKPOINTS:
+        (tmp_path / name).write_bytes(b"")
     assert read_checkpoint(tmp_path, resume=True) is None
+    assert capsys.readouterr().err.count("is damaged") == 2
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
@@ -83,10 +85,19 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
     assert same(read_checkpoint(tmp_path, resume=True))
 
 
-def test_another_file_of_torchs_is_no_checkpoint(tmp_path):
-    for other in (torch.zeros(3), STATE["model"]):
+class Harmful:
+    """An object whose unpickling makes a folder: where torch or numpy refuses code, none appears."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_another_file_of_torchs_is_no_checkpoint_and_code_in_one_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in (torch.zeros(3), STATE["model"], {**STATE, "model": Harmful()}):
         torch.save(other, tmp_path / "checkpoint.pt")
         assert read_checkpoint(tmp_path) is None
+    assert not (tmp_path / "harm").exists()
 
 
 def test_a_disk_that_cannot_sync_a_folder_will_do(tmp_path, monkeypatch):
