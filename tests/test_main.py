@@ -47,11 +47,11 @@ def refused(command, capsys):
 
 def test_a_wrong_request_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     for command, message in {
         "run --epochs 0": "epochs must be a whole number from 1, not 0",
         "run --seeds -1": "a seed must be a whole number from 0, not -1",
         "run --jobs two": "invalid int value: 'two'",
-        "run --jobs 0": "jobs must be a whole number from 1, not 0",
         "walk": "invalid choice: 'walk'",
         "report": "arguments are required: DIR",
         "run --cluster dask://a/b:1": "'dask://a/b:1' is not of the form dask://HOST:PORT",
@@ -60,6 +60,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
         "run --epochs 999999999999999999999 --recipe x": "invalid choice: 'x' (choose from",
         "run --conditions gnb": "'gnb' is not known; there are: l1-bn, ",
         "run --device tpu": "device 'tpu' is not available here; use auto or one of: cpu",
+        "run --out file": "cannot write in file (File exists); choose another folder",
         "run --study nowhere.py": "there is no Python file nowhere.py",
         "run --study mine.py --recipe plain": "argument --recipe: not allowed with argument --study",
         "report nowhere": "no complete",

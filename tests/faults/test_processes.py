@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import DEADLY, GBN, L1_BN, ONCE, TINY, evaluation_on_few_digits
-from processes import REQUEST, THOROUGH, command, complete, end, kill, started, wait_for
+from processes import THOROUGH, command, complete, end, kill, started, wait_for
 from test_study import assert_same_study
 
-from s6lib.__main__ import main
 from s6lib.errors import RunsFailed
 from s6lib.lab.launch import run_study
 from s6lib.study import Study
@@ -180,12 +179,3 @@ def test_an_output_folder_that_is_read_only(tmp_path):
     done = mounted("ro", disk, " ".join(command(disk)))
     assert done.returncode == 2
     assert done.stderr == f"python -m s6lib: cannot write in {disk} (Read-only file system); choose another folder\n"
-
-
-def test_an_output_folder_that_is_a_file(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    assert main([*REQUEST, "--out", str(tmp_path / "file")]) == 2
-    printed = capsys.readouterr().err
-    assert f"cannot write in {tmp_path / 'file'} (File exists); choose another folder" in printed
-    assert printed.count("\n") == 1
-    assert (tmp_path / "file").read_text() == "mine"
