@@ -43,7 +43,7 @@ def test_modules_can_be_had_from_the_package_alone_and_torch_comes_when_it_is_ne
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_imports_point_one_way():
+def test_imports_point_one_way_and_those_that_take_seconds_come_where_they_are_needed():
     drawing = {module: imports(module)[0] for module in SOURCES if not module.endswith("__init__")}
     tuple(graphlib.TopologicalSorter(drawing).static_order())  # raises CycleError for a circle
     for alone in ("errors", "norm", "statistics", "preregistered", "preregistered_when"):
@@ -55,10 +55,6 @@ def test_imports_point_one_way():
     assert not drawing["plots"] & lab
     assert {module for module in lab if drawing[module] & {"study", "analysis", "plots"}} == {"lab/launch"}
     assert not any("__main__" in imported for imported in drawing.values())
-
-
-def test_statistics_know_no_torch_and_no_module_needs_torchvision():
-    """Each takes seconds to import."""
     assert "torch" not in imports("statistics")[1]
     for module in SOURCES:
         assert "torchvision" not in imports(module, everywhere=False)[1], module
