@@ -8,11 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from s6lib import recipes
 from s6lib.data import PROJECT, load_mnist
@@ -20,7 +23,7 @@ from s6lib.lab.launch import run_study
 from s6lib.recipes import CONDITIONS, PLAIN, Condition
 from s6lib.study import Study
 
-sys.path[:0] = [str(PROJECT / "notebooks"), str(PROJECT / "docs")]  # whose modules are tested too
+sys.path[:0] = [str(PROJECT / folder) for folder in ("notebooks", "docs", "studies")]  # whose modules are tested too
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.pop("TQDM_DISABLE", None)  # some tests follow the progress that it would switch off
 # A second thread gains nothing here, and loses much beside other processes: so not here, and not in what tests start.
@@ -140,3 +143,33 @@ def tiny_study(tmp_path_factory):
 def copy(tiny_study, tmp_path):
     """A folder of runs that may be changed."""
     return shutil.copytree(tiny_study.folder, tmp_path / "copy")
+
+
+def invent_run(folder: Path, accuracy: float) -> None:
+    """Write what an analysis reads of a complete run whose last epoch has this accuracy, in percent."""
+    folder.mkdir(parents=True)
+    (folder / "history.csv").write_text(f"epoch,val_accuracy\n1,0.1\n2,{accuracy / 100}\n")
+    (folder / "run.json").touch()
+
+
+def is_view(operation):
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
+
+
+class Operations(TorchDispatchMode):
+    """Names the operations that torch executes; counts those that compute, and those that copy to another device."""
+
+    launched = copied = 0
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.overloadpacket.__name__)
+        result = operation(*args, **(kwargs or {}))
+        devices = {one.device.type for one in tree_leaves((args, kwargs, result)) if isinstance(one, torch.Tensor)}
+        self.copied += len(devices) > 1
+        empty = operation.name().startswith(("aten::empty", "aten::new_empty"))
+        self.launched += len(devices) == 1 and not is_view(operation) and not empty
+        return result

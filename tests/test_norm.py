@@ -12,11 +12,11 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Operations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 from s6lib.data import PROJECT
@@ -137,18 +137,6 @@ def test_a_ghost_size_makes_as_few_even_ghosts_as_it_allows(samples, size):
     sized, numbered = GhostBatchNorm(2, ghost_size=size), GhostBatchNorm(2, splits)
     assert torch.equal(sized(images), numbered(images))
     assert same_buffers(sized, numbered)
-
-
-class Operations(TorchDispatchMode):
-    """Collects the names of the operations that torch executes."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 class TestTraining:
@@ -510,9 +498,7 @@ class TestConversion:
         kinds, shared = [type(layer) for layer in others], nn.BatchNorm2d(3)
         model = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()), *others)
         names = "4 (BatchNorm2d), 5 (SyncBatchNorm), 6 (OwnNorm), 7.0 (SameNorm), 8 (LazyBatchNorm2d) in Sequential;"
-        with pytest.warns(
-            UserWarning, match=rf"left without ghost batches: {re.escape(names)} convert takes"
-        ) as warned:
+        with pytest.warns(UserWarning, match=rf"without ghost batches: {re.escape(names)} convert takes") as warned:
             GhostBatchNorm.convert(model, 2)
         assert len(warned) == 1
         assert model[0] is model[1][0]
@@ -542,6 +528,9 @@ def run_page(word, model):
 
 
 class TestPage:
+    def test_the_example_runs(self):
+        assert run_page("resnet18", None)["model"].bn1.num_batches_tracked == 1
+
     def test_fusing_with_a_convolution(self):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Conv2d(3, 4, 1), randomised(GhostBatchNorm(4, 2)), nn.ReLU())

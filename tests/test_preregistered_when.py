@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import invent_run
 from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
@@ -19,24 +20,21 @@ GAINS = {"l1": 2.0, "l2": 3.0, "dropout": 2.5, "rotation": 4.0, "ghosts": 0.0, "
 def runs(tmp_path_factory):
     """Accuracies with known gains: GAINS on 300 digits, almost none on 10,000 or by the exercise's strengths."""
     folder, rng = tmp_path_factory.mktemp("when"), np.random.default_rng(3)
+
+    def invent(name, seed, accuracy):
+        invent_run(folder / "when" / name / f"seed-{seed}", accuracy)
+
     for size, seeds in analysis.SEEDS.items():
         for seed in seeds:
             base = 92 + rng.normal()
-            write(folder, f"{size}-nothing", seed, base)
+            invent(f"{size}-nothing", seed, base)
             for name in (*GAINS, *analysis.WEAK):
                 gained = GAINS.get(name, 0) * {300: 1.0, 10_000: 0.01}.get(size, 0.5)
-                write(folder, f"{size}-{name}", seed, base + gained + rng.normal(scale=0.05))
+                invent(f"{size}-{name}", seed, base + gained + rng.normal(scale=0.05))
     for seed in analysis.BATCH_SEEDS:
         for name, accuracy in zip(analysis.BATCHES, (98.8, 97.9, 98.1, 97.9), strict=True):
-            write(folder, name, seed, accuracy + rng.normal(scale=0.02))
+            invent(name, seed, accuracy + rng.normal(scale=0.02))
     return folder
-
-
-def write(folder, name, seed, accuracy):
-    run = folder / "when" / name / f"seed-{seed}"
-    run.mkdir(parents=True)
-    (run / "history.csv").write_text(f"epoch,val_accuracy\n1,0.1\n2,{accuracy / 100}\n")
-    (run / "run.json").touch()
 
 
 def test_answers_are_those_of_known_gains(runs):

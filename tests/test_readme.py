@@ -21,7 +21,6 @@ README = (PROJECT / "README.md").read_text()
 FIRST, RESULTS = (" ".join(re.sub(r"<!--.*?-->", "", page.read_text()).split()) for page in numbers.PAGES)
 DOCS = sorted((PROJECT / "docs").glob("*.md"))
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *DOCS]
-LAYER = (PROJECT / "docs" / "ghost_batch_norm.md").read_text()
 # What a page may say of numbers without a marker: units, margins, strengths and quotes; versions and a licence
 SETTINGS = {"0.01", "0.05", "0.2", "0.0002", "0.0001", "99.4", "0.1", "0.8", "0.11"}
 VERSIONS = {"3.10", "3.11.7", "2.14.1", "2.15.0", "3.0"}
@@ -237,8 +236,3 @@ def test_every_page_is_linked_from_the_readme_which_is_short():
 def test_ci_runs_the_test_command_of_the_readme():
     command = re.search(r"&& (pytest .*)$", README, re.MULTILINE)[1]
     assert f"\n{command}\n" in (PROJECT / ".ci" / "run").read_text()
-
-
-def test_the_ghost_batch_norm_example_runs():
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", LAYER, re.DOTALL) if "resnet18" in code]
-    exec(example, {})

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import L1_BN, TINY, evaluation_on_few_digits, needs_fake_gpu
+from conftest import L1_BN, TINY, Operations, evaluation_on_few_digits, is_view, needs_fake_gpu
 from test_run import Stopped
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -42,10 +42,6 @@ RECORDED = {
     "bottleneck": Run(replace(BOTTLENECK, epochs=2, train_images=288), L1_BN, 1),
 }
 relu = F.relu
-
-
-def is_view(operation):
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
 
 
 class Graph(TorchDispatchMode):
@@ -213,9 +209,6 @@ def test_only_runs_that_are_the_librarys_are_recorded_and_only_on_a_gpu(gpu):
     assert [replay.records_steps(torch.device(kind)) for kind in ("cpu", "mps", "cuda")] == [False, False, True]
 
 
-# --- what else differs on a GPU --------------------------------------------------------------------------------------
-
-
 def test_runs_on_a_gpu_share_a_stream_of_their_own(monkeypatch):
     made, used = [], []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or f"stream {len(made)}")
@@ -225,23 +218,6 @@ def test_runs_on_a_gpu_share_a_stream_of_their_own(monkeypatch):
         with reproducible(torch.device(device)):
             pass
     assert used == ["stream 1"] * 2
-
-
-# --- which operations a step takes, and on which device --------------------------------------------------------------
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations, views and bare memory aside, and those that copy from one device to another."""
-
-    launched = copied = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        devices = {one.device.type for one in tree_leaves((args, kwargs, result)) if isinstance(one, torch.Tensor)}
-        self.copied += len(devices) > 1
-        empty = operation.name().startswith(("aten::empty", "aten::new_empty"))
-        self.launched += len(devices) == 1 and not is_view(operation) and not empty
-        return result
 
 
 FAST = ("gbn", "l1-l2-bn", "width-14")  # of each recipe; the others differ from them in numbers alone

@@ -1,17 +1,20 @@
 """studies/worth_analysis.py on the few-image runs and on invented ones, and what studies/worth.py chooses."""
 
-import importlib.util
 import itertools
 import json
 import math
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+import worth
+import worth_analysis as analysis
+import worth_power
+import worth_search
+from conftest import invent_run
 
 from s6lib.data import PROJECT
 
@@ -19,24 +22,13 @@ WHEN, WHEN_SIZES, WHEN_SEEDS = PROJECT / "results" / "when", (100, 300, 1_000, 3
 ERRORS = dict(zip((100, 300, 1_000, 3_000, 10_000, 30_000, 60_000), (25.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.4), strict=True))
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, PROJECT / "studies" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-analysis, worth = load("worth_analysis"), load("worth")
 PAGE = (PROJECT / "docs" / "preregistration_worth.md").read_text()
 
 
 def write(folder, recipe, condition, rates):
     """Invent runs with these error rates in percent, one for each seed."""
     for seed, rate in zip(analysis.SEEDS, rates, strict=True):
-        run = folder / recipe / condition / f"seed-{seed}"
-        run.mkdir(parents=True)
-        (run / "history.csv").write_text(f"epoch,val_accuracy\n1,0.1\n2,{1 - rate / 100}\n")
-        (run / "run.json").touch()
+        invent_run(folder / recipe / condition / f"seed-{seed}", 100 - rate)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +184,7 @@ def test_part_one_trains_each_size_of_the_page_with_nothing_and_the_five():
 
 
 def test_the_page_plans_with_what_the_published_runs_came_out_with():
-    assert "\n".join(load("worth_power").describe_power()) in PAGE
+    assert "\n".join(worth_power.describe_power()) in PAGE
 
 
 def test_the_best_strength_is_no_end_and_was_tried_as_often_as_its_neighbours(tmp_path, monkeypatch):
@@ -234,5 +226,5 @@ def test_the_table_of_trials_is_what_their_histories_say_and_none_saw_a_test_ima
     assert abouts
     assert all(about["recipe"]["held_out"] for about in abouts)
     shutil.copytree(folder, tmp_path / "worth_search")
-    load("worth_search").collect(tmp_path / "worth_search")
+    worth_search.collect(tmp_path / "worth_search")
     assert (tmp_path / "worth_search.csv").read_text() == folder.with_suffix(".csv").read_text()
