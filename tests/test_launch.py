@@ -37,6 +37,8 @@ def test_a_finished_run_is_not_repeated(tiny_study, capsys, monkeypatch):
     assert "first_steps" not in read_about(out / "plain" / "gbn" / "seed-1")
     assert run_here(TINY, ["gbn"], 2, out).runs == [("gbn", 2)]
     assert list(run_here(TINY, iter((GBN, L1_BN)), iter((1, 2)), out, device="cpu").conditions) == ["gbn", "l1-bn"]
+    renamed = run_here(TINY, replace(GBN, label="ghosts"), 1, out)  # a label is but a name
+    assert (renamed.labels, set(renamed.history()["label"])) == ({"gbn": "ghosts"}, {"ghosts"})
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
 
 
