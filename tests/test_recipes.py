@@ -17,17 +17,12 @@ from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN
 Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
 
 
-class Own(nn.Module):
+class Own(nn.Sequential):
     def __init__(self, norm=nn.BatchNorm2d):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
+        super().__init__(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
 
 
 OWN = Recipe("own", Own, epochs=1, train_images=640)
-
-
-def constant_penalty(model):
-    return model.layers[0].weight.sum()
 
 
 # --- the built-in ones -----------------------------------------------------------------------------------------------
@@ -146,17 +141,11 @@ def test_a_condition_is_a_value():
         ({"optimizer": AdamW, "learning_rate": 1e-3}, "optimizer-adamw-learning_rate-0.001"),
         ({"optimizer": partial(AdamW, weight_decay=0.1)}, "optimizer-adamw-weight_decay-0.1"),
         ({"optimizer": partial(AdamW, betas=(0.9, 0.99))}, "optimizer-adamw-betas-0.9-0.99"),
-        ({"penalty": constant_penalty, "label": "C"}, "penalty-constant_penalty"),
+        ({"penalty": nn.functional.relu, "label": "C"}, "penalty-relu"),
     ],
 )
 def test_a_condition_names_itself_after_what_it_changes(changes, slug):
     assert Condition(**changes).slug == slug
-
-
-@settings(max_examples=30)
-@given(st.from_regex(r"[a-z0-9]+([-_.][a-z0-9]+)*", fullmatch=True))
-def test_names_are_words_joined_by_dashes_underscores_or_points(name):
-    assert Condition(name).slug == Recipe(name, Own).name == name
 
 
 def test_a_norm_and_a_penalty_of_ones_own():
@@ -242,11 +231,7 @@ def test_a_condition_refuses_what_makes_no_sense(asked, said):
         ),
         (PLAIN, {"network": PlainNet()}, "network must be .*: give the class PlainNet, not a PlainNet already made"),
         (PLAIN, {"loss": nn.CrossEntropyLoss}, "loss must be .*: give an instance, CrossEntropyLoss.*, not the class"),
-        (
-            PLAIN,
-            {"optimizer": ADAM},
-            r"optimizer must be a class .*, not Adam \( Parameter Group 0 .*\.{3}$",
-        ),
+        (PLAIN, {"optimizer": ADAM}, r"optimizer must be a class .*, not Adam \( Parameter Group 0 .*\.{3}$"),
         (PLAIN, {"epochs": -1}, "epochs must be a whole number from 1, not -1"),
         (BOTTLENECK, {"dropout": 0.5}, r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"),
         (PLAIN, {"momentum": 0.0, "nesterov": True}, "nesterov must be True, with a momentum above 0, or False"),
