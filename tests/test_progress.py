@@ -64,11 +64,6 @@ def test_one_bar_in_a_terminal_moves_before_an_epoch_ends(out, capsys, monkeypat
     assert printed.count("\n") == 1
 
 
-def test_it_ends_with_an_error_in_the_block(out):
-    with pytest.raises(KeyboardInterrupt), progress(RUNS, out):
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("why", ["no console", "TQDM_DISABLE"])
 def test_where_nothing_is_to_be_shown_the_block_runs(out, capsys, monkeypatch, why):
     """Under pythonw, sys.stderr is None; in a notebook, tqdm would show its bar in spite of TQDM_DISABLE."""

@@ -1,7 +1,6 @@
 """What a run with the user's code is known by, and what is found before it is trained."""
 
 import copy
-import dataclasses
 import math
 import pickle
 import re
@@ -11,6 +10,7 @@ import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -104,8 +104,7 @@ def test_first_steps_are_those_of_training_and_leave_the_generators_alone(tmp_pa
 LAM = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     lam: float
 
     def __call__(self, model):

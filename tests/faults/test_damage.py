@@ -39,9 +39,6 @@ def test_a_damaged_result_is_named_and_neither_rewritten_nor_trained_again(tiny_
         assert path.read_bytes() == damaged
 
 
-# --- the digits ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", range(4))
 def test_a_damaged_archive_is_named(archives, number):  # noqa: F811
     path, other = archives / ARCHIVES[number], archives / ARCHIVES[number - 1]
