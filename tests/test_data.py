@@ -73,12 +73,13 @@ def test_an_unpacked_file_takes_the_place_of_its_archive_if_it_is_sound(archives
     assert unpacked.read_bytes() == damaged
 
 
-def test_mnist_has_the_official_counts(mnist):
+def test_mnist_has_the_official_counts_and_its_last_10_000_training_images_are_held_out(mnist):
     train, test = mnist
     assert (train.images.shape, test.images.shape) == ((60_000, 28, 28), (10_000, 28, 28))
     assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert [f"{number} - {name}" for number, name in enumerate(CLASS_NAMES)] == MNIST.classes
+    assert_same_images(hold_out(train), [train.part(slice(50_000)), train.part(slice(50_000, None))])
 
 
 def test_archives_are_read_in_the_users_folder_and_those_that_are_missing_are_named(archives, mnist, monkeypatch):
@@ -148,10 +149,6 @@ def test_a_part_keeps_what_belongs_to_the_data_set():
     assert_same_images([part], [ImageDataset(X[[7, 2]], Y[[7, 2]])])
     assert (part.class_names, part.mean, part.std) == (tuple(NAMES), 0.5, 0.25)
     assert torch.allclose(part[0][0], (torch.tensor(X[7:8]) / 255 - 0.5) / 0.25, atol=1e-6)
-
-
-def test_the_last_10_000_training_images_are_held_out(mnist):
-    assert_same_images(hold_out(mnist[0]), [mnist[0].part(slice(50_000)), mnist[0].part(slice(50_000, None))])
 
 
 random = np.random.default_rng(0)

@@ -118,9 +118,8 @@ def test_a_level_in_percent_is_refused(level):
 def test_condition_statistics_are_in_the_unit_of_the_table():
     table = condition_statistics(table_of(a=[99.4, 99.5, 99.6], b=[1.0, 1.0, 1.0])).set_index("condition")
     half = 4.302653 * 0.1 / 3**0.5
-    assert table.loc["a"].to_dict() == pytest.approx(
-        {"n": 3, "mean": 99.5, "sd": 0.1, "low": 99.5 - half, "high": 99.5 + half}
-    )
+    expected = {"n": 3, "mean": 99.5, "sd": 0.1, "low": 99.5 - half, "high": 99.5 + half}
+    assert table.loc["a"].to_dict() == pytest.approx(expected)
     assert table.loc["b"].tolist() == pytest.approx([3, 1, 0, 1, 1])
     assert run_sd(table_of(a=[99.4, 99.5, 99.6], b=[99.0, 99.0, 99.0])) == pytest.approx(0.1 / 2**0.5)
 
