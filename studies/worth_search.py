@@ -62,7 +62,7 @@ WRONG: Grid = {
 NEAR: dict[tuple[str, int], Grid] = {
     ("mlp", 10_000): {
         "l2": (3e-4, 1e-3, 3e-3),
-        "rotation": (5.0, 10.0, 15.0),
+        "rotation": (5.0, 10.0, 15.0, 25.0),
         "dropout": (0.05, 0.1, 0.2, 0.3),
         "l1": (3e-5, 1e-4, 3e-4),
     },
@@ -73,9 +73,9 @@ NEAR: dict[tuple[str, int], Grid] = {
         "l1": (1e-5, 3e-5, 1e-4),
     },
     ("mlp", 300): {
-        "l2": (1e-4, 3e-4, 1e-3),
+        "l2": (1e-4, 3e-4, 1e-3, 3e-3),
         "rotation": (15.0, 25.0, 40.0),
-        "dropout": (0.1, 0.2, 0.3, 0.5),
+        "dropout": (0.1, 0.2, 0.3, 0.5, 0.7),
         "l1": (1e-5, 3e-5, 1e-4),
     },
     ("mlp-wrong", 10_000): {
@@ -91,10 +91,22 @@ NEAR: dict[tuple[str, int], Grid] = {
         "l1": (3e-4, 1e-3, 3e-3, 1e-2),
     },
     ("mlp-wrong", 300): {
-        "l2": (1e-2, 3e-2, 1e-1),
+        "l2": (1e-2, 3e-2, 1e-1, 3e-1),
         "rotation": (15.0, 25.0, 40.0),
         "dropout": (0.5, 0.7, 0.8, 0.9),
-        "l1": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "l1": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    },
+    ("plain-wrong", 10_000): {
+        "l2": (1e-3, 3e-3, 1e-2, 3e-2),
+        "rotation": (5.0, 10.0, 15.0, 25.0),
+        "dropout": (0.02, 0.05, 0.1, 0.2),
+        "l1": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
+    },
+    ("plain-wrong", 3_000): {
+        "l2": (3e-3, 1e-2, 3e-2, 1e-1),
+        "rotation": (5.0, 10.0, 15.0, 25.0, 40.0),
+        "dropout": (0.02, 0.05, 0.1, 0.2),
+        "l1": (6e-4, 2e-3, 6e-3),
     },
 }
 # What is trained, in this order: a recipe, a number of images, seeds, and the strengths.
@@ -121,7 +133,6 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     *(("plain-wrong", size, (1,), NOTHING | WRONG) for size in reversed(NETWORK_SIZES)),
     ("plain", 50_000, (1,), NOTHING | LARGE),
     ("plain", 50_000, (1,), {"l2": (1e-2,)}),
-    ("plain", 30_000, (1, 2, 3), NOTHING),
     ("plain", 50_000, (2, 3), NOTHING | LARGE),
 )
 
