@@ -531,6 +531,7 @@ class TestPage:
     def test_the_example_runs(self):
         assert run_page("resnet18", None)["model"].bn1.num_batches_tracked == 1
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch 2.11 itself
     def test_fusing_with_a_convolution(self):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Conv2d(3, 4, 1), randomised(GhostBatchNorm(4, 2)), nn.ReLU())
