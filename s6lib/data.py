@@ -144,11 +144,11 @@ def load_data(data: str | Callable[[], Any]) -> tuple[ImageDataset, ImageDataset
     """
     if data == "mnist":
         return load_mnist()
-    if not callable(data) and data not in DATASETS:
-        raise DataError(f"data must be a function or one of {', '.join(DATASETS)}, not {data!r}")
     if callable(data):
         train, test = _call_dataset(data)
         train = train.part(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
+    elif data not in DATASETS:
+        raise DataError(f"data must be a function or one of {', '.join(DATASETS)}, not {data!r}")
     else:
         failed = (
             f"the data set {data!r} could not be downloaded to, or read from, {DATA / DATASETS[data]}; try again with "

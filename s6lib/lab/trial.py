@@ -207,7 +207,7 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
 
 
 def _attributes(setup: Setup) -> dict[str, Any]:
-    """The attributes of network, loss and optimizer that are numbers, text, or lists and dicts of them, as JSON."""
+    """The attributes of network, loss and optimizer that are numbers, text, or hold such, as JSON, by name."""
     owners: dict[str, Any] = {}  # without those whose state_dict holds more than torch's, perhaps what they keep
     for number, part in enumerate((setup.model, *setup.parts.get("loss", ()))):
         owners |= dict(part.named_modules(prefix=f"{type(part).__name__} {number}"))
@@ -218,8 +218,15 @@ def _attributes(setup: Setup) -> dict[str, Any]:
     for path, owner in owners.items():
         for name, value in vars(owner).items():
             with suppress(TypeError, ValueError):  # what JSON cannot hold cannot be watched
-                attributes[f"{path}.{name}"] = json.dumps(value)
+                attributes[f"{path}.{name}"] = json.dumps(value, default=_attributes_of)
     return attributes
+
+
+def _attributes_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object of the user's, such as a counter; a state_dict has those of modules and tensors."""
+    if isinstance(value, nn.Module | Tensor):
+        raise TypeError
+    return vars(value)
 
 
 def _what_learns_nothing(setup: Setup, graphs: list[Any]) -> list[str]:
@@ -234,8 +241,8 @@ def _what_learns_nothing(setup: Setup, graphs: list[Any]) -> list[str]:
         todo += [one for one, _ in node.next_functions]
     leaves = {node.variable for node in nodes if hasattr(node, "variable")}
     if shapes := sorted({str(tuple(one.shape)) for one in leaves - trained}):
-        remedy = "put layers into nn.ModuleList, and give a loss that has parameters itself, not in a function"
-        idle.append(f"tensors {', '.join(shapes[:3])} outside the network ({remedy})")
+        remedy = "keep layers in an nn.ModuleList, and pass a loss with parameters as the nn.Module that it is"
+        idle.append(f"tensors of shape {', '.join(shapes[:3])} outside the network ({remedy})")
     return idle
 
 
