@@ -108,6 +108,12 @@ NEAR: dict[tuple[str, int], Grid] = {
         "dropout": (0.02, 0.05, 0.1, 0.2),
         "l1": (6e-4, 2e-3, 6e-3),
     },
+    ("plain-wrong", 300): {
+        "l2": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "rotation": (25.0, 40.0, 60.0),
+        "dropout": (0.1, 0.2, 0.3),
+        "l1": (2e-4, 6e-4, 2e-3, 6e-3),
+    },
 }
 # What is trained, in this order: a recipe, a number of images, seeds, and the strengths.
 BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
@@ -134,6 +140,7 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     ("plain", 50_000, (1,), NOTHING | LARGE),
     ("plain", 50_000, (1,), {"l2": (1e-2,)}),
     ("plain", 50_000, (2, 3), NOTHING | LARGE),
+    ("plain", 50_000, (1, 2, 3), {"rotation": (3.0,)}),
 )
 
 
