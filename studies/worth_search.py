@@ -99,7 +99,7 @@ NEAR: dict[tuple[str, int], Grid] = {
     ("plain-wrong", 10_000): {
         "l2": (1e-3, 3e-3, 1e-2, 3e-2),
         "rotation": (5.0, 10.0, 15.0, 25.0),
-        "dropout": (0.02, 0.05, 0.1, 0.2),
+        "dropout": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
         "l1": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
     },
     ("plain-wrong", 3_000): {
@@ -111,7 +111,7 @@ NEAR: dict[tuple[str, int], Grid] = {
     ("plain-wrong", 300): {
         "l2": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         "rotation": (25.0, 40.0, 60.0),
-        "dropout": (0.1, 0.2, 0.3),
+        "dropout": (0.05, 0.1, 0.2, 0.3),
         "l1": (2e-4, 6e-4, 2e-3, 6e-3),
     },
 }
@@ -139,8 +139,9 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     *(("plain-wrong", size, (1,), NOTHING | WRONG) for size in reversed(NETWORK_SIZES)),
     ("plain", 50_000, (1,), NOTHING | LARGE),
     ("plain", 50_000, (1,), {"l2": (1e-2,)}),
-    ("plain", 50_000, (2, 3), NOTHING | LARGE),
-    ("plain", 50_000, (1, 2, 3), {"rotation": (3.0,)}),
+    ("plain", 50_000, (1,), {"rotation": (3.0,)}),
+    ("plain", 50_000, (2, 3), NOTHING | {"l2": (1e-4, 3e-4, 1e-3), "rotation": (3.0, 5.0, 10.0)}),
+    ("plain", 50_000, (2, 3), {"dropout": (0.01, 0.02, 0.05), "l1": (2e-5, 6e-5, 2e-4), "ghosts": (2, 4, 8)}),
 )
 
 
