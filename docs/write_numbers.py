@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import few_images as few
@@ -157,10 +157,9 @@ def by_size(cell: Callable[[int, str], str], *more: Iterable[object]) -> str:
     return table(f"| alone | {' | '.join(f'{size:,} images' for size in few.SIZES)} |", [*rows, *more])
 
 
-def nothing(size: int | str) -> str:
-    """Accuracy without regularisation, in percent, and the number of seeds."""
-    accuracies = 100 - few.errors(int(size))["nothing"]
-    return f"{accuracies.mean():.1f}% (n = {len(accuracies)})"
+def accuracy(errors: Any) -> str:
+    """The mean accuracy of runs, from their errors in percent, and the number of seeds."""
+    return f"{100 - errors.mean():.1f}% (n = {len(errors)})"
 
 
 def gain_cell(size: int, slug: str) -> str:
@@ -215,10 +214,13 @@ def worth_cell(size: int, slug: str) -> str:
 
 
 def worth_table() -> str:
-    """Questions 1 and 2 of the third study, and the accuracy without a regulariser."""
+    """Questions 1 and 2 of the third study, and the errors without a regulariser."""
     sizes = worth_analysis.REGULARISED
     rows = [[label, *(worth_cell(size, slug) for size in sizes)] for slug, label in few.NAMES.items()]
-    without = ["*wrong without*", *(f"{worths().loc[('nothing', size), 'error']:.2f}%" for size in sizes)]
+    without = [
+        "*wrong without, geometric mean*",
+        *(f"{worths().loc[('nothing', size), 'error']:.2f}%" for size in sizes),
+    ]
     return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", [*rows, without])
 
 
@@ -231,11 +233,10 @@ def worth_answers(*questions: str) -> str:
     return table("| | | n | p, Holm | answer |", rows)
 
 
-def worth(*sizes_and_names: str) -> str:
+def worth(size: str, *names: str, low: str = "worth", high: str = "worth") -> str:
     """How many times the images a regulariser is worth on so many, or the range of several."""
-    size, *names = sizes_and_names
-    factors = [worths().loc[(name, int(size)), "worth"] for name in names]
-    return " to ".join(f"{factor:.1f}" for factor in sorted({min(factors), max(factors)}))
+    least, most = (worths().loc[[(name, int(size)) for name in names], end] for end in (low, high))
+    return " to ".join(f"{factor:.1f}" for factor in sorted({least.min(), most.max()}))
 
 
 def power_table() -> str:
@@ -245,8 +246,12 @@ def power_table() -> str:
 
 TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, worth_answers)
 VALUES: dict[str, Callable[..., str]] = {
-    **{function.__name__: function for function in (*TABLES, said, pruned, difference, nothing, shares, worth)},
-    "gain_table": lambda: by_size(gain_cell, ["*accuracy without*", *map(nothing, few.SIZES)]),
+    **{function.__name__: function for function in (*TABLES, said, pruned, difference, shares, worth)},
+    "gain_table": lambda: by_size(
+        gain_cell, ["*accuracy without*", *(accuracy(few.errors(size)["nothing"]) for size in few.SIZES)]
+    ),
+    "nothing": lambda size: accuracy(worth_analysis.errors(RESULTS / "worth", "plain", f"{size}-nothing")),
+    "worth-ends": partial(worth, low="worth_low", high="worth_high"),
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
     "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)[0])['both']:.2f}",
     "six": lambda name: six()[name],

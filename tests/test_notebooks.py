@@ -312,7 +312,7 @@ print(len(study.runs), "runs in", study.folder, "and", len(comparisons), "compar
 @pytest.mark.slow
 def test_the_readmes_example_runs_in_a_cell_resumes_and_is_judged_and_edited_is_refused(tmp_path):
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyNet" in code]
-    quick = example.replace("epochs=5", "epochs=1, train_images=640").replace("range(1, 6)", "(1, 2), jobs=2")
+    quick = example.replace("epochs=5", "epochs=1, train_images=640").replace("range(1, 11)", "(1, 2), jobs=2")
     edited = quick.replace("GroupNorm(2,", "GroupNorm(4,")
     notebook = new_notebook(cells=[new_code_cell(source) for source in (quick, AGAIN, edited)])
     client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
