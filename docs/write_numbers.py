@@ -17,17 +17,15 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from torch.nn.utils import prune
 
 from s6lib import preregistered_when, statistics
 from s6lib.data import PROJECT, load_mnist
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read
 from s6lib.recipes import CONDITIONS, CONTROL
 from s6lib.study import Study
-from s6lib.train import evaluate
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
-from lesson_tables import variance_sources, worth_analysis, worth_by_size
+from lesson_tables import pruning_curve, variance_sources, worth_analysis, worth_by_size
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -110,13 +108,9 @@ def said(question: str) -> str:
 
 def pruned(slug: str) -> str:
     """Accuracy after pruning, on every twentieth test image: the mean and the range of ten seeds, in percent."""
-    runs, some, accuracies = study(slug, seeds=TEN_SEEDS), load_mnist()[1].part(slice(None, None, 20)), []
-    for seed in TEN_SEEDS:
-        model = runs.model(slug, seed)
-        layers = [(layer, "weight") for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
-        prune.global_unstructured(layers, prune.L1Unstructured, amount=0.7)
-        accuracies.append(100 * evaluate(model, some)[1])
-    return f"{np.mean(accuracies):.0f}% ({min(accuracies):.0f} to {max(accuracies):.0f}%)"
+    some = load_mnist()[1].part(slice(None, None, 20))
+    right = 100 * pruning_curve(study(slug, seeds=TEN_SEEDS), some, [0.7])["accuracy"]
+    return f"{right.mean():.0f}% ({right.min():.0f} to {right.max():.0f}%)"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from s6lib import Condition, Recipe, Study
+from s6lib import Condition, ImageDataset, Recipe, Study, evaluate
+from s6lib.analysis import convolution_weights
 from s6lib.data import CLASS_NAMES, PROJECT
+from s6lib.errors import SettingError
 from s6lib.recipes import name_of
 from s6lib.statistics import CONTRADICTED, SUPPORTED, UNDECIDED, mean_interval, sign_flip_p, verdict
 
@@ -124,6 +128,40 @@ def errors_by_digit(study: Study, labels: np.ndarray) -> pd.DataFrame:
     images = np.argsort(-wrong, kind="stable")[: np.count_nonzero(wrong)]
     names = [[class_names[label] for label in classes[images]] for classes in (labels, votes.argmax(1))]
     return pd.DataFrame({"image": images, "actual": names[0], "runs": wrong[images], "taken_for": names[1]})
+
+
+def pruned(model: nn.Module, share: float) -> nn.Module:
+    """Copy a model and set a share (0 to 1) of its convolution weights to zero, the smallest across all layers.
+
+    The copy is not trained further. Han et al. 2015, arXiv:1506.02626, prune by one threshold per layer. Raises
+    SettingError if a weight is computed, as by weight_norm.
+    """
+    if not 0 <= share <= 1:
+        raise SettingError(f"a share is from 0 to 1, not {share!r}")
+    convolution_weights(model)  # raises SettingError where there are none
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and "weight" not in layer._parameters:
+            raise SettingError(
+                f"{name} computes its weight, so it cannot be pruned: make it a plain weight first, with "
+                "remove_parametrizations or remove_weight_norm"
+            )
+    copy = deepcopy(model)
+    weights = [(layer, "weight") for layer in copy.modules() if isinstance(layer, nn.Conv2d)]
+    prune.global_unstructured(weights, prune.L1Unstructured, amount=float(share))
+    for layer, name in weights:
+        prune.remove(layer, name)
+    return copy
+
+
+def pruning_curve(study: Study, images: ImageDataset, shares: Sequence[float]) -> pd.DataFrame:
+    """Evaluate every run on `images` after `pruned`: condition, seed, share, accuracy (0 to 1), one row per share."""
+    rows = []
+    for condition, seed in study.runs:
+        model = study.model(condition, seed)
+        for share in shares:
+            accuracy = evaluate(pruned(model, share), images).accuracy
+            rows.append({"condition": condition, "seed": seed, "share": share, "accuracy": accuracy})
+    return pd.DataFrame(rows)
 
 
 def equal_conditions(sd: float, conditions: int = 5, studies: int = 10_000) -> tuple[np.ndarray, float]:

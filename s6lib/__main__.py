@@ -115,22 +115,21 @@ def _run(arguments: argparse.Namespace) -> None:
     with nullcontext() if arguments.cluster is None else dask_executor(arguments.cluster) as executor:
         options = {"jobs": arguments.jobs, "device": arguments.device, "executor": executor}
         study = run_study(recipe, conditions, arguments.seeds, arguments.out, **options)
-    _report(study, Path(arguments.out) / "images")
+    _report(study)
 
 
 def _report_all(arguments: argparse.Namespace) -> None:
     from s6lib.study import Study, recipes_in
 
-    folder, images = Path(arguments.dir), arguments.images
     if arguments.study is not None:
-        studies = [Study(folder, *read_study_file(arguments.study))]
+        studies = [Study(arguments.dir, *read_study_file(arguments.study))]
     else:
-        studies = [Study(folder, name) for name in recipes_in(folder) or ["plain"]]
+        studies = [Study(arguments.dir, name) for name in recipes_in(arguments.dir) or ["plain"]]
     for study in studies:
-        _report(study, Path(images or folder / "images"))
+        _report(study, arguments.images)
 
 
-def _report(study: "Study", images: Path) -> None:
+def _report(study: "Study", images: str | None = None) -> None:
     """Print the tables of a study and draw its figures: curves, a model's errors and, with two seeds, comparisons."""
     from s6lib import plots
     from s6lib.analysis import misclassified, result_table
@@ -148,7 +147,7 @@ def _report(study: "Study", images: Path) -> None:
         figures[f"misclassified_{slug}"] = plots.plot_misclassified(misclassified(model, test), test, heading)
     figures |= _compare(study, title)
     for kind, figure in figures.items():
-        path = images / f"{name}_{kind}.png"
+        path = Path(images or study.folder / "images").expanduser() / f"{name}_{kind}.png"
         plots.save(figure, path)
         print(path)
 

@@ -110,8 +110,11 @@ def _as_tensor(values: Any, name: str) -> Tensor:
 
 
 def _describe(values: Tensor) -> str:
-    limits = "" if values.is_complex() or not values.numel() else f" from {values.min()} to {values.max()}"
-    return f"{values.dtype} {tuple(values.shape)}{limits}"
+    kind = f"{values.dtype} {tuple(values.shape)}"
+    if values.is_complex() or not values.numel():
+        return kind
+    numbers = values if values.is_floating_point() else values.long()  # torch compares no uint16
+    return f"{kind} from {numbers.min()} to {numbers.max()}"
 
 
 class Augmentation(NamedTuple):
@@ -322,7 +325,6 @@ def batches(
     augmentation: Augmentation = NO_AUGMENTATION,
     generator: torch.Generator | None = None,
     transform: Transform | None = None,
-    batches_at_once: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images of `dataset` once, in random order and augmented: pairs of float32 (B, 1, H, H) and int64 (B,).
 
@@ -333,15 +335,13 @@ def batches(
     `transform` is a data set's, as torchvision's: it gets one image (1, H, H), uint8, before augmentation and
     normalisation, and gives one of the same size, of uint8 or from 0 to 1. Raises SettingError if it gives another.
 
-    `batches_at_once` batches are augmented together, which changes no bit: by default one on a CPU, and about 6,400
-    images elsewhere, since a GPU waits for the copy of their amounts.
+    Elsewhere than on a CPU, the batches of about 6,400 images are augmented together, which changes no bit, since a GPU
+    waits for the copy of their amounts.
     """
     if batch_size < 1:
         raise SettingError(f"batch_size must be a whole number from 1, not {batch_size!r}")
     count, device = len(dataset.labels), dataset.labels.device
-    if batches_at_once is None:
-        batches_at_once = 1 if device.type == "cpu" else max(1, 6400 // batch_size)
-    size = batches_at_once * batch_size
+    size = batch_size * (1 if device.type == "cpu" else max(1, 6400 // batch_size))
     order = torch.randperm(count, generator=generator).to(device)
     rotation, jitter, shift, scale = augmentation
     limits = torch.tensor([jitter, jitter, rotation, scale, shift, shift]).unsqueeze(1)

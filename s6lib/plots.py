@@ -112,7 +112,7 @@ def plot_learning_curves(history: History, title: str = "", epochs: int | None =
             axes.label_outer()
             if len(rows):
                 _draw_gap(axes, rows, colors[slug])
-    return _figure_of(grid[0])
+    return grid[0].figure.figure
 
 
 def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
@@ -272,17 +272,12 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
             axes.set_title(f"{label_of(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
         grid[0].figure.supxlabel("weight", fontsize=12)
         grid[0].figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
-    return _figure_of(grid[0])
+    return grid[0].figure.figure
 
 
 def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
     """Return the panel to draw on: `ax`, or the panel of a new figure."""
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
-
-
-def _figure_of(axes: Axes) -> Figure:
-    """Return the figure that holds a panel, even a panel of a subfigure."""
-    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
 
 
 def plot_replication(
@@ -309,7 +304,7 @@ def plot_replication(
         means = [f"{row.mean:.2f}%  ({row.low:.2f} to {row.high:.2f})" for row in statistics.itertuples()]
         label_rows(axes, [label_of(slug, labels) for slug in outcomes], means)
         axes.set_title(join_words(title, "\n", f"{len(outcomes)} seeds: {DOTS}"))
-    return _figure_of(axes)
+    return axes.figure.figure
 
 
 def plot_differences(
@@ -338,7 +333,7 @@ def plot_differences(
         count = (comparisons["p_holm"] <= 0.05).sum()
         result = f"{len(comparisons)} differences from {comparisons['n'].max()} seeds: {count} stand after correction"
         axes.set_title(join_words(title, ", ", result), pad=28)  # above the header
-    return _figure_of(axes)
+    return axes.figure.figure
 
 
 def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | None = None) -> Figure:
@@ -364,7 +359,7 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
         axes.set(xlabel="mean difference, in points, if a coin gives each seed its sign", ylabel="share of the flips")
         share = f"{sign_flip_p(differences):.1%} of all {2 ** len(differences):,} flips"
         axes.set_title(join_words(title, "\n", f"black: at least as far from 0 as the mean found, {share}"))
-    return _figure_of(axes)
+    return axes.figure.figure
 
 
 def join_words(title: str, mark: str, text: str) -> str:

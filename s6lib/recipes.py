@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain
@@ -123,7 +123,7 @@ def _word(value: Any) -> str:
         return "-".join(map(_word, value))
     if callable(value):
         return name_of(value)
-    return f"{value:g}".replace("e-0", "e-") if type(value) is float else str(value)
+    return re.sub(r"e[+]?(-?)0*", r"e\1", f"{value:g}") if type(value) is float else str(value)
 
 
 def _slug_from(settings: Mapping[str, Any]) -> str:
@@ -191,16 +191,17 @@ class Condition(_Settings):
         own = {name: as_python(value) for name, value in own.items()}
         _require(isinstance(changes, Mapping | None), "changes", "a mapping of settings to values", changes)
         changes = {name: as_python(value) for name, value in {**(changes or {}), **settings}.items()}
-        slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
-        vars(self).update({"slug": slug, "label": label or slug, **own, "changes": changes})
-        _require_sound({"slug": slug, "label": self.label, **own})
-        if num_splits is not None:
-            _require(norm is None, "norm", "left out where num_splits is given", norm)
         names = [setting.name for setting in fields(Recipe) if setting.name not in ("name", "data", "held_out")]
         for name in changes:
             _require(name in names, "a condition's change", f"a setting of the recipe, {', '.join(names)}", name)
             idle = name in ("momentum", "nesterov") and changes.get("optimizer") is not None
             _require(not idle, name, "given to the optimizer itself", changes[name])
+        _require_sound(own | changes)
+        slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
+        vars(self).update({"slug": slug, "label": label or slug, **own, "changes": changes})
+        _require_sound({"slug": slug, "label": self.label})
+        if num_splits is not None:
+            _require(norm is None, "norm", "left out where num_splits is given", norm)
 
     def penalty_of(self, model: nn.Module) -> Tensor | float:
         """Compute the sum of the condition's penalties: a differentiable scalar, or 0 if it has none."""
@@ -284,8 +285,9 @@ class Recipe(_Settings):
             _require(count <= most, "train_images", f"a whole number from 1 to {most:,}{where}", count)
             vars(self).update(train_images=count)
         _require(not self.nesterov or self.momentum > 0, "nesterov", "True, with a momentum above 0, or False", True)
-        taken = not self.dropout or self.takes("dropout")
+        taken = self.takes("dropout") or not self.dropout
         _require(taken, "dropout", f"left out or 0, since {name_of(self.network)} takes none", self.dropout)
+        _require(isinstance(self.data, Hashable), "data", "hashable (a dataclass with eq=False is)", self.data)
         rate = getattr(self.optimizer, "keywords", {}).get("lr")
         _require(rate is None, "lr", "left out of the optimizer: give the rate as `learning_rate`", rate)
 
@@ -295,8 +297,9 @@ class Recipe(_Settings):
             return False
         try:
             parameters = inspect.signature(self.network).parameters.values()
-        except (TypeError, ValueError):  # a callable without a signature
-            return False
+        except (TypeError, ValueError) as error:
+            _require(not isinstance(self.network, partial), "network", "a partial that can be called", error)
+            return False  # a callable without a signature
         return any(parameter.name == setting or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
     def changed_by(self, condition: Condition) -> "Recipe":

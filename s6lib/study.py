@@ -15,7 +15,7 @@ from s6lib.data import ImageDataset
 from s6lib.errors import DamagedFile, SettingError, StudyError
 from s6lib.lab.device import CPU, keep_freed_memory, reproducible, seed_everything
 from s6lib.lab.files import RESULTS, is_complete, read_about, read_result, run_folders
-from s6lib.lab.record import COLUMNS, has_user_code, read_condition, read_recipe, require_same, settings_of
+from s6lib.lab.record import COLUMNS, has_user_code, identity, read_condition, read_recipe, require_same
 from s6lib.recipes import ALL_CONDITIONS, RECIPES, SLUG, Condition, Recipe, Run, build_model, load_images, name_of
 from s6lib.train import predict
 
@@ -24,7 +24,7 @@ CHECKED = 1_000  # saved predictions that a model with the user's code must repr
 
 def recipes_in(folder: str | Path) -> list[str]:
     """List the names of the recipes with a complete run in a folder, the built-in ones first."""
-    paths = [path for path in sorted(Path(folder).glob("*")) if re.fullmatch(SLUG, path.name)]
+    paths = [path for path in sorted(Path(folder).expanduser().glob("*")) if re.fullmatch(SLUG, path.name)]
     names = [path.name for path in paths if any(map(is_complete, run_folders(path)))]
     return sorted(names, key=[*RECIPES, *names].index)
 
@@ -63,7 +63,8 @@ class Study:
         name = names[0] if recipe is None else getattr(recipe, "name", recipe)
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
-        given = {getattr(condition, "slug", condition): condition for condition in conditions or ()}
+        named = [] if conditions is None else conditions
+        given = {getattr(condition, "slug", condition): condition for condition in named}
         wanted = set(seeds) if isinstance(seeds, Iterable) else {seeds}
 
         paths = [path for path in run_folders(self.folder / name) if is_complete(path)] if name in names else []
@@ -88,7 +89,7 @@ class Study:
             slug, seed, condition = run.condition.slug, run.seed, given.get(run.condition.slug)
             self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
             self._about[slug, seed] = about
-            require_same(run.folder(self.folder), about, settings_of(self._run(slug, seed)))
+            require_same(run.folder(self.folder), about, identity(self._run(slug, seed)))
         self.labels = {slug: condition.label for slug, condition in self.conditions.items()}
         self.runs = list(self._about)
         self.seeds = sorted({seed for _, seed in self.runs})

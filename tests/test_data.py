@@ -183,6 +183,7 @@ def test_arrays_of_any_layout_are_kept_as_they_are(images, labels):
         (X / 255, Y, NAMES, "images must be uint8 .*, not torch.float64"),
         (np.stack([X] * 3, -1), Y, NAMES, r"images must be uint8 .*Grayscale\(\) for colours"),
         (X[:, :8], Y, NAMES, r"images must be uint8 .* \(40, 8, 12\).* Resize"),
+        (X.astype(np.uint16), Y, NAMES, "images must be uint8 .*, not torch.uint16 .* to 255"),
         (X[:0], Y[:0], NAMES, "images must be uint8"),
         ([X[0], X[1, :6, :6]], Y[:2], NAMES, "images must be numbers of one shape, .* not list"),
         (X, Y[:9], NAMES, r"labels must be whole numbers \(40,\)"),

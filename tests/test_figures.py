@@ -7,9 +7,11 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import figures
 import lesson_tables as tables
+from s6lib.analysis import convolution_weights
 from s6lib.recipes import CONDITIONS, PLAIN, Condition, build_model
 from s6lib.statistics import paired_comparisons, seeds_needed
 
@@ -206,3 +208,42 @@ def test_the_interval_of_an_accuracy_is_wilsons():
     for percent in (99.5, -0.1, np.nan):
         with pytest.raises(ValueError, match="divide percents by 100"):
             tables.wilson_interval(percent)
+
+
+def small_network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(216, 10)).eval()
+
+
+@pytest.mark.parametrize("share", [0, 0.37, 0.6, 1])
+def test_pruning_zeroes_the_smallest_convolution_weights_of_a_copy(share):
+    model = small_network()
+    before, state = convolution_weights(model), {name: value.clone() for name, value in model.state_dict().items()}
+    copy = tables.pruned(model, share)
+    after = convolution_weights(copy)
+    gone = after == 0
+    assert gone.sum() == round(share * 632)
+    assert (after[~gone] == before[~gone]).all()
+    if 0 < share < 1:
+        assert np.abs(before[gone]).max() <= np.abs(before[~gone]).min()
+    assert copy.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(copy.state_dict()[name], state[name]) for name in ("0.bias", "4.weight", "4.bias"))
+
+
+def test_what_cannot_be_pruned_is_refused():
+    with pytest.raises(ValueError, match="a share is from 0 to 1, not 60"):
+        tables.pruned(small_network(), 60)
+    with pytest.raises(ValueError, match="Linear has no 2d convolution"):
+        tables.pruned(nn.Linear(3, 4), 0.5)
+    with pytest.raises(ValueError, match="0 computes its weight, so it cannot be pruned: make it a plain weight"):
+        tables.pruned(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(1, 8, 5))), 0.5)
+
+
+def test_a_pruning_curve_starts_at_the_accuracy_of_the_run(tiny_study, mnist):
+    few = mnist[1].part(slice(500))
+    curve = tables.pruning_curve(tiny_study, few, (0, 1)).set_index(["condition", "seed", "share"])["accuracy"]
+    for condition, seed in tiny_study.runs:
+        right = tiny_study.predictions(condition, seed)[:500] == few.labels.numpy()
+        assert curve[condition, seed, 0] == pytest.approx(right.mean())
+        assert curve[condition, seed, 1] < 0.2  # one class for all

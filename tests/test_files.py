@@ -1,6 +1,7 @@
 import errno
 import os
 import random
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -63,13 +64,14 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, 
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
-    """For want of memory; nor does one matter that another process has moved in the meantime."""
+    """For want of memory or of permission; nor does one matter that another process has moved in the meantime."""
     write_checkpoint(tmp_path, STATE)
     write_checkpoint(tmp_path, STATE)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", Mock(side_effect=MemoryError))
-        with pytest.raises(MemoryError):
-            read_checkpoint(tmp_path, resume=True)
+    for reader, kind in (((torch, "load"), MemoryError), ((Path, "read_bytes"), PermissionError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(*reader, Mock(side_effect=kind))
+            with pytest.raises(kind):
+                read_checkpoint(tmp_path, resume=True)
     (tmp_path / "checkpoint.pt").unlink()
     assert same(read_checkpoint(tmp_path, resume=True))
 

@@ -1,5 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -67,12 +69,14 @@ def test_a_study_in_the_users_home_shows_a_line_for_each_run(tmp_path, monkeypat
         ({"conditions": 4}, "4 is neither a Condition"),
         ({"seeds": []}, "conditions and seeds must name at least one each"),
         ({"conditions": (GBN, L1_BN, replace(GBN, num_splits=8))}, "two conditions share the name gbn; rename"),
+        ({"recipe": replace(TINY, shift=99.0)}, "GBN .gbn. cannot be trained: shift must be less than the 28 pixels"),
+        ({"recipe": replace(TINY, network=partial(PlainNet, width=0))}, "GBN .gbn. cannot be trained: width must be"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_met_is_said_before_anything_is_made(tmp_path, asked, said):
     with pytest.raises(StudyError, match=said):
         run_study(**{"recipe": TINY, "conditions": (GBN,), "seeds": (1,), "out": tmp_path / "out", **asked})
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/plain"))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +206,19 @@ def test_code_that_was_edited_or_is_wrong_is_refused_and_nothing_is_trained(own_
         with pytest.raises(S6Error, match=said):
             run_study(recipe, condition, (3,), own_study.folder)
     assert not list(own_study.folder.glob("*/*/seed-3"))
+
+
+def test_a_model_whose_code_has_changed_is_refused(own_study, monkeypatch):
+    own_study.model("bn", 1)
+    monkeypatch.setattr(Own, "forward", lambda self, images: -nn.Sequential.forward(self, images))
+    with pytest.raises(StudyError, match=r"bn/seed-1 does not give the predictions saved with it for .* give the code"):
+        own_study.model("bn", 1)
+
+
+def test_a_stop_in_the_first_steps_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("s6lib.lab.launch.first_steps", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match="every finished epoch is kept: run the cell again to go on"):
+        run_here(OWN, CONTROL, 1, tmp_path)
 
 
 def test_a_stopped_run_of_ones_own_goes_on(own_study, tmp_path):

@@ -142,6 +142,7 @@ def test_a_condition_is_a_value():
         ({"optimizer": partial(AdamW, weight_decay=0.1)}, "optimizer-adamw-weight_decay-0.1"),
         ({"optimizer": partial(AdamW, betas=(0.9, 0.99))}, "optimizer-adamw-betas-0.9-0.99"),
         ({"penalty": nn.functional.relu, "label": "C"}, "penalty-relu"),
+        ({"l1": 1e20, "learning_rate": 1e6}, "l1-1e20-learning_rate-1e6"),
     ],
 )
 def test_a_condition_names_itself_after_what_it_changes(changes, slug):
@@ -202,6 +203,8 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
     [
         *(({"slug": slug}, "slug must be lower-case words") for slug in ("..", "a/b", "gbn\n", "A", "a-", "a_-b", 5)),
         *(({"slug": "", **more}, "needs a slug, as in 'mine'") for more in ({}, {"l1": 0.0}, {"penalty": lambda _: 0})),
+        ({"slug": "", "l1": -1e-4}, "l1 must be a finite number from 0, not -0.0001"),
+        ({"slug": "", "dropout": -0.1}, "dropout must be a finite number from 0 to 1, not -0.1"),
         ({"label": 5}, "label must be text"),
         ({"l1": -1}, "l1 must"), ({"l1": float("inf")}, "l1 must"), ({"l2": float("nan")}, "l2 must"),
         ({"num_splits": 0}, "num_splits must"), ({"num_splits": 1.5}, "num_splits must"),
@@ -214,6 +217,10 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
         ({"changes": 5}, "changes must be a mapping of settings to values, not 5"),
         ({"optimizer": Adam, "momentum": 0.5}, "momentum must be given to the optimizer itself"),
         ({"optimizer": Adam, "nesterov": True}, "nesterov must be given to the optimizer itself"),
+        ({"network": PlainNet()}, "network must be .*: give the class PlainNet, not a PlainNet already made"),
+        ({"loss": nn.CrossEntropyLoss}, "loss must be .*: give an instance, CrossEntropyLoss.*, not the class"),
+        ({"optimizer": ADAM}, r"optimizer must be a class .*, not Adam \( Parameter Group 0 .*\.{3}$"),
+        ({"epochs": -1}, "epochs must be a whole number from 1, not -1"),
     ],
 )  # fmt: skip
 def test_a_condition_refuses_what_makes_no_sense(asked, said):
@@ -229,10 +236,7 @@ def test_a_condition_refuses_what_makes_no_sense(asked, said):
             (PLAIN, {"optimizer": with_rate}, "lr must be left out of the optimizer: give the rate as `learning_rate`")
             for with_rate in (partial(Adam, lr=1e-6), partial(partial(Adam, lr=1e-6), weight_decay=0.1))
         ),
-        (PLAIN, {"network": PlainNet()}, "network must be .*: give the class PlainNet, not a PlainNet already made"),
-        (PLAIN, {"loss": nn.CrossEntropyLoss}, "loss must be .*: give an instance, CrossEntropyLoss.*, not the class"),
-        (PLAIN, {"optimizer": ADAM}, r"optimizer must be a class .*, not Adam \( Parameter Group 0 .*\.{3}$"),
-        (PLAIN, {"epochs": -1}, "epochs must be a whole number from 1, not -1"),
+        (PLAIN, {"network": partial(PlainNet, wdith=20)}, "network must be a partial that can be called"),
         (BOTTLENECK, {"dropout": 0.5}, r"dropout must be left out or 0, since BottleneckNet takes none, not 0\.5"),
         (PLAIN, {"momentum": 0.0, "nesterov": True}, "nesterov must be True, with a momentum above 0, or False"),
     ],

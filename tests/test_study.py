@@ -112,7 +112,7 @@ def test_a_study_can_look_at_some_runs_alone(tiny_study):
     for conditions in (("gbn",), [GBN], "gbn", GBN, {"gbn"}):
         for recipe in (None, "plain", TINY):
             assert Study(out, recipe, conditions, 2).runs == [("gbn", 2)]
-    for conditions in (("gbn", "l1-bn"), (GBN, "l1-bn"), (GBN, L1_BN)):  # in this order
+    for conditions in (("gbn", "l1-bn"), (GBN, "l1-bn"), (GBN, L1_BN), np.array(["gbn", "l1-bn"])):  # in this order
         study = Study(out, TINY, conditions)
         assert list(study.conditions) == list(study.outcomes()) == ["gbn", "l1-bn"]
         assert study.runs == [("gbn", 1), ("gbn", 2), ("l1-bn", 1), ("l1-bn", 2)]

@@ -101,15 +101,17 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
     """Read the newest undamaged checkpoint, or return None.
 
     With `resume`, remove the part files of processes that were killed, report a damaged checkpoint on stderr, and put
-    the older one in its place. Raises MemoryError, since what cannot be read now is not damaged.
+    the older one in its place. Raises MemoryError and OSError, since what cannot be read now is not damaged.
     """
     for part in folder.glob(".*.part") if resume else ():
         part.unlink(missing_ok=True)
     for path in (folder / name for name in CHECKPOINTS):
         try:
-            state = _load_checkpoint(path)
-        except FileNotFoundError:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             continue
+        try:
+            state = _load_checkpoint(content)
         except MemoryError:
             raise
         except Exception as error:  # torch.load raises a dozen kinds of exception for damaged files
@@ -122,12 +124,12 @@ def read_checkpoint(folder: Path, *, resume: bool = False) -> dict[str, Any] | N
     return None
 
 
-def _load_checkpoint(path: Path) -> dict[str, Any]:
+def _load_checkpoint(content: bytes) -> dict[str, Any]:
     # A .pt file is a zip archive with a CRC-32 for each tensor, which torch.load does not check.
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile("wrong checksum")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if isinstance(state, dict) and state.keys() >= {"recipe", "condition", "seed"}:
         return state
     raise TypeError("not a checkpoint")

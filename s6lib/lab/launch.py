@@ -19,9 +19,9 @@ from s6lib.errors import RunsFailed, Stopped, StudyError
 from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.files import is_complete, read_about, read_checkpoint, run_folders
 from s6lib.lab.progress import progress
-from s6lib.lab.record import differences, read_condition, require_same, settings_of
-from s6lib.lab.run import Data, identity, save_run
-from s6lib.lab.trial import first_steps
+from s6lib.lab.record import differences, identity, read_condition, require_same
+from s6lib.lab.run import Data, save_run, set_up
+from s6lib.lab.trial import error_prefix, first_steps
 from s6lib.lab.workers import Outcome, Task, resolve_device, train_here, train_with
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, load_images
 from s6lib.study import Study
@@ -69,19 +69,19 @@ def run_study(
     load_images.cache_clear()
     with reproducible(CPU):
         data = load_images(chosen.data, chosen.held_out)
-    with _only_study_in(out) as token:
-        _require_one_training(out, runs, data)
-        waiting = [run for run in runs if not is_complete(run.folder(out))]
-        if not waiting and show_progress:
-            print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
-        task = Task(waiting, token, str(device))
-        with progress(waiting, out) if waiting and show_progress else nullcontext():
-            try:
+    try:
+        with _only_study_in(out) as token:
+            _require_one_training(out, runs, data)
+            waiting = [run for run in runs if not is_complete(run.folder(out))]
+            if not waiting and show_progress:
+                print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
+            task = Task(waiting, token, str(device))
+            with progress(waiting, out) if waiting and show_progress else nullcontext():
                 outcomes = train_here(task, jobs) if executor is None else train_with(executor, task, jobs)
                 reasons = [_save(run.folder(out), run, outcome) for run, outcome in outcomes]
-            except KeyboardInterrupt:
-                kept = "epoch" if executor is None else "run"
-                raise Stopped(f"every finished {kept} is kept: run the cell again to go on") from None
+    except KeyboardInterrupt:
+        kept = "epoch" if executor is None else "run"
+        raise Stopped(f"every finished {kept} is kept: run the cell again to go on") from None
     if any(reasons):
         raise RunsFailed("\n".join(filter(None, reasons)))
     return Study(out, chosen, conditions, seeds)
@@ -162,12 +162,15 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
         about = read_about(folder) if is_complete(folder) else read_checkpoint(folder)
         if about is not None:
             condition = conditions.get(folder.parent.name) or read_condition(about["condition"])
-            require_same(folder, about, settings_of(Run(recipe, condition, about["seed"])))
+            require_same(folder, about, identity(Run(recipe, condition, about["seed"])))
             recorded.setdefault(folder.parent.name, (folder, about))
     tried = []
     for slug, condition in conditions.items():
         folder, about = recorded.get(slug, (out, {"seed": runs[0].seed}))
         run = Run(recipe, condition, about["seed"])
+        if run.is_built_in and slug not in recorded:
+            with reproducible(CPU), error_prefix(f"{condition.label} ({slug}) cannot be trained"):
+                set_up(run, data, CPU)
         steps = None if run.is_built_in else first_steps(run, data)
         if "first_steps" in about:
             require_same(folder, about, identity(run, steps))

@@ -25,16 +25,14 @@ OTHER_CODE = "other code in"
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
 
 _PLAIN_TYPES = (int, float, str, bool, type(None))
-# Settings added after the first published runs: run.json omits them at their defaults.
-_LATER_SETTINGS = {
-    "shift", "scale", "schedule", "nesterov", "ema", "held_out", "data", "transform", "loss", "optimizer", "passes",
-    "draw_images", "batch_transform",
-}  # fmt: skip
+# Settings added after the first published runs, from `shift` on: run.json omits them at their defaults.
+_LATER_SETTINGS = {setting.name for setting in fields(Recipe)[12:]}
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    """Recipe, condition and seed of a run, as JSON."""
-    return {"recipe": recipe_entry(run.recipe), "condition": condition_entry(run.condition), "seed": run.seed}
+def identity(run: Run, steps: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The run's identity, as JSON: recipe, condition, seed and, with the user's code, its first steps."""
+    settings = {"recipe": recipe_entry(run.recipe), "condition": condition_entry(run.condition), "seed": run.seed}
+    return settings | ({} if steps is None else {"first_steps": steps})
 
 
 def recipe_entry(recipe: Recipe) -> dict[str, Any]:
@@ -68,8 +66,7 @@ def _entry(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _entry(one) for name, one in value.items()}
     if isinstance(value, partial):
-        arguments = {str(place): _entry(one) for place, one in enumerate(value.args)}
-        arguments |= {name: _entry(one) for name, one in value.keywords.items()}
+        arguments = _entry({**dict(enumerate(value.args)), **value.keywords})
         return {"name": name_of(value.func), "partial": _entry(value.func), "arguments": arguments}
     if _is_in_library(value):
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module

@@ -25,7 +25,7 @@ from s6lib.lab.files import (
     write_results,
     write_whole,
 )
-from s6lib.lab.record import COLUMNS, differences, is_library, settings_of
+from s6lib.lab.record import COLUMNS, differences, identity, is_library
 from s6lib.lab.replay import records_steps, train_recorded
 from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images, pieces
 from s6lib.train import Training, memory_format, predict_logits, score, train_epoch
@@ -141,13 +141,10 @@ def _modules_in(loss: Loss) -> nn.ModuleList:
 
 def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -> torch.optim.Optimizer:
     parameters = [*model.parameters(), *_modules_in(loss).parameters()]
-    if settings.optimizer is None:
-        # Fused SGD is faster, but trains neither sparse nor complex weights, nor layers without a gradient in step 1.
-        fused = is_library([settings.network, run.condition.norm, settings.loss])
-        rate, momentum = settings.learning_rate, settings.momentum
-        optimizer: Any = torch.optim.SGD(parameters, rate, momentum, nesterov=settings.nesterov, fused=fused)
-    else:
-        optimizer = settings.optimizer(parameters, lr=settings.learning_rate)
+    # Fused SGD is faster, but trains neither sparse nor complex weights, nor layers without a gradient in step 1.
+    fused = is_library([settings.network, run.condition.norm, settings.loss])
+    sgd = partial(torch.optim.SGD, momentum=settings.momentum, nesterov=settings.nesterov, fused=fused)
+    optimizer: Any = (settings.optimizer or sgd)(parameters, lr=settings.learning_rate)
     if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise SettingError(
             f"optimizer must make a torch.optim.Optimizer that calls super().__init__, not {type(optimizer).__name__}"
@@ -216,11 +213,6 @@ def train_run(
             logits = predict_logits(setup.final_model, setup.test)
         predictions = logits.argmax(1).to("cpu", torch.uint8).numpy()
         return RunResult(steps, history, serialise_weights(setup.final_model), predictions, machines)
-
-
-def identity(run: Run, steps: dict[str, Any] | None) -> dict[str, Any]:
-    """The run's identity, as JSON: its settings and, with the user's code, its first steps."""
-    return settings_of(run) | ({} if steps is None else {"first_steps": steps})
 
 
 def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor]:
@@ -298,13 +290,8 @@ def _history_csv(history: History) -> bytes:
 
 def serialise_weights(model: nn.Module) -> bytes:
     """Return the state_dict of a model, on the CPU, as torch.save writes it."""
-    state = {name: _own_storage(value) for name, value in model.state_dict().items()}
+    state = {  # clones, without the rest of a larger storage, which torch.save would write too
+        name: value.cpu().contiguous().clone() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
     return serialise(lambda file: torch.save(state, file))
-
-
-def _own_storage(value: Any) -> Any:
-    """Move a tensor to the CPU, without the rest of a larger storage, which torch.save would write too."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.cpu().contiguous()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

@@ -49,15 +49,15 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     with its seed differ, a step fails, or it continues differently from a saved state.
     """
     name = f"{run.condition.label} ({run.condition.slug})"
-    with reproducible(CPU), _error_prefix(f"{name} cannot be trained"):
+    with reproducible(CPU), error_prefix(f"{name} cannot be trained"):
         setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
         before = _pickles(run)  # before the first transform
-        with _error_prefix("its first batches cannot be made"):
+        with error_prefix("its first batches cannot be made"):
             batches = list(_first_batches(run, setup))
         steps, attributes, graphs = [], [], list[Any]()
         for number, batch in enumerate(batches[:STEPS], 1):
-            with _error_prefix(f"step {number} fails"):
+            with error_prefix(f"step {number} fails"):
                 steps.append(_step(run, setup, batch, graphs))
             if len(batch[1]) == len(batches[0][1]):  # a network may keep the shape of what it has seen
                 attributes.append(_attributes(setup))
@@ -74,7 +74,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         state = {part: one.state_dict() for part, one in setup.parts.items()}
         saved = serialise(lambda file: torch.save(state, file))
         going_on = _go_on(run, setup, batches[-1])
-        with _error_prefix("a network built anew cannot load its state (make all layers in __init__)"):
+        with error_prefix("a network built anew cannot load its state (make all layers in __init__)"):
             state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
             for part, one in second.parts.items():
                 one.load_state_dict(state[part])
@@ -106,7 +106,7 @@ def _describe_settings(setup: Setup) -> dict[str, Any]:
 
 
 @contextmanager
-def _error_prefix(what: str) -> Iterator[None]:
+def error_prefix(what: str) -> Iterator[None]:
     """Re-raise errors of the user's code as one sentence that says where they came from."""
     try:
         yield
@@ -136,7 +136,7 @@ def _first_batches(run: Run, setup: Setup) -> Iterator[Any]:
 
 def _step(run: Run, setup: Setup, batch: Any, graphs: list[Any]) -> dict[str, float]:
     """Take a step; return its loss, its penalty and the size of its gradient, and add the first two to `graphs`."""
-    with _error_prefix("`batch_transform` must return images and targets, two tensors of one length"):
+    with error_prefix("`batch_transform` must return images and targets, two tensors of one length"):
         images, targets = (part.clone() for part in batch)
         if len(images) != len(targets):
             raise ValueError(f"there are {len(images)} images and {len(targets)} targets")
@@ -144,7 +144,7 @@ def _step(run: Run, setup: Setup, batch: Any, graphs: list[Any]) -> dict[str, fl
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         _require_logits(logits, len(images), len(setup.train.class_names))
-        with _error_prefix(f"`loss` fails on logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"):
+        with error_prefix(f"`loss` fails on logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"):
             losses.append(setup.loss(logits, targets))
         _require_scalar("`loss`", losses[0])
         graphs.append(losses[0])
@@ -256,7 +256,7 @@ def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
     """Evaluate the model and take one more step, and return the cross-entropy and the record of the step."""
     some = setup.test.part(slice(EVALUATED))
     copied = "" if setup.average is None else " of the moving average's copy (a hook must use the module it is given)"
-    with _error_prefix(f"the evaluation{copied} fails"):
+    with error_prefix(f"the evaluation{copied} fails"):
         logits = predict_logits(setup.final_model, some)
         _require_logits(logits, len(some), len(some.class_names))
         if not torch.equal(logits, predict_logits(setup.final_model, some)) and not logits.isnan().any():
@@ -266,5 +266,5 @@ def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
             )
         evaluation = float(F.cross_entropy(logits.float(), some.labels))
     seed_everything(run.seed, 2, CPU)
-    with _error_prefix(f"a step on {len(batch[1])} images, as many as the last batch has, fails"):
+    with error_prefix(f"a step on {len(batch[1])} images, as many as the last batch has, fails"):
         return {"evaluation": evaluation, **_step(run, setup, batch, [])}
