@@ -142,6 +142,9 @@ BLOCKS: tuple[tuple[str, int, tuple[int, ...], Grid], ...] = (
     ("plain", 50_000, (1,), {"rotation": (3.0,)}),
     ("plain", 50_000, (2, 3), NOTHING | {"l2": (1e-4, 3e-4, 1e-3), "rotation": (3.0, 5.0, 10.0)}),
     ("plain", 50_000, (2, 3), {"dropout": (0.01, 0.02, 0.05), "l1": (2e-5, 6e-5, 2e-4), "ghosts": (2, 4, 8)}),
+    # What the rule still asks for.
+    ("plain", 50_000, (1, 2, 3), {"dropout": (0.005,)}),
+    ("plain", 50_000, (2, 3), {"rotation": (15.0,), "l2": (3e-3,)}),
 )
 
 
