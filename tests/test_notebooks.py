@@ -122,20 +122,6 @@ def test_claims_that_do_not_hold_are_named_but_not_of_a_readers_own_runs(monkeyp
     assert capsys.readouterr().out == "The text is about the published runs; yours may differ.\n"
 
 
-@pytest.mark.slow
-def test_nbval_fails_when_a_number_is_falsified(tmp_path):
-    """A copy of the first two cells of 01, in which the first training image, a five, is a six."""
-    text = nbformat.writes(new_notebook(cells=code_cells(NOTEBOOKS[0])[:2]))
-    assert text.count("its label, 5") == 1
-    shutil.copytree(PROJECT / "notebooks", tmp_path, ignore=shutil.ignore_patterns("*.ipynb"), dirs_exist_ok=True)
-    (tmp_path / "copy.ipynb").write_text(text.replace("its label, 5", "its label, 6"))
-    command = [sys.executable, "-m", "pytest", "--nbval", "copy.ipynb", "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 1, result.stdout
-    assert "1 failed, 1 passed" in result.stdout
-    assert "label, 6\n" in result.stdout
-
-
 def test_one_command_points_a_fork_to_its_own_address_everywhere(tmp_path):
     """By default, that of the clone's remote."""
     for name in FILES:
