@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from s6lib.analysis import convolution_weights, misclassified, result_table
+from s6lib.analysis import misclassified, result_table
 from s6lib.data import ImageDataset
 from s6lib.train import predict_logits
 
@@ -27,8 +27,3 @@ def test_result_table_is_in_percent(tiny_study):
     assert table["condition"].tolist() == ["L1 + BN", "L1 + BN", "GBN", "GBN"]
     assert table["last epoch, %"].tolist() == pytest.approx((100 * tiny_study.summary()["test_accuracy"]).tolist())
     assert (table["best epoch, %"] >= table["last epoch, %"]).all()
-
-
-def test_a_model_without_convolutions_has_no_weights_to_show():
-    with pytest.raises(ValueError, match="Linear has no 2d convolution"):
-        convolution_weights(nn.Linear(3, 4))
