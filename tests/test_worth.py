@@ -172,8 +172,9 @@ def test_the_page_has_every_question_the_seeds_and_every_size():
         assert re.search(rf"^\| {size:,} \| {2 * worth.PASSES[size]} \| nothing", PAGE, re.MULTILINE)
 
 
-def test_the_page_has_the_strengths_that_the_trials_give(capsys):
-    worth.strengths("one")
+@pytest.mark.parametrize("part", worth.PARTS)
+def test_the_page_has_the_strengths_that_the_trials_give(part, capsys):
+    worth.strengths(part)
     assert capsys.readouterr().out.strip() in PAGE
 
 
