@@ -215,8 +215,9 @@ def test_a_model_whose_code_has_changed_is_refused(own_study, monkeypatch):
         own_study.model("bn", 1)
 
 
-def test_a_stop_in_the_first_steps_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("s6lib.lab.launch.first_steps", Mock(side_effect=KeyboardInterrupt))
+@pytest.mark.parametrize("where", ["load_images", "first_steps"])
+def test_a_stop_before_training_says_how_to_go_on(tmp_path, monkeypatch, where):
+    monkeypatch.setattr(f"s6lib.lab.launch.{where}", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match="every finished epoch is kept: run the cell again to go on"):
         run_here(OWN, CONTROL, 1, tmp_path)
 

@@ -67,9 +67,9 @@ def run_study(
     if executor is None:
         device = resolve_device(device)
     load_images.cache_clear()
-    with reproducible(CPU):
-        data = load_images(chosen.data, chosen.held_out)
     try:
+        with reproducible(CPU):
+            data = load_images(chosen.data, chosen.held_out)
         with _only_study_in(out) as token:
             _require_one_training(out, runs, data)
             waiting = [run for run in runs if not is_complete(run.folder(out))]
