@@ -17,14 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from s6lib.data import ImageDataset, batches
 from s6lib.errors import RunError, SettingError
 from s6lib.lab.device import keep_freed_memory, machine, reproducible, seed_everything
-from s6lib.lab.files import (
-    is_complete,
-    read_checkpoint,
-    serialise,
-    write_checkpoint,
-    write_results,
-    write_whole,
-)
+from s6lib.lab.files import is_complete, read_checkpoint, serialise, write_checkpoint, write_results, write_whole
 from s6lib.lab.record import COLUMNS, differences, identity, is_library
 from s6lib.lab.replay import records_steps, train_recorded
 from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images, pieces
