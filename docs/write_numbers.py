@@ -223,7 +223,8 @@ def worth_answers(*questions: str) -> str:
     rows = []
     for question in questions:
         for row in worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth"):
-            rows.append((question, row["subject"], row["n"], p_value(row["p_holm"]), row["said"]))
+            subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
+            rows.append((question, subject, row["n"], p_value(row["p_holm"]), row["said"]))
     return table("| | | n | p, Holm | answer |", rows)
 
 

@@ -109,14 +109,14 @@ def plot_class_balance(train: ImageDataset, test: ImageDataset) -> Figure:
     return figure
 
 
-def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+def plot_ghost_scatter(scatter: pd.DataFrame, title: str = "") -> Figure:
     """Draw how far the means of ghost batches scatter, by the depth of the layer: a line for each number of splits.
 
     Args:
         scatter: as `ghost_scatter` gives it: a row a layer, a column a number of splits.
     """
     with rc_context(STYLE):
-        axes = panel((8, 3.8), ax)
+        axes = panel((8, 3.8))
         for alpha, splits in zip(np.linspace(0.4, 1, scatter.shape[1]), scatter, strict=True):
             look = {"color": COLORS["gbn"], "marker": "o", "alpha": alpha, "linewidth": 2}
             axes.plot(scatter.index, scatter[splits], label=f"{splits} splits", **look)
@@ -143,14 +143,14 @@ def plot_grey_levels(images: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None) -> Figure:
+def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None) -> Figure:
     """Draw, for each seed, the accuracies of one run of each condition, with the best one ringed.
 
     Args: as in `plot_replication`.
     """
     colors, best = colors_of(list(outcomes)), outcomes.eq(outcomes.max(axis=1), axis=0)
     with rc_context(STYLE):
-        axes = panel((10, 4.4), ax)
+        axes = panel((10, 4.4))
         for place, slug in enumerate(outcomes):
             aside = np.arange(len(outcomes)) + 0.11 * (place - (outcomes.shape[1] - 1) / 2)
             axes.plot(aside, outcomes[slug], "o", color=colors[slug], markersize=6, label=label_of(slug, labels))
@@ -164,7 +164,7 @@ def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None
         axes.set(xlabel="seed: one study of one run each", ylabel="test accuracy at the last epoch")
         axes.figure.legend(loc="outside lower center", ncols=min(6, outcomes.shape[1]), frameon=False)
         axes.set_title(
-            f"{len(outcomes)} studies, {best.any().sum()} of {outcomes.shape[1]} conditions win one (ringed)"
+            f"{len(outcomes)} studies, {best.any().sum()} of {outcomes.shape[1]} conditions win or share one (ringed)"
         )
     return axes.figure
 
@@ -174,7 +174,6 @@ def plot_answers(
     margin: float,
     questions: Mapping[str, str] | None = None,
     title: str = "",
-    ax: Axes | None = None,
 ) -> Figure:
     """Draw the preregistered answers: mean differences with 90% (thick) and 95% t intervals, and the margin in grey.
 
@@ -184,7 +183,7 @@ def plot_answers(
         questions: their wording; by default their names in the table.
     """
     with rc_context(STYLE):
-        axes = panel((10, 1.6 + 0.5 * len(answers)), ax)
+        axes = panel((10, 1.6 + 0.5 * len(answers)))
         axes.axvspan(-margin, margin, color="#EEEEEE", linewidth=0)
         axes.axvline(0, color="#333333", linewidth=1)
         for row in answers.reset_index(drop=True).itertuples():
@@ -201,9 +200,7 @@ def plot_answers(
     return axes.figure
 
 
-def plot_split_sweep(
-    outcomes: pd.DataFrame, splits: Mapping[str, int], batch_size: int, title: str = "", ax: Axes | None = None
-) -> Figure:
+def plot_split_sweep(outcomes: pd.DataFrame, splits: Mapping[str, int], batch_size: int, title: str = "") -> Figure:
     """Draw accuracy by the number of ghost batches (1 is BatchNorm): every run, and means with their 95% intervals.
 
     Args:
@@ -219,7 +216,7 @@ def plot_split_sweep(
     statistics["splits"] = statistics["condition"].map(splits)
     statistics = statistics.sort_values("splits", ignore_index=True)
     with rc_context(STYLE):
-        axes = panel((8, 4.2), ax)
+        axes = panel((8, 4.2))
         for row in statistics.itertuples():
             dots = {"color": COLORS["gbn"], "alpha": 0.45, "markersize": 6}
             axes.plot([0.93 * row.splits] * row.n, outcomes[row.condition], "o", **dots)  # left of the interval
@@ -234,9 +231,7 @@ def plot_split_sweep(
     return axes.figure
 
 
-def plot_power(
-    sd: float, difference: float, questions: Sequence[int], title: str = "", ax: Axes | None = None
-) -> Figure:
+def plot_power(sd: float, difference: float, questions: Sequence[int], title: str = "") -> Figure:
     """Draw how often a t test finds a true difference, by the number of seeds: a line for each number of questions.
 
     Args:
@@ -245,7 +240,7 @@ def plot_power(
         questions: numbers of comparisons that a correction must cover; 1 for no correction.
     """
     with rc_context(STYLE):
-        axes = panel((8, 3.8), ax)
+        axes = panel((8, 3.8))
         needed = [seeds_needed(sd, difference, count) for count in questions]
         seeds = np.unique(np.linspace(3, 2 * max(needed), 100).astype(int))
         axes.axhline(0.8, color="#333333", linewidth=1, linestyle="--")
@@ -257,13 +252,11 @@ def plot_power(
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(xlabel="seeds", ylabel="studies that find it", ylim=(0, 1.02))
         axes.legend(loc="lower right", frameon=False)
-        axes.set_title(join_words(title, ", ", f"a true difference of {difference:g} points"))
+        axes.set_title(join_words(title, ": ", f"how often a t test finds a true difference of {difference:g} points"))
     return axes.figure
 
 
-def plot_frontier(
-    runs: pd.DataFrame, reported: pd.DataFrame, goal: float, title: str = "", ax: Axes | None = None
-) -> Figure:
+def plot_frontier(runs: pd.DataFrame, reported: pd.DataFrame, goal: float, title: str = "") -> Figure:
     """Draw accuracy by number of parameters: every run, means with 95% intervals, and what others reported.
 
     Args:
@@ -272,7 +265,7 @@ def plot_frontier(
         goal: an accuracy in percent, drawn as a line.
     """
     with rc_context(STYLE):
-        axes = panel((9.5, 5.4), ax)
+        axes = panel((9.5, 5.4))
         axes.axhline(goal, color="#333333", linewidth=1, linestyle="--")
         axes.text(0.005, goal, f"{goal:g}%", transform=axes.get_yaxis_transform(), va="bottom", fontsize=10)
         markers = {
@@ -326,14 +319,14 @@ def _enlarge(axes: Axes, runs: pd.DataFrame, colors: Mapping[str, str]) -> None:
     corner.set_title("the largest, side by side", fontsize=10)
 
 
-def plot_gains(gains: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+def plot_gains(gains: pd.DataFrame, title: str = "") -> Figure:
     """Draw the gain of each change: a row per mean difference with its 95% interval, from the top.
 
     Args:
         gains: a row a change: label, group, n (pairs), mean, low, high (points).
     """
     with rc_context(STYLE):
-        axes = panel((9.5, 1.5 + 0.36 * len(gains)), ax)
+        axes = panel((9.5, 1.5 + 0.36 * len(gains)))
         axes.axvline(0, color="#333333", linewidth=1)
         for row in gains.reset_index(drop=True).itertuples():
             axes.plot([row.low, row.high], [row.Index] * 2, color=INK, linewidth=2)
@@ -367,7 +360,7 @@ def plot_worth(table: pd.DataFrame, title: str = "") -> Figure:
     """
     limits = (0.6, 4.0)
     looks = {name: {"color": COLORS[name], "label": label} for name, (label, _) in REGULARISERS.items()}
-    looks = {"nothing": {"color": COLORS["nothing"], "label": "nothing", "zorder": 3}, **looks}
+    looks = {"nothing": {"color": COLORS["nothing"], "label": "no regularisation", "zorder": 3}, **looks}
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     with rc_context(STYLE):
         left, right = figure.subplots(1, 2)
@@ -404,7 +397,6 @@ def plot_trials(
     name: str,
     strength: float,
     own: pd.DataFrame | None = None,
-    ax: Axes | None = None,
 ) -> Figure:
     """Draw training and held-out accuracy of one regulariser by its strength, and say them for one strength.
 
@@ -417,7 +409,7 @@ def plot_trials(
     label, unit = REGULARISERS[name]
     training, held_out = rows[rows["strength"] == strength][["train_accuracy", "accuracy"]].mean()
     with rc_context(STYLE):
-        axes = panel((8, 4), ax)
+        axes = panel((8, 4))
         axes.axvline(strength, color=QUIET, linewidth=6, alpha=0.4)
         axes.axhline(base, color=COLORS["nothing"], linewidth=1.5, label="held-out images, no regularisation")
         for column, dash, face in (("train_accuracy", "--", "white"), ("accuracy", "-", COLORS[name])):
@@ -480,7 +472,7 @@ def _draw_strengths(axes: Axes, trials: pd.DataFrame, color: str) -> None:
     axes.plot(best, means[best], "*", color=color, markeredgecolor="#222222", markersize=14)
 
 
-def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Figure:
+def plot_gap(accuracies: pd.DataFrame, title: str = "") -> Figure:
     """Draw training and test accuracy by the number of training images; the gap is what regularisation can close.
 
     Args:
@@ -493,7 +485,7 @@ def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) 
         "nothing": ("o-", COLORS["nothing"], "test images, no regularisation"),
     }
     with rc_context(STYLE):
-        axes = panel((8, 4.6), ax)
+        axes = panel((8, 4.6))
         for column, (style, color, label) in lines.items():
             axes.plot(accuracies.index, accuracies[column], style, color=color, label=label, linewidth=2)
         axes.fill_between(accuracies.index, accuracies["training"], accuracies["nothing"], color="#EEEEEE")
@@ -504,9 +496,7 @@ def plot_gap(accuracies: pd.DataFrame, title: str = "", ax: Axes | None = None) 
     return axes.figure
 
 
-def plot_pruning(
-    curve: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "", ax: Axes | None = None
-) -> Figure:
+def plot_pruning(curve: pd.DataFrame, labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
     """Plot accuracy by the share of convolution weights set to zero: every run as a dot, and the mean of the seeds.
 
     Args:
@@ -515,7 +505,7 @@ def plot_pruning(
     """
     colors, ends = colors_of(list(curve["condition"].unique())), []
     with rc_context(STYLE):
-        axes = panel((9, 4.8), ax)
+        axes = panel((9, 4.8))
         sizes = np.linspace(12, 5, len(colors))  # so that no mean hides another
         for size, (slug, rows) in zip(sizes, curve.groupby("condition", sort=False), strict=True):
             means = rows.groupby("share")["accuracy"].mean()
@@ -536,12 +526,10 @@ def plot_pruning(
     return axes.figure
 
 
-def plot_confusion(
-    matrix: np.ndarray, title: str = "", class_names: Sequence[str] = CLASS_NAMES, ax: Axes | None = None
-) -> Figure:
+def plot_confusion(matrix: np.ndarray, title: str = "", class_names: Sequence[str] = CLASS_NAMES) -> Figure:
     """Plot the errors by actual and predicted class; the diagonal, correct predictions, stays blank."""
     with rc_context(STYLE):
-        axes = panel((7, 5.6), ax)
+        axes = panel((7, 5.6))
         labels = {"xticklabels": class_names, "yticklabels": class_names, "cbar_kws": {"label": "errors"}}
         # Hide the diagonal and the zeros, so that only errors remain.
         hidden = np.eye(len(matrix), dtype=bool) | (matrix == 0)

@@ -3,36 +3,24 @@
 from collections.abc import Callable
 from io import BytesIO
 
+import ipywidgets
 import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import REGULARISERS, plot_trials
 from s6lib.errors import S6Error
 
-try:
-    import ipywidgets
-except ImportError:  # a figure is shown instead
-    ipywidgets = None
-
 Train = Callable[[int, str, float, int], tuple[float, float]]
-MISSING = "To turn the knob, install ipywidgets; until then, change the numbers in this cell."
 
 
 def turn_the_knob(trials: pd.DataFrame, train: Train, size: int, name: str, strength: float):
-    """Show sliders over the trials, with a button that trains one more; or one figure, where ipywidgets is missing.
+    """Show sliders over the trials, with a button that trains one more.
 
     Args:
         trials: as in `plot_trials`.
         train: from size, name, strength and seed to the accuracy on training and held-out images, in percent.
         size, name, strength: of the trial that is shown first.
     """
-    if ipywidgets is None:
-        print(MISSING)
-        return plot_trials(trials, size, name, strength)
-    return _widget(trials, train, size, name, strength)
-
-
-def _widget(trials: pd.DataFrame, train: Train, size: int, name: str, strength: float):
     sizes = [(f"{one:,}", one) for one in sorted(set(trials["size"]))]
     names = [(label, one) for one, (label, _) in REGULARISERS.items()]
     size_slider = ipywidgets.SelectionSlider(options=sizes, value=size, description="images")
@@ -76,13 +64,11 @@ def _widget(trials: pd.DataFrame, train: Train, size: int, name: str, strength: 
 
 
 def slide_over_seeds(accuracies: pd.DataFrame):
-    """Show a slider over seeds, with one run of each condition and the winner; or the table, without ipywidgets.
+    """Show a slider over seeds, with one run of each condition and the winner.
 
     Args:
         accuracies: one row per seed, one column per condition, in percent.
     """
-    if ipywidgets is None:
-        return accuracies
     slider = ipywidgets.SelectionSlider(options=list(accuracies.index), description="seed")
     table = ipywidgets.HTML()
 

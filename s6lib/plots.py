@@ -124,8 +124,9 @@ def _draw_gap(axes: Axes, rows: pd.DataFrame, color: str) -> None:
     test = _draw_line(axes, rows, "test_accuracy", color)
     axes.fill_between(test.index, training, test, color=color, alpha=0.12, linewidth=0)
     high, low = training.iloc[-1], test.iloc[-1]
-    gap = f"gap {signed(100 * (high - low), decimals=1).lstrip('+')} points"
-    texts = [(f"test {low:.1%}", color), (gap, INK), (f"training {high:.1%}", color)]
+    digits = 1 if abs(high - low) >= 0.01 else 2  # so that the gap is the difference of the two
+    gap = f"gap {signed(100 * (high - low), digits).lstrip('+')} points"
+    texts = [(f"test {low:.{digits}%}", color), (gap, INK), (f"training {high:.{digits}%}", color)]
     first = 0.05 if min(high, low) > sum(axes.get_ylim()) / 2 else 0.5  # below the ends of the lines, or above
     for row, (text, tone) in enumerate(texts if low <= high else texts[::-1]):
         axes.text(0.97, first + 0.085 * row, text, transform=axes.transAxes, ha="right", fontsize=11, color=tone)
@@ -251,7 +252,7 @@ def plot_misclassified(wrong: pd.DataFrame, images: ImageDataset, title: str = "
     first = wrong.head(count)
     titles = [f"{row.actual}, taken for\n{row.predicted} ({row.confidence:.0%})" for row in first.itertuples()]
     share = f"{len(first)} of its {len(wrong)} errors on {len(images.labels):,} images (confidence in brackets)"
-    return plot_digits(images.images[first["image"].tolist()], titles, columns=5, title=join_words(title, ": ", share))
+    return plot_digits(images.images[first["image"].tolist()], titles, columns=5, title=join_words(title, "\n", share))
 
 
 def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | None = None, title: str = "") -> Figure:
@@ -275,7 +276,7 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
     return grid[0].figure.figure
 
 
-def panel(size: tuple[float, float], ax: Axes | None) -> Axes:
+def panel(size: tuple[float, float], ax: Axes | None = None) -> Axes:
     """Return the panel to draw on: `ax`, or the panel of a new figure."""
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
 
@@ -330,9 +331,10 @@ def plot_differences(
             beside.append(f"{signed(row.difference)}    {row.p:.3f}    {row.p_holm:.2f}")
         label_rows(axes, names, beside, header=f"points    p alone    among {len(names)}")
         axes.set_xlabel("mean paired difference and 95% interval, points of accuracy (right of 0: the first is better)")
-        count = (comparisons["p_holm"] <= 0.05).sum()
-        result = f"{len(comparisons)} differences from {comparisons['n'].max()} seeds: {count} stand after correction"
-        axes.set_title(join_words(title, ", ", result), pad=28)  # above the header
+        count = (comparisons["p_holm"] <= 0.05).sum() or "none"
+        what = f"{len(comparisons)} differences from {comparisons['n'].max()} seeds"
+        said = join_words(title, ": ", f"{what}, {count} significant after correction")
+        axes.set_title(said, pad=28)  # above the header
     return axes.figure.figure
 
 

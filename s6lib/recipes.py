@@ -203,6 +203,9 @@ class Condition(_Settings):
         if num_splits is not None:
             _require(norm is None, "norm", "left out where num_splits is given", norm)
 
+    def __str__(self) -> str:
+        return self.slug if self.label == self.slug else f"{self.label} ({self.slug})"
+
     def penalty_of(self, model: nn.Module) -> Tensor | float:
         """Compute the sum of the condition's penalties: a differentiable scalar, or 0 if it has none."""
         penalty = l1_l2_penalty(model, self.l1, self.l2)
@@ -310,7 +313,7 @@ class Recipe(_Settings):
             _require(splits <= recipe.batch_size, "num_splits", f"at most the batch size, {recipe.batch_size}", splits)
             return recipe
         except SettingError as error:
-            raise SettingError(f"{condition.label} ({condition.slug}) with recipe {self.name}: {error}") from None
+            raise SettingError(f"{condition} with recipe {self.name}: {error}") from None
 
     @property
     def augmentation(self) -> Augmentation:
@@ -373,7 +376,7 @@ class Run:
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.condition.label} ({self.condition.slug}), seed {self.seed}"
+        return f"{self.condition}, seed {self.seed}"
 
     @cached_property
     def settings(self) -> Recipe:
@@ -408,7 +411,7 @@ def build_model(recipe: Recipe, condition: Condition, train: ImageDataset | None
         norm = partial(GhostBatchNorm, num_splits=condition.num_splits)
     if norm is not None and not recipe.takes("norm"):
         raise SettingError(
-            f"{condition.label} ({condition.slug}) needs a network that takes `norm`, the maker of the normalisation "
+            f"{condition} needs a network that takes `norm`, the maker of the normalisation "
             f"layer for a number of channels; {name_of(recipe.network)} does not"
         )
     arguments = {"norm": norm, "dropout": recipe.dropout if recipe.takes("dropout") else None}

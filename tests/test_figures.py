@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -41,7 +40,7 @@ def trials():
 
 
 DRAWINGS = {
-    "plot_winners": ((OUTCOMES,), ["3 studies, 2 of 2 conditions win one (ringed)", "gbn"]),
+    "plot_winners": ((OUTCOMES,), ["3 studies, 2 of 2 conditions win or share one (ringed)", "gbn"]),
     "plot_answers": ((pd.DataFrame([{"question": "G", **ENDS, "said": "none"}]), 0.05), ["none", "G (n = 9)"]),
     "plot_ghost_scatter": ((pd.DataFrame({4: [0.1, 0.2], 16: [0.2, 0.4]}, index=[1, 2]),), ["4 splits", "16 splits"]),
     "plot_split_sweep": ((OUTCOMES, {"bn": 1, "gbn": 4}, 64), ["1\n(64)", "4\n(16)"]),
@@ -54,7 +53,7 @@ DRAWINGS = {
         ["50%", "40%  BN", "a dot is a run, a diamond the mean of 2 seeds; BN at 50%: 30% to 50% by seed"],
     ),
     "plot_confusion": ((np.diag([90, 90]) + np.array([[0, 7], [0, 0]]), "", ["x", "y"]), ["7", "predicted", "actual"]),
-    "plot_worth": ((by_size(),), ["10%", "30,000", "ghost batches", "2 times", "nothing"]),
+    "plot_worth": ((by_size(),), ["10%", "30,000", "ghost batches", "2 times", "no regularisation"]),
     "plot_trials": (
         (TRIALS, 300, "l1", 0.1, TRIALS.tail(1)),
         ["300 images, L1 0.1: training 100.0%, held-out 95.0%, gap 5.0 points", "L1: weight of the penalty"],
@@ -75,11 +74,6 @@ def test_figures_show_what_they_name(name, mnist):
     figure.draw_without_rendering()
     shown = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
     assert set(texts) <= {line for text in shown for line in (text, *text.splitlines())}
-    if "ax" in plot.__annotations__:
-        other, panel = Figure().subplots(1, 2)
-        assert plot(*arguments, ax=panel) is panel.figure
-        assert panel.has_data()
-        assert not other.has_data()
 
 
 def test_every_figure_is_tested():

@@ -128,7 +128,7 @@ def test_a_failed_run_lets_the_others_finish_and_is_named(tmp_path, jobs):
         run_here(ONCE, (bad, GBN, Condition("blocked")), 1, tmp_path, jobs=jobs)
     first, second = sorted(str(error.value).splitlines())
     assert first.startswith("Bad (bad), seed 1: the loss is not finite at epoch 1; lower")
-    assert second.startswith("blocked (blocked), seed 1: FileExistsError")
+    assert second.startswith("blocked, seed 1: FileExistsError")
     assert not is_complete(Run(ONCE, bad, 1).folder(tmp_path))
     assert Study(tmp_path).runs == [("gbn", 1)]
 

@@ -118,7 +118,7 @@ def test_learning_curves_show_training_and_test_and_name_the_gap():
     for axes, slug in zip(figure.axes, LABELS, strict=True):
         ends = {line.get_linestyle(): line.get_ydata()[-1] for line in lines_of(axes, COLORS[slug])}
         assert ends == {"--": pytest.approx(0.92), "-": pytest.approx(0.913)}
-        assert {text.get_text() for text in axes.texts} == {"training 92.0%", "gap 0.7 points", "test 91.3%"}
+        assert {text.get_text() for text in axes.texts} == {"training 92.00%", "gap 0.70 points", "test 91.30%"}
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
 
@@ -155,7 +155,7 @@ def test_differences_are_those_of_the_comparisons_the_largest_on_top():
     beside = [f"{row.difference:+.3f}    {row.p:.3f}    {row.p_holm:.2f}" for row in comparisons.itertuples()]
     assert set(beside) <= {text.replace(MINUS, "-") for text in texts_of(axes)}
     assert len(lines_of(axes, INK)) == 2 * (comparisons["p_holm"] <= 0.05).sum() > 0
-    assert "2 stand" in axes.get_title()
+    assert "2 significant" in axes.get_title()
 
 
 @pytest.mark.parametrize("differences", [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20)])
@@ -200,9 +200,10 @@ def test_titles_fit_into_their_columns():
 def test_misclassified_names_both_classes_and_the_confidence():
     wrong = pd.DataFrame({"image": [2, 3], "actual": "one", "predicted": "seven", "confidence": [0.9, 0.51]})
     dataset = ImageDataset(IMAGES, torch.zeros(4, dtype=torch.long))
-    figure = plots.plot_misclassified(wrong, dataset, "GBN", count=1)
+    figure = plots.plot_misclassified(wrong.loc[[0, 1, 0, 1, 0]], dataset, "bottleneck (BottleneckNet), L1 + L2 + GBN")
     assert "one, taken for\nseven (90%)" in texts_of(figure)
-    assert figure.get_suptitle().startswith("GBN: 1 of its 2 errors on 4 images")
+    assert figure.get_suptitle().endswith(", L1 + L2 + GBN\n5 of its 5 errors on 4 images (confidence in brackets)")
+    assert all(0 < end < figure.bbox.x1 for text in figure.texts for end in text.get_window_extent().intervalx)
     assert "0 of its 0 errors" in plots.plot_misclassified(wrong[:0], dataset).get_suptitle()
 
 

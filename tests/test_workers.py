@@ -79,7 +79,7 @@ def test_one_worker_never_trains_in_the_driver_and_a_deadly_run_is_named(cluster
     cluster.worker()  # with a nanny, which starts it again
     settings = {"jobs": 1, "device": "cpu", "show_progress": False}
     with dask_executor(f"tcp://{cluster.address}") as executor:
-        with pytest.raises(RunsFailed, match=r"^deadly \(deadly\), seed 1: given up by the executor, KilledWorker: "):
+        with pytest.raises(RunsFailed, match=r"^deadly, seed 1: given up by the executor, KilledWorker: "):
             run_study(TINY, (DEADLY, L1_BN, GBN), (1,), tmp_path / "out", executor=executor, **settings)
         study = run_study(TINY, (L1_BN, GBN), (1, 2), tmp_path / "out", executor=executor, **settings)
     assert_same_study(study, tiny_study)

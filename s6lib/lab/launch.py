@@ -169,7 +169,7 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
         folder, about = recorded.get(slug, (out, {"seed": runs[0].seed}))
         run = Run(recipe, condition, about["seed"])
         if run.is_built_in and slug not in recorded:
-            with reproducible(CPU), error_prefix(f"{condition.label} ({slug}) cannot be trained"):
+            with reproducible(CPU), error_prefix(f"{condition} cannot be trained"):
                 set_up(run, data, CPU)
         steps = None if run.is_built_in else first_steps(run, data)
         if "first_steps" in about:

@@ -48,8 +48,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     Raises SettingError, naming the condition, if the run cannot be trained: its network cannot be built, two builds
     with its seed differ, a step fails, or it continues differently from a saved state.
     """
-    name = f"{run.condition.label} ({run.condition.slug})"
-    with reproducible(CPU), error_prefix(f"{name} cannot be trained"):
+    with reproducible(CPU), error_prefix(f"{run.condition} cannot be trained"):
         setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
         before = _pickles(run)  # before the first transform
@@ -70,7 +69,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         if changed := [part for part in before if after.get(part, before[part]) != before[part]]:
             raise SettingError(f"`{changed[0]}` changes from step to step, and {_STATE}")
         if idle := _what_learns_nothing(setup, graphs):
-            _say(f"{name}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
+            _say(f"{run.condition}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
         state = {part: one.state_dict() for part, one in setup.parts.items()}
         saved = serialise(lambda file: torch.save(state, file))
         going_on = _go_on(run, setup, batches[-1])

@@ -62,7 +62,7 @@ def test_a_worker_with_nothing_to_do_ends_with_its_driver(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_kills_its_worker_each_time_is_named_and_the_others_complete(undisturbed, tmp_path, capsys):
-    with pytest.raises(RunsFailed, match=r"^deadly \(deadly\), seed 1: .*: is memory short .* fewer jobs: finished"):
+    with pytest.raises(RunsFailed, match=r"^deadly, seed 1: .*: is memory short .* fewer jobs: finished"):
         run_study(TINY, (DEADLY, L1_BN, GBN), (1,), tmp_path, jobs=2, show_progress=False)
     assert_same_study(Study(tmp_path), undisturbed)
     assert capsys.readouterr().err.count("a worker process was killed; its runs go on in a new one\n") == 3
