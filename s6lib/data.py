@@ -208,12 +208,15 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
     if one != other:
         raise DataError(f"training and test images must be of one size, not {one} and {other}: resize them")
     names = max(train.class_names, test.class_names, key=len)
+    for own in (train.class_names, test.class_names):
+        if own[0] != "0" and own != names[: len(own)]:
+            raise DataError(f"training and test set must number the classes alike, not as {names} and {own}")
     return replace(train, class_names=names), replace(test, class_names=names)
 
 
 def _read_dataset(dataset: Any) -> ImageDataset:
-    if isinstance(dataset, ImageDataset):
-        return dataset
+    if isinstance(dataset, ImageDataset):  # or a subclass, whose own __init__ may take something else
+        return ImageDataset(dataset.images, dataset.labels, dataset.class_names)
     item = dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else dataset
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(f"a data set must hold pairs (image, label), not {type(item).__name__}")
@@ -223,7 +226,8 @@ def _read_dataset(dataset: Any) -> ImageDataset:
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a Subset
         whole = whole.dataset
     numbers = _as_tensor(labels, "labels")
-    names = getattr(whole, "classes", None) or range(max(2, 1 + int(numbers.max())))
+    names = getattr(whole, "classes", None)
+    names = range(max(2, 1 + int(numbers.long().max()))) if names is None else names
     return ImageDataset(images, numbers, tuple(map(str, names)))
 
 
@@ -373,9 +377,9 @@ def _transformed(images: Tensor, transform: Transform) -> Tensor:
     levels = torch.cat(results)
     if levels.is_floating_point() and 0 <= levels.min() <= levels.max() <= 1:
         return levels.mul(255)
-    if levels.dtype != torch.uint8:
+    if levels.dtype != torch.uint8 or levels.max() <= 1 < images.max():  # 0 and 1 would be black
         raise SettingError(
-            f"`transform` must give images of uint8 or from 0 to 1, not {_describe(levels)}: leave out Normalize, "
-            "since s6lib normalises training and test images alike"
+            f"`transform` must give images of uint8 (0 to 255) or floats from 0 to 1, not {_describe(levels)}: leave "
+            "out Normalize, since s6lib normalises training and test images alike"
         )
     return levels

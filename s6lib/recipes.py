@@ -49,7 +49,7 @@ def _one_of(names: tuple[str, ...], function: str) -> Check:
 _WHOLE: Check = (lambda value: type(value) is int and value >= 1, "a whole number from 1")
 _TRUE_OR_FALSE: Check = (lambda value: type(value) is bool, "True or False")
 _NAME: Check = (
-    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, value)),
+    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, str(value))),  # an Enum's str is another
     "lower-case words joined by -, _ or .",
 )
 _CHECKS: dict[str, Check] = {
@@ -89,7 +89,12 @@ def _require_sound(settings: Mapping[str, Any]) -> None:
 
 def _require(met: bool, name: str, expected: str, value: Any) -> None:
     if not met:
-        raise SettingError(f"{name} must be {expected}, not {shorten(repr(value), 90, placeholder='...')}")
+        raise SettingError(f"{name} must be {expected}, not {short(value)}")
+
+
+def short(value: Any) -> str:
+    """The repr of a value in one short line, for a message."""
+    return shorten(repr(value), 90, placeholder="...")
 
 
 def as_python(value: Any) -> Any:
@@ -417,10 +422,13 @@ def build_model(recipe: Recipe, condition: Condition, train: ImageDataset | None
     arguments = {"norm": norm, "dropout": recipe.dropout if recipe.takes("dropout") else None}
     model = recipe.network(**{name: value for name, value in arguments.items() if value is not None})
     if not isinstance(model, nn.Module) or not any(weights.requires_grad for weights in model.parameters()):
-        raise SettingError(f"`network` must make a torch.nn.Module with parameters to train, not {model!r}")
+        raise SettingError(f"`network` must make a torch.nn.Module with parameters to train, not {short(model)}")
+    if condition.num_splits is not None and not any(isinstance(one, GhostBatchNorm) for one in model.modules()):
+        raise SettingError(f"{condition} needs a network that uses `norm`, which {name_of(recipe.network)} ignores")
     if train is not None and any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        model.eval()
         with torch.no_grad():
-            model.eval()(normalise(train.images[:2].cpu(), train.mean, train.std))
+            model(normalise(train.images[:2].cpu(), train.mean, train.std))
     return model
 
 

@@ -179,7 +179,8 @@ class Study:
                     f"the model of {run.folder(self.folder)} does not give the predictions saved with it for "
                     f"{different} of {len(saved)} images: its code has changed since; give the code that was trained"
                 )
-        return model.eval()
+        model.eval()
+        return model
 
     def predictions(self, condition: str | Condition, seed: int | None = None) -> np.ndarray:
         """Load the predicted class of each test image, uint8 (10000,), by default of the condition's first seed."""

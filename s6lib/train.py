@@ -89,21 +89,28 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     return getattr(model, "memory_format", torch.contiguous_format) if on_cpu else torch.contiguous_format
 
 
-@torch.no_grad()  # not inference_mode, in which a cache that grows in evaluation could not be used in training
-def predict_logits(model: nn.Module, dataset: Any, batch_size: int = 250) -> Tensor:
+def predict_logits(model: nn.Module, dataset: Any) -> Tensor:
     """Compute the logits, float32 (N, C), of a data set's images in evaluation mode, without augmentation.
 
-    The data set is an ImageDataset on the model's device, or any torch Dataset of (image, label).
+    The data set is an ImageDataset on the model's device, any torch Dataset of (image, label), or a DataLoader.
     """
+    return _answer(model, dataset)[0]
+
+
+@torch.no_grad()  # not inference_mode, in which a cache that grows in evaluation could not be used in training
+def _answer(model: nn.Module, dataset: Any, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+    """Compute the logits of a data set's images, and return them with the labels (N,)."""
     model.eval()
     if not isinstance(dataset, ImageDataset):
         device = next((weights.device for weights in model.parameters()), "cpu")
-        return torch.cat([model(images.to(device)) for images, _ in DataLoader(dataset, batch_size)])
+        loader = dataset if isinstance(dataset, DataLoader) else DataLoader(dataset, batch_size)
+        logits, labels = zip(*((model(images.to(device)), labels.to(device)) for images, labels in loader), strict=True)
+        return torch.cat(logits), torch.cat(labels)
     parts = (normalise(part, dataset.mean, dataset.std) for part in dataset.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
         # With one channel, only the strides tell the memory format, and `to` would not change them.
         parts = (part.squeeze(1).unsqueeze(3).movedim(3, 1) for part in parts)
-    return torch.cat([model(part) for part in parts])
+    return torch.cat([model(part) for part in parts]), dataset.labels
 
 
 def predict(model: nn.Module, dataset: Any) -> Tensor:
@@ -113,10 +120,7 @@ def predict(model: nn.Module, dataset: Any) -> Tensor:
 
 def evaluate(model: nn.Module, dataset: Any) -> Evaluation:
     """Compute the mean cross-entropy and the accuracy (0 to 1) of a model on all images of a data set."""
-    logits = predict_logits(model, dataset)
-    if isinstance(dataset, ImageDataset):
-        return score(logits, dataset.labels)
-    return score(logits, torch.cat([labels for _, labels in DataLoader(dataset, 250)]).to(logits.device))
+    return score(*_answer(model, dataset))
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:

@@ -217,7 +217,7 @@ def test_torchs_data_sets_are_read_as_grey_levels_with_the_names_of_their_classe
     train, test = load_data(lambda: (fake(30, transform), Subset(fake(40, transform), range(30, 40))))
     assert (len(train), len(test), train.class_names) == (30, 10, ("0", "1", "2", "3"))
     named = fake(20, transform)
-    named.classes = ["shirt", "shoe", "bag", "hat"]
+    named.classes = np.array(["shirt", "shoe", "bag", "hat"])
     for part in load_data(lambda: (Subset(Subset(named, range(15)), range(9)), fake(9, transform))):
         assert part.class_names == ("shirt", "shoe", "bag", "hat")
     expected = [(np.asarray(image), label) for image, label in fake(40)]
@@ -227,7 +227,8 @@ def test_torchs_data_sets_are_read_as_grey_levels_with_the_names_of_their_classe
 
 @pytest.mark.parametrize(
     "part", [PAIRS, [(image, int(label)) for image, label in PAIRS], [(X[i] / 255, Y[i]) for i in range(40)],
-             TensorDataset(torch.tensor(X) / 255, torch.tensor(Y)), ImageDataset(X, Y)],
+             TensorDataset(torch.tensor(X) / 255, torch.tensor(Y)),
+             type("Own", (ImageDataset,), {"__init__": lambda self: ImageDataset.__init__(self, X, Y)})()],
 )  # fmt: skip
 def test_pairs_of_image_and_label_are_a_data_set(part):
     _, test = load_data(lambda: [part, part])
@@ -253,6 +254,7 @@ def failing():
         (lambda: [fake(9, v2.Compose([FLOATS, v2.Normalize([0.5], [0.5])]))] * 2, "uint8 .* leave out Normalize"),
         (lambda: (PAIRS, fake(9, v2.Compose([GREY, v2.Resize(8)]))), r"of one size, not \(12, 12\) and \(8, 8\)"),
         (lambda: [[(X[0], 0.5), (X[1], 1)]] * 2, "labels must be whole numbers"),
+        (lambda: [ImageDataset(X[:2], [0, 1], names) for names in ("abc", "ac")], "must number the classes alike"),
     ],
 )
 def test_what_are_no_two_data_sets_is_one_sentence(data, said):
@@ -412,7 +414,7 @@ def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
     ("transform", "said"),
     [
         (v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.13], [0.31])]), "leave out Normalize"),
-        (v2.ToDtype(torch.float32), r"give images of uint8 or from 0 to 1, not torch.float32"),
+        (v2.ToDtype(torch.float32), r"give images of uint8 \(0 to 255\) or floats from 0 to 1, not torch.float32"),
         (v2.Grayscale(3), r"of the same size, not \(3, 28, 28\)"),
         (lambda image: None, "of the same size, not NoneType"),
     ],

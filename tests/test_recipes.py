@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import replace
+from enum import Enum
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,10 @@ from s6lib.norm import GhostBatchNorm
 from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe, build_model
 
 Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
+
+
+class Slug(str, Enum):
+    MINE = "mine"
 
 
 class Own(nn.Sequential):
@@ -203,6 +208,7 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
     ("asked", "said"),
     [
         *(({"slug": slug}, "slug must be lower-case words") for slug in ("..", "a/b", "gbn\n", "A", "a-", "a_-b", 5)),
+        ({"slug": Slug.MINE}, "slug must be lower-case words"),
         *(({"slug": "", **more}, "needs a slug, as in 'mine'") for more in ({}, {"l1": 0.0}, {"penalty": lambda _: 0})),
         ({"slug": "", "l1": -1e-4}, "l1 must be a finite number from 0, not -0.0001"),
         ({"slug": "", "dropout": -0.1}, "dropout must be a finite number from 0 to 1, not -0.1"),

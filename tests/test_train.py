@@ -122,7 +122,7 @@ def test_no_batches_or_a_loss_or_a_penalty_that_is_not_finite_are_one_sentence(m
 
 
 @pytest.mark.parametrize(
-    "of", [lambda images: images, list, lambda images: Subset(images, range(300)),
+    "of", [lambda images: images, list, lambda images: Subset(images, range(300)), lambda images: DataLoader(images, 7),
            lambda images: TensorDataset(normalise(images.images), images.labels)],
 )  # fmt: skip
 def test_evaluation_is_torchs_on_any_data_set(model, mnist, of):

@@ -31,6 +31,7 @@ from s6lib.lab.launch import run_study
 from s6lib.lab.record import compare
 from s6lib.lab.trial import first_steps, pack
 from s6lib.recipes import ALL_CONDITIONS, CONTROL, Condition, Recipe, Run, load_images
+from s6lib.study import Study
 
 
 class Net(nn.Sequential):
@@ -85,7 +86,7 @@ def refusal(recipe, condition):
         steps_of(recipe, condition)
     message = str(error.value)
     assert "\n" not in message
-    assert message.startswith(f"{condition.label} ({condition.slug})"), message
+    assert message.startswith(str(condition)), message
     return message
 
 
@@ -174,6 +175,10 @@ def test_a_gradient_may_jump_where_a_loss_may_not():
     assert compare(steps(math.nan, 1.0), steps(math.nan, 1.0)) == []
 
 
+def calling(penalty):
+    return lambda model: penalty(model)
+
+
 def test_code_that_a_worker_cannot_import_is_sent_to_it(monkeypatch):
     """That of a module without a file, and of a file whose name begins as s6lib's folder does."""
     for file in (None, f"{Path(s6lib.__file__).parent}_ideas.py"):
@@ -182,9 +187,9 @@ def test_code_that_a_worker_cannot_import_is_sent_to_it(monkeypatch):
         if file:
             module.__file__ = file
         monkeypatch.setitem(sys.modules, "ideas", module)
-        content = pack(module.penalty, [module.penalty])
+        contents = [pack(code, [code]) for code in (module.penalty, calling(module.penalty))]
         monkeypatch.delitem(sys.modules, "ideas")
-        assert pickle.loads(content)(None) == 0.0
+        assert [pickle.loads(content)(None) for content in contents] == [0.0, 0.0]
 
 
 # --- what cannot be trained ------------------------------------------------------------------------------------------
@@ -248,6 +253,9 @@ REFUSED = [
     (with_last(lambda: nn.PReLU(init=np.random.default_rng().uniform())), "two networks built with one seed differ"),
     (with_flat(get_extra_state=lambda net: {object}, set_extra_state=print), "cannot load its state .*: Unpickling"),
     (with_flat(forward=made_in_forward), r"\(make all layers in __init__\): RuntimeError: .*head.weight"),
+    (with_parts(transform=lambda x: x.roll(int(np.random.default_rng().integers(28)))), "two first batches .* differ"),
+    (with_parts(transform=lambda image: (image > 127).byte()), "uint8 .0 to 255. or floats .*, not torch.uint8"),
+    ((Recipe("deaf", lambda norm: Net()), ALL_CONDITIONS["gbn"]), "needs a network that uses `norm`, which <lambda>"),
     (with_parts(network=HookLambda, ema=0.9), "copy .a hook must use the module it is given. fails"),
 ]  # fmt: skip
 
@@ -316,8 +324,41 @@ class CountingOptimizer(torch.optim.SGD):
             super().step(closure)
 
 
+class OwnMomentum(torch.optim.SGD):
+    """Adds the gradients of the step before, which it keeps in an attribute."""
+
+    before = ()
+
+    def step(self, closure=None):
+        gradients = [weights.grad for weights in self.param_groups[0]["params"]]
+        for gradient, before in zip(gradients, self.before, strict=False):
+            gradient.add_(before)
+        self.before = [gradient.clone() for gradient in gradients]
+        super().step(closure)
+
+
+def warming(logits, targets, steps):
+    steps[0] += 1
+    return F.cross_entropy(logits, targets) * (1.0 if steps[0] > 30 else 0.5)
+
+
+class CountingTensor(Flat):
+    """Counts in a buffer that no state_dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+    def forward(self, images):
+        self.steps += self.training
+        return super().forward(images)
+
+
 LOCK = threading.Lock()
 CARRIED = {
+    "an optimizer's own momentum": with_parts(optimizer=OwnMomentum),
+    "an argument of a loss": with_parts(loss=partial(warming, steps=[0])),
+    "a buffer that is not saved": with_parts(network=CountingTensor),
     "a global": with_penalty(counting_in_a_global),
     "a closure": with_parts(transform=counting(lambda image, steps: image)),
     "what cannot be pickled": with_penalty(counting(lambda model, steps: steps * model[0].weight.abs().sum(), LOCK)),
@@ -426,7 +467,8 @@ class Lookahead(torch.optim.SGD):
                 weights.data.mul_(0.5)
 
 network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-flip = lambda image: image.flip(2) if torch.rand(()) < 0.0002 else image
+flip = lambda image: image.flip(2) if torch.rand(()) < RARE else image
+RARE = 0.0002
 RECIPE = s6lib.Recipe("net", network, epochs=1, train_images=64, optimizer=Lookahead, transform=flip)
 CONDITIONS = (s6lib.CONTROL,)
 """
@@ -446,8 +488,11 @@ def test_an_edit_that_shows_late_is_refused_and_a_comment_is_none(tmp_path, monk
     assert study(3, "        super()", "        # as ever\n\n        super()") == [("bn", 1)]
     with pytest.raises(StudyError, match=r"with different settings: other code in optimizer.* a new name"):
         study(4, "% 5", "% 6")
-    with pytest.raises(StudyError, match="other code in transform"):
+    with pytest.raises(StudyError, match=r"other code in transform, RARE = 0\.0002, not 0\.0003"):
         study(5, "0.0002", "0.0003")
+    file = tmp_path / "4" / "edited.py"
+    with pytest.raises(StudyError, match="other code in optimizer"):
+        Study(tmp_path / "out", *read_study_file(str(file)))
 
 
 def test_what_is_complete_is_compared_before_it_is_tried_and_is_not_trained(tmp_path, monkeypatch):
@@ -458,7 +503,7 @@ def test_what_is_complete_is_compared_before_it_is_tried_and_is_not_trained(tmp_
     before = study().history()
     monkeypatch.setattr("s6lib.lab.run.train_epoch", None)
     assert study().history().equals(before)
-    with pytest.raises(StudyError, match=r"was trained with different settings: penalty = .*new name"):
+    with pytest.raises(StudyError, match=r"settings: other code in penalty, lam = 0.0001, not 0.1\..*new name"):
         study(lam=1e-1)
     monkeypatch.setattr("s6lib.lab.launch.first_steps", None)
     with pytest.raises(StudyError, match="epochs = 1, not 2"):

@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 CPU = torch.device("cpu")
+_ALONE = threading.RLock()  # the threads of a process share the random generators, so they take turns
 
 
 def seed_everything(seed: int, epoch: int, device: torch.device) -> torch.Generator:
@@ -42,7 +44,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
     at the end.
     """
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # do not initialise an idle GPU
-    with ExitStack() as settings:
+    with _ALONE, ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.enable_grad())
         for kind in dict.fromkeys(("cpu", device.type)):

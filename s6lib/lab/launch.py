@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +22,7 @@ from s6lib.lab.record import differences, identity, read_condition, require_same
 from s6lib.lab.run import Data, save_run, set_up
 from s6lib.lab.trial import error_prefix, first_steps
 from s6lib.lab.workers import Outcome, Task, resolve_device, train_here, train_with
-from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, load_images
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, load_images, short
 from s6lib.study import Study
 
 
@@ -66,6 +65,8 @@ def run_study(
     out, jobs = Path(out).expanduser(), None if jobs is None else _whole_number("jobs", jobs, 1)
     if executor is None:
         device = resolve_device(device)
+    elif not isinstance(executor, Executor):
+        raise StudyError(f"executor must be a concurrent.futures.Executor, not {short(executor)}")
     load_images.cache_clear()
     try:
         with reproducible(CPU):
@@ -92,7 +93,7 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
     found = choices.get(given) if isinstance(given, str) else given
     if not isinstance(found, kind):
         raise StudyError(
-            f"{shorten(repr(given), 90, placeholder='...')} is neither a {kind.__name__} nor the name of a built-in "
+            f"{short(given)} is neither a {kind.__name__} nor the name of a built-in "
             f"one, which are: {', '.join(choices)}"
         )
     return found

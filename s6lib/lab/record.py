@@ -74,7 +74,25 @@ def _entry(value: Any) -> Any:
     if callable(value) and _is_in_library(type(value)):
         settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_"}
         return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
-    return {"name": name_of(value), "source": _source(value)}
+    numbers = _numbers(value)
+    return {"name": name_of(value), "source": _source(value)} | ({"numbers": numbers} if numbers else {})
+
+
+def _numbers(thing: Any) -> dict[str, float]:
+    """The numbers that the user's code reads: attributes, defaults, and variables of its closure and module."""
+    kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+    read = {} if kind is thing else dict(getattr(thing, "__dict__", {}))
+    for function in _functions_of(kind):
+        with suppress(ValueError):  # a variable that is not set yet
+            read |= {**inspect.getclosurevars(function).globals, **inspect.getclosurevars(function).nonlocals}
+        read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    return {name: value for name, value in read.items() if type(value) in (int, float, bool) and name[0] != "_"}
+
+
+def _functions_of(kind: Any) -> list[Any]:
+    """The methods of a class; of a function, itself, unwrapped, since torch wraps the step of an optimizer's class."""
+    members = vars(kind).values() if isinstance(kind, type) else [getattr(kind, "__func__", kind)]
+    return list(filter(inspect.isfunction, map(inspect.unwrap, filter(inspect.isfunction, members))))
 
 
 def _is_in_library(thing: Any) -> bool:
@@ -103,10 +121,8 @@ def _source(thing: Any) -> str | None:
     thing = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
     if _is_in_library(thing):  # such as Tensor, of class weights
         return None
-    members = vars(thing).values() if isinstance(thing, type) else [inspect.unwrap(thing)]
     with suppress(Exception):  # Python finds a source, or it does not
-        # Unwrapped, since torch wraps the step of an optimizer's class.
-        codes = {inspect.unwrap(member).__code__ for member in members if inspect.isfunction(member)}
+        codes = {function.__code__ for function in _functions_of(thing)}
         lines, _ = inspect.findsource(thing)
         if codes <= set(_codes_in(compile("".join(lines), "", "exec", dont_inherit=True))):
             return inspect.getsource(thing)
@@ -183,7 +199,7 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> list[str
     wanted = {name: requested[name] for name in ("recipe", "condition", "seed") if name in requested}
     phrases = compare({name: recorded.get(name) for name in wanted}, wanted, tolerance=0)
     # Before version 0.3, which records all learning rates, the first steps alone told whether code had changed.
-    if steps is None or "learning rates" not in (there or {}):
+    if "learning rates" not in (there or {}):
         phrases = [phrase for phrase in phrases if not phrase.startswith(OTHER_CODE)]
     if phrases or steps is None:
         return phrases
@@ -209,7 +225,9 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
     """
     if _is_source(old) and _is_source(new):
         trees = {_syntax_tree(entry["source"]) for entry in (old, new)}
-        return [f"{OTHER_CODE} {name}"] if len(trees - {None}) == 2 else []
+        was, now = (entry.get("numbers", {}) for entry in (old, new))
+        other = [f", {key} = {was[key]}, not {now[key]}" for key in was.keys() & now.keys() if was[key] != now[key]]
+        return [f"{OTHER_CODE} {name}{more}" for more in other or [""] * (len(trees - {None}) == 2)]
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
             names = sorted(old.keys() ^ new.keys())
@@ -217,6 +235,8 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
         keys = [key for key in {**old, **new} if key != "label" and (not shared or (key in old and key in new))]
         shared = shared or "instance" in new or _is_source(new.get("partial"))
         parts = [(key, old.get(key), new.get(key)) for key in keys]
+    elif name == "checksums" and old != new:
+        return ["other images or labels"]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         one = name.removesuffix("s")
         parts = [(f"{one} {place}", *pair) for place, pair in enumerate(zip(old, new, strict=True), 1)]

@@ -1,6 +1,7 @@
 """The trial of a run with the user's code: its first steps, which also identify it, and a check for hidden state."""
 
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 import traceback
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,8 +37,9 @@ EVALUATED = 250  # number of test images
 _LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
 _STATE = (
     "a number that it keeps in Python makes a run depend on the order of runs and on where it was stopped: keep it in "
-    "a buffer, or use the share of training done, as a schedule does"
+    "a buffer, or use the share of training done, as a schedule does (and make caches in __init__)"
 )
+_SEEDED = "draw random numbers from the global generators of torch, numpy or random, which each run seeds"
 
 
 def first_steps(run: Run, data: Data) -> dict[str, Any]:
@@ -51,9 +55,9 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     with reproducible(CPU), error_prefix(f"{run.condition} cannot be trained"):
         setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
-        before = _pickles(run)  # before the first transform
+        before = _pickles(run, setup)  # before the first transform
         with error_prefix("its first batches cannot be made"):
-            batches = list(_first_batches(run, setup))
+            again, *batches = [*islice(_first_batches(run, second), 1), *_first_batches(run, setup)]
         steps, attributes, graphs = [], [], list[Any]()
         for number, batch in enumerate(batches[:STEPS], 1):
             with error_prefix(f"step {number} fails"):
@@ -62,12 +66,13 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
                 attributes.append(_attributes(setup))
         if serialise_weights(second.model) != built:  # as it was before the steps of the first
             raise SettingError(
-                "two networks built with one seed differ: `network` must make a new one each time, and draw random "
-                "numbers from the global generators of torch, numpy or random, which each run seeds"
+                f"two networks built with one seed differ: `network` must make a new one each time, and {_SEEDED}"
             )
-        before, after = before | attributes[0], _pickles(run) | attributes[-1]
+        before, after = before | attributes[0], _pickles(run, setup) | attributes[-1]
         if changed := [part for part in before if after.get(part, before[part]) != before[part]]:
             raise SettingError(f"`{changed[0]}` changes from step to step, and {_STATE}")
+        if not torch.equal(again[0], batches[0][0]):
+            raise SettingError(f"two first batches of one seed differ: {_SEEDED}")
         if idle := _what_learns_nothing(setup, graphs):
             _say(f"{run.condition}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
         state = {part: one.state_dict() for part, one in setup.parts.items()}
@@ -183,10 +188,10 @@ def _kind(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _pickles(run: Run) -> dict[str, Any]:
+def _pickles(run: Run, setup: Setup) -> dict[str, Any]:
     """The user's parts as bytes, which show a counter in a closure, a global or an attribute."""
     pickles = {}
-    for name, part in run.parts.items():
+    for name, part in {**run.parts, **({} if "loss" in setup.parts else {"loss": setup.loss})}.items():
         if not is_library(part) and name != "data":
             with suppress(Exception):  # a lock, for example: what cannot be pickled cannot be watched
                 pickles[name] = pack(part, [part])
@@ -195,7 +200,12 @@ def _pickles(run: Run) -> dict[str, Any]:
 
 def pack(content: Any, parts: Iterable[Any]) -> bytes:
     """Pickle something for any process with s6lib, with the user's code in `parts`, be it in a file or a notebook."""
-    names = {getattr(piece, "__module__", "") for part in parts for piece in pieces(part)}
+    used = [piece for part in parts for piece in pieces(part)]
+    for function in filter(inspect.isfunction, list(used)):  # and what it calls, perhaps from another file
+        with suppress(ValueError):  # a variable that is not set yet
+            names = inspect.getclosurevars(function)
+            used += [*names.globals.values(), *names.nonlocals.values()]
+    names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
     with ExitStack() as registered:
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
             standard = module.__name__.partition(".")[0] in sys.stdlib_module_names
@@ -215,17 +225,20 @@ def _attributes(setup: Setup) -> dict[str, Any]:
         owners["optimizer"] = setup.optimizer
     attributes = {}
     for path, owner in owners.items():
-        for name, value in vars(owner).items():
-            with suppress(TypeError, ValueError):  # what JSON cannot hold cannot be watched
+        unsaved = {name: owner.get_buffer(name) for name in getattr(owner, "_non_persistent_buffers_set", ())}
+        for name, value in {**vars(owner), "_parameters": None, "_buffers": unsaved}.items():
+            with suppress(TypeError, ValueError, RuntimeError):  # what JSON cannot hold cannot be watched
                 attributes[f"{path}.{name}"] = json.dumps(value, default=_attributes_of)
     return attributes
 
 
-def _attributes_of(value: Any) -> dict[str, Any]:
-    """The attributes of an object of the user's, such as a counter; a state_dict has those of modules and tensors."""
-    if isinstance(value, nn.Module | Tensor):
+def _attributes_of(value: Any) -> Any:
+    """The number in an array, or the attributes of an object, such as a counter; not those of modules and tensors."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.item()  # raises ValueError or RuntimeError for more than one
+    if isinstance(value, nn.Module):
         raise TypeError
-    return vars(value)
+    return list(value) if isinstance(value, deque) else vars(value)
 
 
 def _what_learns_nothing(setup: Setup, graphs: list[Any]) -> list[str]:
@@ -266,4 +279,6 @@ def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
         evaluation = float(F.cross_entropy(logits.float(), some.labels))
     seed_everything(run.seed, 2, CPU)
     with error_prefix(f"a step on {len(batch[1])} images, as many as the last batch has, fails"):
-        return {"evaluation": evaluation, **_step(run, setup, batch, [])}
+        step = _step(run, setup, batch, [])
+        after = predict_logits(setup.model, some)  # shows what the optimizer keeps
+        return {"evaluation": evaluation, **step, "loss afterwards": float(F.cross_entropy(after.float(), some.labels))}

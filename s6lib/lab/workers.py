@@ -33,7 +33,6 @@ _LACKS_MODULE = (
     "a worker cannot import what the run needs ({}): install it there; for s6lib, run `pip install -r "
     "requirements.txt` in a clone"
 )
-_ALONE = threading.Lock()  # the threads of a process share the random generators, so they take turns
 
 
 class Task(NamedTuple):
@@ -180,12 +179,11 @@ def _train(run: Run, task: Task) -> Outcome:
     """
     try:
         folder = run.folder(task.token.parent) if task.token.exists() else None
-        with _ALONE:
-            steps = None
-            if has_user_code(run):
-                with reproducible(CPU):  # a function that gives the data may draw
-                    steps = first_steps(run, load_images(run.recipe.data, run.recipe.held_out))
-            return train_run(run, folder, resolve_device(task.device), steps)
+        steps = None
+        if has_user_code(run):
+            with reproducible(CPU):  # a function that gives the data may draw
+                steps = first_steps(run, load_images(run.recipe.data, run.recipe.held_out))
+        return train_run(run, folder, resolve_device(task.device), steps)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
     return message if message.startswith(str(run)) else f"{run}: {message}"
