@@ -14,7 +14,8 @@ of the others with it:
     resume       a run by the command, killed at an epoch's end and in the middle, against one that was not
     notebooks    the real use: 03 in "quick", 06 and 07
 
-`--dry-run` goes the same way on a CPU in a few minutes, with few images and nothing recorded.
+`--dry-run` goes the same way on a CPU in a few minutes, with few images and nothing recorded. Where s6lib is not
+installed, set PYTHONPATH=. before these commands.
 """
 
 import os
@@ -146,7 +147,7 @@ def profile() -> None:
     for slug in ("bn", "l1-l2-gbn"):
         setup, condition = new_setup(ALL_CONDITIONS[slug]), ALL_CONDITIONS[slug]
         timed(setup, condition, False)
-        with torch.profiler.profile() as profiled:
+        with torch.profiler.profile(activities=None if DRY else [torch.profiler.ProfilerActivity.CUDA]) as profiled:
             timed(setup, condition, False)
         rows = [row for row in profiled.key_averages() if DRY or "CPU" not in str(row.device_type)]
         rows, count = [row for row in rows if not row.key.startswith("Optimizer")], 3 + STEPS

@@ -53,7 +53,7 @@ def test_a_callers_settings_and_modes_change_nothing_and_come_back():
 NEWER = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")
 
 
-@pytest.mark.parametrize("interface", ["neither", "the older", pytest.param("the newer", marks=NEWER)])
+@pytest.mark.parametrize("interface", ["neither", "the older", "both", pytest.param("the newer", marks=NEWER)])
 def test_float32_is_full_whichever_interface_has_asked_for_tf32(interface, monkeypatch, request):
     """And the older one can be read: torch refuses that if the two disagree."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -62,6 +62,10 @@ def test_float32_is_full_whichever_interface_has_asked_for_tf32(interface, monke
     elif interface == "the older":
         request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
         torch.set_float32_matmul_precision("high")
+    elif interface == "both":
+        request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+        torch.set_float32_matmul_precision("medium")
+        matmul.allow_tf32 = True
     newer = [cudnn.conv, matmul] if hasattr(cudnn, "conv") else []
     before = [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
     with reproducible(CPU):

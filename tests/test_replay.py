@@ -49,7 +49,7 @@ class Graph(TorchDispatchMode):
 
     recorded = launched = 0
 
-    def capture_begin(self):
+    def capture_begin(self, capture_error_mode):
         Graph.recorded += 1
         self.operations, self.overwritten, self.drawn = [], [], torch.get_rng_state()
         self.__enter__()

@@ -91,15 +91,14 @@ def _use_exact_kernels(settings: ExitStack) -> None:
         newer = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]
     for operation in newer:
         settings.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
-    with suppress(RuntimeError):  # a caller who has used both cannot read the older one
-        settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
     for name, value in (("benchmark", False), ("deterministic", True), ("allow_tf32", False)):
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # a caller who has used both cannot read the older one
             settings.callback(setattr, cudnn, name, getattr(cudnn, name))
             setattr(cudnn, name, value)
     for operation in newer:
         operation.fp32_precision = "ieee"
+    settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("highest")
 
 
 def keep_freed_memory() -> None:

@@ -90,7 +90,7 @@ class Recorder:
                 torch.cuda.empty_cache()  # of the last epoch's graphs
                 self.graph = torch.cuda.CUDAGraph()
                 gc.disable()  # the end of an old graph would break the recording (pytorch pull request 161037)
-                self.graph.capture_begin()
+                self.graph.capture_begin(capture_error_mode="thread_local")  # a notebook has other threads
                 yield inputs
                 self.graph.capture_end()
                 gc.enable()

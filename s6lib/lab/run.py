@@ -273,6 +273,8 @@ def _resume(
         raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
     for name, part in setup.parts.items():
         part.load_state_dict(checkpoint[name])
+    for group in setup.optimizer.param_groups:
+        group["lr"] = float(group["lr"])  # a recorded step has kept it as a tensor
     write_whole(folder / "history.csv", _history_csv(checkpoint["history"]))
     return checkpoint["history"], checkpoint.get("machines", [])
 
