@@ -6,13 +6,12 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import figures
 import lesson_tables as tables
 from s6lib.analysis import convolution_weights
 from s6lib.recipes import CONDITIONS, PLAIN, Condition, build_model
-from s6lib.statistics import paired_comparisons, seeds_needed
+from s6lib.statistics import seeds_needed
 
 OUTCOMES = pd.DataFrame({"bn": [2.0, 1.0, 3.0], "gbn": [1.0, 1.0, 2.0]}, index=[1, 2, 3])
 ENDS = {"low_90": -0.1, "high_90": 0.1, "low_95": -0.2, "high_95": 0.2, "mean": 0.0, "low": -0.2, "high": 0.2, "n": 9}
@@ -94,8 +93,6 @@ def test_confusions_of_known_predictions():
     assert (matrix.sum(), matrix[4, 9], matrix[9, 4], matrix[1, 7], matrix[7, 1]) == (7, 1, 1, 1, 0)
     pairs = tables.confused_pairs(matrix)
     assert pairs.iloc[:2].to_numpy().tolist() == [["four / nine", 2, 2 / 3], ["one / seven", 1, 1 / 3]]
-    with pytest.raises(ValueError, match="class_names must be the 3 names"):
-        tables.confused_pairs(np.zeros((3, 3), dtype=int))
 
 
 def test_errors_by_digit_count_the_runs_that_are_wrong(tiny_study, mnist):
@@ -153,10 +150,6 @@ def test_conditions_of_different_seeds_have_no_difference():
 def test_mcnemar_is_the_binomial_test():
     first, second = (np.isin(np.arange(100), range(*ends)) for ends in ((0, 40), (27, 47)))
     assert tables.mcnemar_p(first, second) == (27, 7, pytest.approx(scipy.stats.binomtest(7, 34).pvalue))
-    with pytest.raises(ValueError, match=r"the same images, not on \(100,\) and \(99,\)"):
-        tables.mcnemar_p(first, second[1:])
-    with pytest.raises(ValueError, match="compare its predictions with the labels first"):
-        tables.mcnemar_p(np.array([3, 1]), np.array([3, 0]))
 
 
 def test_equal_conditions_differ_by_chance_alone():
@@ -174,9 +167,6 @@ def test_the_best_must_beat_every_other():
     assert tables.verdict_on_best(comparisons, "a", ["b", "c"]) == "supported"
     assert tables.verdict_on_best(comparisons, "c", ["a", "b"]) == "contradicted"
     assert tables.verdict_on_best(comparisons.assign(p_holm=0.3), "a", ["b"]) == "cannot be told at this n"
-    for best, others, sentence in (("a", ["d"], "no comparison of a with d"), ("a", [], "a is compared with none")):
-        with pytest.raises(ValueError, match=sentence):
-            tables.verdict_on_best(paired_comparisons(OUTCOMES.rename(columns={"bn": "a"})), best, others)
 
 
 def test_right_predictions_are_those_of_the_condition_by_seed(tiny_study, mnist):
@@ -184,8 +174,6 @@ def test_right_predictions_are_those_of_the_condition_by_seed(tiny_study, mnist)
     right = tables.right_predictions(tiny_study, "gbn", labels)
     assert (right.shape, right.index.tolist(), right.to_numpy().dtype) == ((2, 10_000), [1, 2], bool)
     assert (100 * right.mean(axis=1)).tolist() == pytest.approx(tiny_study.outcomes()["gbn"].tolist())
-    with pytest.raises(ValueError, match="no run of condition 'gnb'; choose one of: l1-bn, gbn"):
-        tables.right_predictions(tiny_study, "gnb", labels)
 
 
 def test_a_run_passes_if_all_of_its_last_epochs_do():
@@ -199,9 +187,6 @@ def test_a_run_passes_if_all_of_its_last_epochs_do():
 
 def test_the_interval_of_an_accuracy_is_wilsons():
     assert tables.wilson_interval(0.9945) == pytest.approx((0.99285, 0.99577), abs=1e-5)
-    for percent in (99.5, -0.1, np.nan):
-        with pytest.raises(ValueError, match="divide percents by 100"):
-            tables.wilson_interval(percent)
 
 
 def small_network():
@@ -223,15 +208,6 @@ def test_pruning_zeroes_the_smallest_convolution_weights_of_a_copy(share):
     assert copy.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(copy.state_dict()[name], state[name]) for name in ("0.bias", "4.weight", "4.bias"))
-
-
-def test_what_cannot_be_pruned_is_refused():
-    with pytest.raises(ValueError, match="a share is from 0 to 1, not 60"):
-        tables.pruned(small_network(), 60)
-    with pytest.raises(ValueError, match="Linear has no 2d convolution"):
-        tables.pruned(nn.Linear(3, 4), 0.5)
-    with pytest.raises(ValueError, match="0 computes its weight, so it cannot be pruned: make it a plain weight"):
-        tables.pruned(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(1, 8, 5))), 0.5)
 
 
 def test_a_pruning_curve_starts_at_the_accuracy_of_the_run(tiny_study, mnist):

@@ -19,7 +19,7 @@ from execute import execute
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook
 from set_address import FILES
 
 import s6lib
@@ -186,17 +186,6 @@ def test_the_first_cell_runs_over_an_empty_or_half_made_lab(tmp_path):
         _, _, shown = run_in_colab(tmp_path / str(number), state, FIRST, f"{FROM_LAB}; print(os.listdir('lab.old'))")
         assert colab.printed(shown).startswith("True ['lab', 'lab.old']\n"), state
         assert ("'mine'" in colab.printed(shown)) == ("mine" in state)
-
-
-def test_differences_from_what_is_saved_are_seen():
-    """By the command that runs the notebooks as in Colab; the first cell, which prints versions, is not compared."""
-    one, two = ([new_code_cell(source) for source in ("first", "1 + 1", "3")] for _ in range(2))
-    one[1].outputs, two[1].outputs = (
-        [new_output("execute_result", data={"text/plain": shown})] for shown in ("2", "3")
-    )
-    same, other = new_notebook(cells=one), new_notebook(cells=two)
-    assert colab.differences(same, same) == (2, [])
-    assert colab.differences(same, other)[1][-2:] == ["-2", "+3"]
 
 
 def read(name: str, folder: Path | None = None) -> NotebookNode:
