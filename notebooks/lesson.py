@@ -2,15 +2,12 @@
 
 import inspect
 import io
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from math import ceil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -164,21 +161,6 @@ def plot_activations(seen: Mapping[str, Sequence[Sequence[np.ndarray]]], reach: 
     return figure
 
 
-def minutes_here(recipe: Recipe) -> float:
-    """Estimate from two short epochs how many minutes the five conditions take on this machine.
-
-    On a CPU, an epoch takes as long as its images. A GPU first records a step, which takes longer than hundreds of
-    images: there the epochs are whole ones.
-    """
-    gpu = torch.cuda.is_available()
-    few = replace(recipe, epochs=2, train_images=recipe.train_images if gpu else min(3_200, recipe.train_images))
-    with TemporaryDirectory() as folder:
-        trial = run_study(few, CONDITIONS, out=folder, show_progress=False)
-        seconds = trial.history().query("epoch == 2")["seconds"].mean()
-    seconds *= recipe.epochs * recipe.train_images / few.train_images
-    return seconds * ceil(len(CONDITIONS) / (1 if gpu else os.cpu_count() or 1)) / 60
-
-
 def is_published(folder: str | Path) -> bool:
     """Return whether a folder is that of the published runs."""
     return Path(folder).expanduser().resolve() == (PROJECT / "results").resolve()
@@ -210,15 +192,11 @@ def five_conditions(mode: str, recipe: Recipe, folder: str | Path) -> dict[str, 
     """Train the five conditions with seed 1, or nothing, and open the first seed of each study in the folder.
 
     Args:
-        mode: "open" to train nothing, "quick" for three short epochs, "full" for the whole recipe, after a sentence
-            that says how long it takes. What is there already is not trained again.
+        mode: "open" to train nothing, "quick" for three short epochs, "full" for the whole recipe. What is
+            there already is not trained again.
     """
     if mode not in ("open", "quick", "full"):
         raise S6Error(f'MODE must be "open", "quick" or "full", not {mode!r}')
-    if mode == "full":
-        print("timing two epochs of each condition first ...", flush=True)
-        print(f"one study, recipe {recipe.name}: {len(CONDITIONS)} runs of {recipe.epochs} epochs,", end=" ")
-        print(f"about {max(1, minutes_here(recipe)):.0f} min on this machine, less what is there already", flush=True)
     if mode == "quick":
         recipe = replace(recipe, name=f"{recipe.name}-quick", epochs=3, train_images=12_800)
     if mode != "open":

@@ -1,6 +1,5 @@
 """What the notebooks need beside the lesson: guesses, pictures that move, activations, times."""
 
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,31 +75,13 @@ def test_activations_are_counted_at_each_step_of_training(mnist):
     np.testing.assert_allclose(image.get_array() ** 2, np.stack(seen[0], axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("gpu", "fixed", "an_image"), [(False, 0.0, 4e-4), (True, 0.3, 1e-5)])
-def test_the_estimate_is_right_where_an_epoch_has_a_price_of_its_own(monkeypatch, gpu, fixed, an_image):
-    """A GPU records a step at the beginning of each epoch, which costs as much as thousands of images."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-
-    def run_study(recipe, conditions, out, show_progress):
-        seconds = fixed + an_image * recipe.train_images
-        return SimpleNamespace(history=lambda: pd.DataFrame({"epoch": [1, 2], "seconds": [99, seconds]}))
-
-    monkeypatch.setattr(lesson, "run_study", run_study)
-    turns = 5 if gpu else 3  # five runs, one after the other or two at a time
-    assert lesson.minutes_here(PLAIN) == pytest.approx(turns * 25 * (fixed + 60_000 * an_image) / 60)
-
-
 @pytest.mark.parametrize(("mode", "trained"), [("open", []), ("quick", ["plain-quick"]), ("full", ["plain"])])
-def test_the_mode_decides_what_is_trained(monkeypatch, capsys, mode, trained):
+def test_the_mode_decides_what_is_trained(monkeypatch, mode, trained):
     asked = []
     monkeypatch.setattr(lesson, "run_study", lambda recipe, conditions, seeds, out: asked.append(recipe))
-    monkeypatch.setattr(lesson, "minutes_here", lambda recipe: 0.2)
     studies = lesson.five_conditions(mode, PLAIN, PROJECT / "results")
     assert [recipe.name for recipe in asked] == trained
     assert asked == [PLAIN] or mode != "full"
-    said = r"timing .*\n.*: 5 runs of 25 epochs, about 1 min on this machine, less what is there already\n"
-    assert re.fullmatch(said if mode == "full" else "", capsys.readouterr().out)
     assert list(studies)[:2] == ["plain (PlainNet)", "bottleneck (BottleneckNet)"]
     assert {len(study.seeds) for study in studies.values()} == {1}
     assert list(studies["plain (PlainNet)"].conditions) == [condition.slug for condition in s6lib.CONDITIONS]
