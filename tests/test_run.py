@@ -21,7 +21,7 @@ import s6lib.lab.run
 from s6lib.data import ImageDataset
 from s6lib.errors import RunError, SettingError
 from s6lib.lab.device import CPU, reproducible
-from s6lib.lab.files import is_complete, read_about, read_checkpoint
+from s6lib.lab.files import is_complete, read_about, read_checkpoint, write_checkpoint
 from s6lib.lab.run import _build_average, _on_device, save_run, set_up, train_run
 from s6lib.models import PlainNet
 from s6lib.recipes import CONTROL, Recipe, Run, load_images
@@ -132,7 +132,10 @@ def test_a_stopped_run_ends_as_if_never_stopped(run, tmp_path, undisturbed):
     for stop in (10, 5):
         with pytest.raises(Stopped):
             train_watched(run, tmp_path, stop)
-        assert len(read_checkpoint(tmp_path)["history"]) == 1
+        state = read_checkpoint(tmp_path)
+        assert len(state["history"]) == 1
+        state["optimizer"]["param_groups"][0]["lr"] = torch.tensor(0.1)  # as a recorded step keeps it
+        write_checkpoint(tmp_path, state)
     (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half a file")
     resumed, steps = train_watched(run, tmp_path)
     assert_same_run(resumed, whole)
