@@ -204,12 +204,13 @@ def worth_cell(size: int, slug: str) -> str:
     row, bold = worths().loc[(slug, size)], "**" if worths().loc[(slug, size), "p"] <= 0.05 else ""
     removed = interval((row["share_low"], row["share_high"]), 0, "")
     times = interval((row["worth_low"], row["worth_high"]), 2, "")
-    return f"{bold}{number(row['share'], 0)}%{bold} ({removed}); {row['worth']:.2f} ({times})"
+    data = "" if math.isnan(row["worth"]) else f"; {row['worth']:.2f} ({times})"
+    return f"{bold}{number(row['share'], 0)}%{bold} ({removed}){data}"
 
 
 def worth_table() -> str:
-    """Questions 1 and 2 of the third study, and the errors without a regulariser."""
-    sizes = worth_analysis.REGULARISED
+    """Questions 1, 2 and 6 of the third study, and the errors without a regulariser."""
+    sizes = (*worth_analysis.REGULARISED, worth_analysis.ALL)
     rows = [[label, *(worth_cell(size, slug) for size in sizes)] for slug, label in few.NAMES.items()]
     without = [
         "*wrong without, geometric mean*",

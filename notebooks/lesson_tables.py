@@ -268,12 +268,12 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
 
 
 def worth_by_size() -> pd.DataFrame:
-    """Tabulate the answers to questions 1 and 2 of docs/preregistration_worth.md, for each regulariser and size.
+    """Tabulate the answers to questions 1, 2 and 6 of docs/preregistration_worth.md, for each regulariser and size.
 
     Returns:
         rows by name and size: `error`, in percent, `share` of the errors removed, in percent, and `worth`, how many
-        times the images, each with its 95% interval over seeds as `_low` and `_high`; and `p` of the share, after
-        Holm's correction. "nothing" has errors alone, on up to 30,000 images.
+        times the images (missing on 60,000, since there are no more), each with its 95% interval over seeds as `_low`
+        and `_high`; and `p` of the share, after Holm's correction. "nothing" has errors alone.
     """
     folder = PROJECT / "results" / "worth"
     rows: dict[tuple[str, int], dict[str, float]] = {}
@@ -281,12 +281,15 @@ def worth_by_size() -> pd.DataFrame:
     def add(name: str, size: int, column: str, mean: float, low: float, high: float) -> None:
         rows.setdefault((name, size), {}).update({column: mean, f"{column}_low": low, f"{column}_high": high})
 
-    pairs = [(name, size) for size in worth_analysis.REGULARISED for name in worth_analysis.REGULARISERS]
-    for name, size in [*(("nothing", size) for size in worth_analysis.SIZES), *pairs]:
+    ends, last = ("mean", "low", "high"), worth_analysis.ALL
+    pairs = [(name, size) for size in (*worth_analysis.REGULARISED, last) for name in worth_analysis.REGULARISERS]
+    for name, size in [*(("nothing", size) for size in (*worth_analysis.SIZES, last)), *pairs]:
         logs = np.log(worth_analysis.errors(folder, "plain", f"{size}-{name}"))
         add(name, size, "error", *np.exp([logs.mean(), *mean_interval(logs)]))
-    for pair, removed, data in zip(pairs, worth_analysis.removes(folder), worth_analysis.data(folder), strict=True):
-        add(*pair, "share", *(worth_analysis.share(removed[end]) for end in ("mean", "low", "high")))
-        add(*pair, "worth", *(data[end] for end in ("mean", "low", "high")))
-        rows[pair]["p"] = removed["p_holm"]
+    *on_all, _gap = worth_analysis.all_images(folder)
+    for pair, row in zip(pairs, [*worth_analysis.removes(folder), *on_all], strict=True):
+        add(*pair, "share", *(worth_analysis.share(row[end]) for end in ends))
+        rows[pair]["p"] = row["p_holm"]
+    for pair, row in zip(pairs, worth_analysis.data(folder), strict=False):  # not on 60,000
+        add(*pair, "worth", *(row[end] for end in ends))
     return pd.DataFrame(rows).T.rename_axis(["name", "size"]).sort_index()

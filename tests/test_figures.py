@@ -52,7 +52,7 @@ DRAWINGS = {
         ["50%", "40%  BN", "a dot is a run, a diamond the mean of 2 seeds; BN at 50%: 30% to 50% by seed"],
     ),
     "plot_confusion": ((np.diag([90, 90]) + np.array([[0, 7], [0, 0]]), "", ["x", "y"]), ["7", "predicted", "actual"]),
-    "plot_worth": ((by_size(),), ["10%", "30,000", "ghost batches", "2 times", "no regularisation"]),
+    "plot_worth": ((by_size(),), ["10%", "300", "ghost batches", "2 times", "no regularisation"]),
     "plot_trials": (
         (TRIALS, 300, "l1", 0.1, TRIALS.tail(1)),
         ["300 images, L1 0.1: training 100.0%, held-out 95.0%, gap 5.0 points", "L1: weight of the penalty"],
