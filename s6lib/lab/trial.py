@@ -203,8 +203,8 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
     used = [piece for part in parts for piece in pieces(part)]
     for function in filter(inspect.isfunction, list(used)):  # and what it calls, perhaps from another file
         with suppress(ValueError):  # a variable that is not set yet
-            names = inspect.getclosurevars(function)
-            used += [*names.globals.values(), *names.nonlocals.values()]
+            reads = inspect.getclosurevars(function)
+            used += [*reads.globals.values(), *reads.nonlocals.values()]
     names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
     with ExitStack() as registered:
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
