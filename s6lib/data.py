@@ -227,7 +227,7 @@ def _read_dataset(dataset: Any) -> ImageDataset:
         whole = whole.dataset
     numbers = _as_tensor(labels, "labels")
     names = getattr(whole, "classes", None)
-    names = range(max(2, 1 + int(numbers.long().max()))) if names is None else names
+    names = range(max(2, 1 + int(numbers.long().max()))) if names is None or not len(names) else names
     return ImageDataset(images, numbers, tuple(map(str, names)))
 
 

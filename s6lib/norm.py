@@ -209,10 +209,9 @@ def _folded(input: Tensor, ghosts: int, mean: Any, variance: Any, weight: Any, b
     rows = last.flatten(0, -2) if last.is_contiguous() and not input.is_contiguous() else input
     parts = rows.unflatten(0, (ghosts, -1)).transpose(0, 1)
     weight, bias = [None if tensor is None else tensor.expand(ghosts, -1).flatten() for tensor in (weight, bias)]
-    # Contiguous: torch's gradient is wrong for some views in which one dimension of size 1 has an odd stride.
-    output = F.batch_norm(parts.flatten(1, 2).contiguous(), mean, variance, weight, bias, *options).view(parts.shape)
-    output = output.transpose(0, 1).flatten(0, 1)
-    return output if rows is input else output.view(last.shape).movedim(-1, 1)
+    channels = parts.flatten(1, 2).contiguous()  # torch's gradient is wrong for views with odd strides
+    output = F.batch_norm(channels, mean, variance, weight, bias, *options).view(parts.shape).transpose(0, 1)
+    return output.flatten(0, 1) if rows is input else output.reshape(last.shape).movedim(-1, 1)
 
 
 def _batchnorm_class(ghost: type) -> Any:

@@ -49,7 +49,7 @@ def _one_of(names: tuple[str, ...], function: str) -> Check:
 _WHOLE: Check = (lambda value: type(value) is int and value >= 1, "a whole number from 1")
 _TRUE_OR_FALSE: Check = (lambda value: type(value) is bool, "True or False")
 _NAME: Check = (
-    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, str(value))),  # an Enum's str is another
+    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, str(value))),  # that of an Enum is not its value
     "lower-case words joined by -, _ or .",
 )
 _CHECKS: dict[str, Check] = {

@@ -1,6 +1,6 @@
 """One epoch of training, one evaluation, and the two penalties."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,19 +98,19 @@ def predict_logits(model: nn.Module, dataset: Any) -> Tensor:
 
 
 @torch.no_grad()  # not inference_mode, in which a cache that grows in evaluation could not be used in training
-def _answer(model: nn.Module, dataset: Any, batch_size: int = 250) -> tuple[Tensor, Tensor]:
-    """Compute the logits of a data set's images, and return them with the labels (N,)."""
+def _answer(model: nn.Module, dataset: Any, batch_size: int = 250) -> tuple[Tensor, Sequence[Tensor]]:
+    """Compute the logits of a data set's images, and return them with the labels, batch by batch."""
     model.eval()
     if not isinstance(dataset, ImageDataset):
         device = next((weights.device for weights in model.parameters()), "cpu")
         loader = dataset if isinstance(dataset, DataLoader) else DataLoader(dataset, batch_size)
-        logits, labels = zip(*((model(images.to(device)), labels.to(device)) for images, labels in loader), strict=True)
-        return torch.cat(logits), torch.cat(labels)
+        logits, labels = zip(*((model(images.to(device)), labels) for images, labels in loader), strict=True)
+        return torch.cat(logits), labels
     parts = (normalise(part, dataset.mean, dataset.std) for part in dataset.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
         # With one channel, only the strides tell the memory format, and `to` would not change them.
         parts = (part.squeeze(1).unsqueeze(3).movedim(3, 1) for part in parts)
-    return torch.cat([model(part) for part in parts]), dataset.labels
+    return torch.cat([model(part) for part in parts]), [dataset.labels]
 
 
 def predict(model: nn.Module, dataset: Any) -> Tensor:
@@ -120,7 +120,8 @@ def predict(model: nn.Module, dataset: Any) -> Tensor:
 
 def evaluate(model: nn.Module, dataset: Any) -> Evaluation:
     """Compute the mean cross-entropy and the accuracy (0 to 1) of a model on all images of a data set."""
-    return score(*_answer(model, dataset))
+    logits, labels = _answer(model, dataset)
+    return score(logits, torch.cat(list(labels)).to(logits.device))
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:

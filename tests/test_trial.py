@@ -460,8 +460,8 @@ class Lookahead(torch.optim.SGD):
                 weights.data.mul_(0.5)
 
 network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-flip = lambda image: image.flip(2) if torch.rand(()) < RARE else image
-RARE = 0.0002
+flip = lambda image: image.flip(2) if torch.rand(()) < _RARE else image
+_RARE = 0.0002
 RECIPE = s6lib.Recipe("net", network, epochs=1, train_images=64, optimizer=Lookahead, transform=flip)
 CONDITIONS = (s6lib.CONTROL,)
 """
@@ -481,7 +481,7 @@ def test_an_edit_that_shows_late_is_refused_and_a_comment_is_none(tmp_path, monk
     assert study(3, "        super()", "        # as ever\n\n        super()") == [("bn", 1)]
     with pytest.raises(StudyError, match=r"with different settings: other code in optimizer.* a new name"):
         study(4, "% 5", "% 6")
-    with pytest.raises(StudyError, match=r"other code in transform, RARE = 0\.0002, not 0\.0003"):
+    with pytest.raises(StudyError, match=r"other code in transform, _RARE = 0\.0002, not 0\.0003"):
         study(5, "0.0002", "0.0003")
     file = tmp_path / "4" / "edited.py"
     with pytest.raises(StudyError, match="other code in optimizer"):

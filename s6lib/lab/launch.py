@@ -93,8 +93,7 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
     found = choices.get(given) if isinstance(given, str) else given
     if not isinstance(found, kind):
         raise StudyError(
-            f"{short(given)} is neither a {kind.__name__} nor the name of a built-in "
-            f"one, which are: {', '.join(choices)}"
+            f"{short(given)} is neither a {kind.__name__} nor the name of a built-in one: {', '.join(choices)}"
         )
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from s6lib import models
 from s6lib.errors import SettingError, StudyError
-from s6lib.recipes import Condition, Recipe, Run, name_of, pieces
+from s6lib.recipes import Condition, Recipe, Run, as_python, name_of, pieces
 
 _CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "penalty", "val_loss", "val_accuracy", "seconds")
@@ -81,12 +81,14 @@ def _entry(value: Any) -> Any:
 def _numbers(thing: Any) -> dict[str, float]:
     """The numbers that the user's code reads: attributes, defaults, and variables of its closure and module."""
     kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
-    read = {} if kind is thing else dict(getattr(thing, "__dict__", {}))
+    own = {} if kind is thing else getattr(thing, "__dict__", {})
+    read = {name: value for name, value in own.items() if name[0] != "_"}
     for function in _functions_of(kind):
         with suppress(ValueError):  # a variable that is not set yet
-            read |= {**inspect.getclosurevars(function).globals, **inspect.getclosurevars(function).nonlocals}
+            variables = inspect.getclosurevars(function)
+            read |= {**variables.globals, **variables.nonlocals}
         read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
-    return {name: value for name, value in read.items() if type(value) in (int, float, bool) and name[0] != "_"}
+    return {name: as_python(value) for name, value in read.items() if type(as_python(value)) in (int, float, bool)}
 
 
 def _functions_of(kind: Any) -> list[Any]:
@@ -226,8 +228,9 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
     if _is_source(old) and _is_source(new):
         trees = {_syntax_tree(entry["source"]) for entry in (old, new)}
         was, now = (entry.get("numbers", {}) for entry in (old, new))
-        other = [f", {key} = {was[key]}, not {now[key]}" for key in was.keys() & now.keys() if was[key] != now[key]]
-        return [f"{OTHER_CODE} {name}{more}" for more in other or [""] * (len(trees - {None}) == 2)]
+        if changed := [key for key in now if key in was and repr(now[key]) != repr(was[key])]:  # repr: nan equals nan
+            return [f"{OTHER_CODE} {name}, {key} = {was[key]}, not {now[key]}" for key in changed]
+        return [f"{OTHER_CODE} {name}"] if len(trees - {None}) == 2 else []
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
             names = sorted(old.keys() ^ new.keys())
