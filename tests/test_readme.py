@@ -14,7 +14,7 @@ from s6lib.data import PROJECT
 from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
 from s6lib.recipes import PLAIN
 from s6lib.statistics import paired_comparisons
-from s6lib.study import Study
+from s6lib.study import Study, recipes_in
 
 README = (PROJECT / "README.md").read_text()
 # Their words, in one line, where a number of them is set by hand
@@ -148,9 +148,13 @@ def test_the_claims_about_the_worth_of_regularisers_hold():
     own = {row["subject"]: row for row in numbers.worth_analysis.own(folder)}
     assert max(own, key=lambda name: own[name]["points"]) == "rotation"
     assert all(int(re.search(r"keeps (\d+)%", row["kept"])[1]) > 73 for row in own.values())
-    commits = Study(folder, "plain").about().set_index("condition")["commit"].str[:7]
-    part_two = commits.index.str.contains(f"^{numbers.worth_analysis.ALL}-|{numbers.worth_analysis.LONG}$")
-    assert (set(commits[~part_two]), set(commits[part_two])) == ({"748da0c"}, {"1e8bb3f"})
+    abouts = {recipe: Study(folder, recipe).about().set_index("condition")["commit"] for recipe in recipes_in(folder)}
+    commits = pd.concat(abouts, names=["recipe"]).str[:7]
+    recipe, condition = map(commits.index.get_level_values, commits.index.names)
+    part_one = (recipe == "plain") & ~condition.str.contains(
+        f"^{numbers.worth_analysis.ALL}-|{numbers.worth_analysis.LONG}$"
+    )
+    assert (set(commits[part_one]), set(commits[~part_one])) == ({"748da0c"}, {"1e8bb3f"})
 
 
 def test_the_claims_about_settings_on_fewer_images_hold():
