@@ -25,6 +25,7 @@ from s6lib.plots import (
     label_of,
     label_rows,
     panel,
+    panels,
     signed,
 )
 from s6lib.statistics import condition_statistics, mean_interval, power, seeds_needed
@@ -163,9 +164,8 @@ def plot_winners(outcomes: pd.DataFrame, labels: Mapping[str, str] | None = None
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=2))
         axes.set(xlabel="seed: one study of one run each", ylabel="test accuracy at the last epoch")
         axes.figure.legend(loc="outside lower center", ncols=min(6, outcomes.shape[1]), frameon=False)
-        axes.set_title(
-            f"{len(outcomes)} studies, {best.any().sum()} of {outcomes.shape[1]} conditions win or share one (ringed)"
-        )
+        winners = f"{best.any().sum()} of {outcomes.shape[1]} conditions win, or share a win (ringed)"
+        axes.set_title(f"{len(outcomes)} studies: {winners}")
     return axes.figure
 
 
@@ -369,7 +369,8 @@ def plot_worth(table: pd.DataFrame, title: str = "") -> Figure:
             if name != "nothing":
                 _draw_by_size(right, table.loc[name].clip(*limits), "worth", 1.09**aside, look)
         for axes in (left, right):
-            _mark_sizes(axes, list(table.loc["rotation"]["error" if axes is left else "worth"].dropna().index))
+            drawn = table["error" if axes is left else "worth"].dropna()
+            _mark_sizes(axes, sorted(drawn.index.unique("size")))
             axes.grid(visible=False, axis="x")
             axes.set(yscale="log", xlabel="training images")
         left.set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5%", "1%", "2%", "5%", "10%", "20%"))
@@ -382,6 +383,32 @@ def plot_worth(table: pd.DataFrame, title: str = "") -> Figure:
             axes.yaxis.set_minor_locator(NullLocator())
         figure.suptitle(join_words(title, "\n", "means over seeds, with their 95% intervals"))
     return figure
+
+
+def plot_networks(table: pd.DataFrame, title: str = "") -> Figure:
+    """Draw the share of the errors that each regulariser removes, a panel for each network and kind of labels.
+
+    Args:
+        table: rows: network, labels, size, name and `share`, in percent, with its interval as `_low` and `_high`, as
+            lesson_tables.shares_by_network gives it.
+    """
+    names = list(table["name"].unique())
+    with rc_context(STYLE):
+        cells = dict(list(table.groupby(["network", "labels"], sort=False)))
+        grid = panels(11, 3.1, len(cells), join_words(title, "\n", "means over seeds, with their 95% intervals"))
+        for axes, (heading, rows) in zip(grid, cells.items(), strict=True):
+            for aside, name in zip(np.linspace(-1, 1, len(names)), names, strict=True):
+                look = {"color": COLORS[name], "label": REGULARISERS[name][0]}
+                _draw_by_size(axes, rows[rows["name"] == name].set_index("size"), "share", 1.07**aside, look)
+            _mark_sizes(axes, list(rows["size"].unique()))
+            axes.set_title(", ".join(heading), loc="left")
+            axes.set(xlabel="training images", ylabel="share of the errors removed")
+            axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+            axes.axhline(0, color=INK, linewidth=1)
+            axes.grid(visible=False, axis="x")
+            axes.label_outer()
+        grid[0].legend(frameon=False)
+    return grid[0].figure.figure
 
 
 def _draw_by_size(axes: Axes, rows: pd.DataFrame, column: str, aside: float, look: Mapping[str, object]) -> None:
@@ -402,7 +429,7 @@ def plot_trials(
 
     Args:
         trials: one row per trial, also of "nothing": size, name, strength, train_accuracy, accuracy (percent).
-        own: the reader's trials, drawn as stars.
+        own: the reader's trials, drawn as crosses.
     """
     rows = trials[(trials["size"] == size) & (trials["name"] == name)]
     base = trials[(trials["size"] == size) & (trials["name"] == "nothing")]["accuracy"].mean()
@@ -420,7 +447,7 @@ def plot_trials(
             axes.plot(rows["strength"], rows[column], "o", **look)
             if own is not None:
                 mine = own[(own["size"] == size) & (own["name"] == name)]
-                axes.plot(mine["strength"], mine[column], "*", markersize=16, **(look | {"markeredgecolor": INK}))
+                axes.plot(mine["strength"], mine[column], "X", markersize=12, **(look | {"markeredgecolor": INK}))
         _mark_sizes(axes, sorted(set(rows["strength"])))
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from s6lib.statistics import CONTRADICTED, SUPPORTED, UNDECIDED, mean_interval, 
 
 sys.path.insert(0, str(PROJECT / "studies"))
 import worth_analysis
+
+WORTH = PROJECT / "results" / "worth"
 
 
 @torch.no_grad()
@@ -267,6 +270,25 @@ def verdict_on_best(comparisons: pd.DataFrame, best: str, others: Sequence[str])
     return next(answer for answer in (CONTRADICTED, UNDECIDED, SUPPORTED) if answer in verdicts)
 
 
+def shares_by_network() -> pd.DataFrame:
+    """Tabulate the answers to question 9 of docs/preregistration_worth.md.
+
+    Returns:
+        one row per network, kind of labels, number of images and regulariser: network, labels, size, name; `share` of
+        the errors removed, in percent, with its 95% interval over seeds as `_low` and `_high`; and `p` after Holm's
+        correction over the four regularisers.
+    """
+    networks = {"plain": "PlainNet, 9,646 parameters", "mlp": "MLP, 101,770 parameters"}
+    cells = product(
+        networks, ("right labels", "20% wrong labels"), worth_analysis.NETWORK_SIZES, worth_analysis.ON_BOTH
+    )
+    rows = []
+    for (network, labels, size, name), row in zip(cells, worth_analysis.networks(WORTH), strict=True):
+        low, share, high = (worth_analysis.share(row[end]) for end in ("low", "mean", "high"))
+        rows.append((networks[network], labels, size, name, share, low, high, row["p_holm"]))
+    return pd.DataFrame(rows, columns=["network", "labels", "size", "name", "share", "share_low", "share_high", "p"])
+
+
 def worth_by_size() -> pd.DataFrame:
     """Tabulate the answers to questions 1, 2 and 6 of docs/preregistration_worth.md, for each regulariser and size.
 
@@ -275,7 +297,6 @@ def worth_by_size() -> pd.DataFrame:
         times the images (missing on 60,000, since there are no more), each with its 95% interval over seeds as `_low`
         and `_high`; and `p` of the share, after Holm's correction. "nothing" has errors alone.
     """
-    folder = PROJECT / "results" / "worth"
     rows: dict[tuple[str, int], dict[str, float]] = {}
 
     def add(name: str, size: int, column: str, mean: float, low: float, high: float) -> None:
@@ -284,12 +305,12 @@ def worth_by_size() -> pd.DataFrame:
     ends, last = ("mean", "low", "high"), worth_analysis.ALL
     pairs = [(name, size) for size in (*worth_analysis.REGULARISED, last) for name in worth_analysis.REGULARISERS]
     for name, size in [*(("nothing", size) for size in (*worth_analysis.SIZES, last)), *pairs]:
-        logs = np.log(worth_analysis.errors(folder, "plain", f"{size}-{name}"))
+        logs = np.log(worth_analysis.errors(WORTH, "plain", f"{size}-{name}"))
         add(name, size, "error", *np.exp([logs.mean(), *mean_interval(logs)]))
-    *on_all, _gap = worth_analysis.all_images(folder)
-    for pair, row in zip(pairs, [*worth_analysis.removes(folder), *on_all], strict=True):
+    *on_all, _gap = worth_analysis.all_images(WORTH)
+    for pair, row in zip(pairs, [*worth_analysis.removes(WORTH), *on_all], strict=True):
         add(*pair, "share", *(worth_analysis.share(row[end]) for end in ends))
         rows[pair]["p"] = row["p_holm"]
-    for pair, row in zip(pairs, worth_analysis.data(folder), strict=False):  # not on 60,000
+    for pair, row in zip(pairs, worth_analysis.data(WORTH), strict=False):  # not on 60,000
         add(*pair, "worth", *(row[end] for end in ends))
     return pd.DataFrame(rows).T.rename_axis(["name", "size"]).sort_index()

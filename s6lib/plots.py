@@ -33,7 +33,8 @@ COLORS = {
     "dropout": "#661100",
     "rotation": "#56B4E9",
 }
-COLORS |= {"nothing": COLORS["bn"], "l1": COLORS["l1-bn"], "l2": COLORS["l2-bn"], "ghosts": COLORS["gbn"]}
+COLORS |= {"l1": COLORS["l1-bn"], "l2": COLORS["l2-bn"], "ghosts": COLORS["gbn"]}
+COLORS |= dict.fromkeys(("nothing", "no regularisation"), COLORS["bn"])
 COLORS |= {"l1-l2": COLORS["l1-l2-bn"], "together": COLORS["l1-l2-gbn"]}  # every regulariser of a study at once
 OTHER_COLORS = ("#332288", "#44AA99", "#999933", "#882255", "#117733", "#AA4499")  # of everything else, in this order
 INK, QUIET = "#222222", "#AAAAAA"  # what stands out and what does not, where the colour means no condition
@@ -270,7 +271,7 @@ def plot_weights(weights: Mapping[str, np.ndarray], labels: Mapping[str, str] | 
         for axes, slug, (name, values) in zip(grid, slugs, weights.items(), strict=False):
             axes.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colors[slug])
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.set_title(f"{label_of(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} below 0.001")
+            axes.set_title(f"{label_of(name, labels)}: {np.mean(np.abs(values) < 0.001):.0%} within ±0.001")
         grid[0].figure.supxlabel("weight", fontsize=12)
         grid[0].figure.supylabel("share of the weights, in steps of 0.01", fontsize=12)
     return grid[0].figure.figure

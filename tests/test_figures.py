@@ -20,6 +20,7 @@ RUNS = pd.DataFrame({"network": ["A"] * 4 + ["B"] * 2, "parameters": [100, 100, 
 REPORTED = pd.DataFrame({"parameters": [50, 70], "accuracy": [98.0, 98.5], "kind": ["last", "claim"]})
 CURVE = {"condition": ["bn"] * 4 + ["l1-bn"] * 4, "seed": [1, 1, 2, 2] * 2, "share": [0, 0.5] * 4}
 GAPS = {"training": [100.0, 99.0], "nothing": [80.0, 98.0], "rotation": [90.0, 98.5]}
+NETWORKS = pd.DataFrame({"network": "PlainNet", "labels": "right labels", "size": SIZES, "name": "l1", "share": 5.0})
 TRIALS = pd.DataFrame({"size": 300, "name": ["nothing", "l1", "l1"], "strength": [0, 0.1, 1]})
 TRIALS = TRIALS.assign(train_accuracy=100.0, accuracy=[92.0, 95.0, 60.0])
 
@@ -39,7 +40,7 @@ def trials():
 
 
 DRAWINGS = {
-    "plot_winners": ((OUTCOMES,), ["3 studies, 2 of 2 conditions win or share one (ringed)", "gbn"]),
+    "plot_winners": ((OUTCOMES,), ["3 studies: 2 of 2 conditions win, or share a win (ringed)", "gbn"]),
     "plot_answers": ((pd.DataFrame([{"question": "G", **ENDS, "said": "none"}]), 0.05), ["none", "G (n = 9)"]),
     "plot_ghost_scatter": ((pd.DataFrame({4: [0.1, 0.2], 16: [0.2, 0.4]}, index=[1, 2]),), ["4 splits", "16 splits"]),
     "plot_split_sweep": ((OUTCOMES, {"bn": 1, "gbn": 4}, 64), ["1\n(64)", "4\n(16)"]),
@@ -53,6 +54,7 @@ DRAWINGS = {
     ),
     "plot_confusion": ((np.diag([90, 90]) + np.array([[0, 7], [0, 0]]), "", ["x", "y"]), ["7", "predicted", "actual"]),
     "plot_worth": ((by_size(),), ["10%", "300", "ghost batches", "2 times", "no regularisation"]),
+    "plot_networks": ((NETWORKS.assign(share_low=4.0, share_high=6.0),), ["PlainNet, right labels", "L1", "300", "6%"]),
     "plot_trials": (
         (TRIALS, 300, "l1", 0.1, TRIALS.tail(1)),
         ["300 images, L1 0.1: training 100.0%, held-out 95.0%, gap 5.0 points", "L1: weight of the penalty"],

@@ -47,8 +47,8 @@ def test_the_button_adds_the_readers_own_dots_each_with_a_seed_of_its_own(turned
     shown, _, name, _, button, said = turned
     button.click()
     button.click()
-    stars = [line for line in shown[-1].axes[0].get_lines() if line.get_marker() == "*"]
-    assert [list(line.get_ydata()) for line in stars] == [[100.0, 100.0], [90.0, 91.0]]
+    crosses = [line for line in shown[-1].axes[0].get_lines() if line.get_marker() == "X"]
+    assert [list(line.get_ydata()) for line in crosses] == [[100.0, 100.0], [90.0, 91.0]]
     assert said.value == "your trial: training 100.0%, held-out 91.0%"
     name.value = "l2"
     button.click()

@@ -44,8 +44,9 @@ def lines_of(axes, color):
 
 
 def test_a_colour_has_one_meaning():
-    for name, alike in {"bn": "nothing", "l1-bn": "l1", "gbn": "ghosts", "dropout": None, "rotation": None}.items():
-        assert {other for other in COLORS if COLORS[other] == COLORS[name]} <= {name, alike}
+    kinds = {"bn": ["nothing", "no regularisation"], "l1-bn": ["l1"], "gbn": ["ghosts"], "dropout": [], "rotation": []}
+    for name, alike in kinds.items():
+        assert {other for other in COLORS if COLORS[other] == COLORS[name]} == {name, *alike}
     assert not set(OTHER_COLORS) & set(COLORS.values())
 
 
@@ -210,7 +211,7 @@ def test_misclassified_names_both_classes_and_the_confidence():
 def test_weights_are_shown_with_the_share_that_is_almost_zero():
     weights = {"l1-bn 0": np.array([0, 0.0009, -0.0009, 0.1]), "bn 0": np.array([0.05, 0.1]), "l1-bn 1": np.ones(3)}
     axes = plots.plot_weights(weights, {"bn 0": "BN"}).axes
-    assert [each.get_title() for each in axes[:2]] == ["l1-bn 0: 75% below 0.001", "BN: 0% below 0.001"]
+    assert [each.get_title() for each in axes[:2]] == ["l1-bn 0: 75% within ±0.001", "BN: 0% within ±0.001"]
     assert sum(bar.get_height() for bar in axes[0].patches) == pytest.approx(1)
     colors = [matplotlib.colors.to_hex(each.patches[0].get_facecolor()).upper() for each in axes]
     assert colors == [COLORS[slug] for slug in ("l1-bn", "bn", "l1-bn")]

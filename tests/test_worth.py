@@ -20,8 +20,6 @@ from s6lib.data import PROJECT
 
 WHEN, WHEN_SIZES, WHEN_SEEDS = PROJECT / "results" / "when", (100, 300, 1_000, 3_000, 10_000), range(11, 17)
 ERRORS = dict(zip((100, 300, 1_000, 3_000, 10_000, 30_000, 60_000), (25.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.4), strict=True))
-
-
 PAGE = (PROJECT / "docs" / "preregistration_worth.md").read_text()
 
 
