@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from s6lib.data import ImageDataset, batches
 from s6lib.errors import RunError, SettingError
@@ -156,21 +156,17 @@ def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -
 
 def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> AveragedModel:
     """Build an exponential moving average of the weights, updated after each step of the optimizer."""
-    average, update = AveragedModel(model), get_ema_multi_avg_fn(keep)
+    average = AveragedModel(model)
 
     @torch.no_grad()
     def follow() -> None:
         averaged, latest = ([*one.parameters(), *one.buffers()] for one in (average.module, model))
         started = average.n_averaged.item() > 0  # always on the CPU, so that a GPU need not be waited for
-        moving: list[tuple[Tensor, Tensor]] = []
-        copied: list[tuple[Tensor, Tensor]] = []
-        for pair in zip(averaged, latest, strict=True):
-            has_average = pair[0].is_floating_point() or pair[0].is_complex()  # whole numbers have none
-            (moving if started and has_average else copied).append(pair)
-        if moving:
-            update(*map(list, zip(*moving, strict=True)), None)
-        for old, new in copied:
-            old.copy_(new)
+        for old, new in zip(averaged, latest, strict=True):
+            if started and (old.is_floating_point() or old.is_complex()):  # whole numbers have no average
+                old.lerp_(new, 1 - keep)
+            else:
+                old.copy_(new)
         average.n_averaged.add_(1)
 
     # Not a hook: torch calls it twice a step if the class's step calls that of a class that was used before.
