@@ -62,19 +62,19 @@ class Setup(NamedTuple):
         for _ in range(settings.passes):
             augmented = batches(self.train, settings.batch_size, settings.augmentation, generator, settings.transform)
             for images, targets in augmented:
-                self._set_learning_rate(next(rates))
+                rate = next(rates)
+                for group in self.optimizer.param_groups:
+                    if isinstance(group["lr"], Tensor):  # a recorded step reads it
+                        group["lr"].fill_(self.scaled(rate, group))
+                    else:
+                        group["lr"] = self.scaled(rate, group)
                 own = settings.batch_transform
                 yield (images, targets) if own is None else own(images, targets)
 
-    def _set_learning_rate(self, rate: float) -> None:
-        """Set a learning rate; parameter groups with a different initial rate keep their ratio."""
+    def scaled(self, rate: float, group: dict[str, Any]) -> float:
+        """The learning rate of a parameter group, whose initial rate may differ from the recipe's: the ratio stays."""
         first = self.settings.learning_rate
-        for group in self.optimizer.param_groups:
-            scaled = rate * (group.get("initial_lr", first) / first) if first else rate
-            if isinstance(group["lr"], Tensor):  # a recorded step reads it
-                group["lr"].fill_(scaled)
-            else:
-                group["lr"] = scaled
+        return rate * (group["initial_lr"] / first) if first else rate
 
 
 class RunResult(NamedTuple):
@@ -218,9 +218,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor
         raise RunError(
             f"{run}: the loss is not finite at epoch {epoch}; lower the learning rate or the penalties"
         ) from None
-    group = setup.optimizer.param_groups[0]  # whose own rate may differ from the recipe's
-    share = group["initial_lr"] / setup.settings.learning_rate if setup.settings.learning_rate else 1.0
-    rate = setup.settings.learning_rates(epoch)[0] * share
+    rate = setup.scaled(setup.settings.learning_rates(epoch)[0], setup.optimizer.param_groups[0])
     return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True)), logits
 
 
