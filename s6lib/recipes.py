@@ -301,8 +301,6 @@ class Recipe(_Settings):
 
     def takes(self, setting: str) -> bool:
         """Return whether the network takes a keyword of this name."""
-        if getattr(self.network, "__init__", None) is nn.Module.__init__:  # it takes any keyword, but refuses it later
-            return False
         try:
             parameters = inspect.signature(self.network).parameters.values()
         except (TypeError, ValueError) as error:

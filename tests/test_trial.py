@@ -224,7 +224,7 @@ class Unfinished(torch.optim.Optimizer):
 SHARED = Net()
 ITS_PARAMETERS = "optimizer must train the parameters that it is called with"
 REFUSED = [
-    ((Recipe("bare", nn.Tanh), ALL_CONDITIONS["gbn"]), "needs a network that takes `norm`"),
+    ((Recipe("bare", nn.ReLU), ALL_CONDITIONS["gbn"]), "needs a network that takes `norm`"),
     (with_parts(network=nn.Tanh), "with parameters to train, not Tanh"),
     (with_parts(network=partial(flat, 784, 9)), "64 images into logits .64, 10., not a tensor of shape .64, 9."),
     (with_parts(network=lambda: None), "cannot be trained: `network` must make a torch.nn.Module"),
