@@ -109,7 +109,12 @@ def train_with(
     try:
         while True:
             for number, run in islice(todo, None if jobs is None else jobs - len(pending)):
-                pending[_submit(executor, content, number)] = run
+                try:
+                    future = executor.submit(train_packed, content, number)
+                except RuntimeError as error:  # the pool has died, or was shut down
+                    future = Future()
+                    future.set_exception(error)
+                pending[future] = run
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -134,15 +139,6 @@ def _packed(task: Task) -> bytes:
             f"your code cannot be sent to another process ({error}): open files and make locks inside the function "
             "that uses them, or train in this process, with jobs=1"
         ) from None
-
-
-def _submit(executor: Executor, content: bytes, number: int) -> Future:
-    try:
-        return executor.submit(train_packed, content, number)
-    except RuntimeError as error:  # the pool has died, or was shut down
-        future: Future = Future()
-        future.set_exception(error)
-        return future
 
 
 def _outcome(run: Run, future: Future) -> Outcome:
