@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from types import CodeType
 from typing import Any
 
@@ -100,12 +100,10 @@ def _functions_of(kind: Any) -> list[Any]:
 def _is_in_library(thing: Any) -> bool:
     """Return whether a class or function can be found by its name in s6lib, torch or torchvision."""
     module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
-    if module.partition(".")[0] not in ("s6lib", "torch", "torchvision") or "<locals>" in name:
-        return False
-    holder: Any = import_module(module)
-    for part in name.split("."):
-        holder = getattr(holder, part, None)
-    return holder is thing
+    if module.partition(".")[0] in ("s6lib", "torch", "torchvision"):
+        with suppress(AttributeError, ValueError):  # ValueError: a name with <locals>
+            return resolve_name(f"{module}:{name}") is thing
+    return False
 
 
 def is_library(setting: Any) -> bool:
