@@ -57,9 +57,14 @@ def run_study(
     all others are complete, and Stopped, a KeyboardInterrupt, if it is interrupted.
     """
     chosen: Recipe = _built_in(recipe, RECIPES, Recipe)
-    conditions = _conditions(conditions)
+    if isinstance(conditions, str) or not isinstance(conditions, Iterable):
+        conditions = [conditions]
+    asked: list[Condition] = [_built_in(condition, ALL_CONDITIONS, Condition) for condition in conditions]
+    distinct = {condition.slug: condition for condition in asked}
+    if twice := [condition.slug for condition in asked if condition != distinct[condition.slug]]:
+        raise StudyError(f"two conditions share the name {twice[0]}; rename one")
     seeds = [_whole_number("a seed", seed, 0) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
-    runs = [Run(chosen, condition, seed) for seed in dict.fromkeys(seeds) for condition in conditions]
+    runs = [Run(chosen, condition, seed) for seed in dict.fromkeys(seeds) for condition in distinct.values()]
     if not runs:
         raise StudyError("conditions and seeds must name at least one each, such as CONDITIONS and (1, 2, 3), not none")
     out, jobs = Path(out).expanduser(), None if jobs is None else _whole_number("jobs", jobs, 1)
@@ -85,7 +90,7 @@ def run_study(
         raise Stopped(f"every finished {kept} is kept: run the cell again to go on") from None
     if any(reasons):
         raise RunsFailed("\n".join(filter(None, reasons)))
-    return Study(out, chosen, conditions, seeds)
+    return Study(out, chosen, distinct.values(), seeds)
 
 
 def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
@@ -96,18 +101,6 @@ def _built_in(given: Any, choices: Mapping[str, Any], kind: type) -> Any:
             f"{short(given)} is neither a {kind.__name__} nor the name of a built-in one: {', '.join(choices)}"
         )
     return found
-
-
-def _conditions(conditions: Iterable[Condition | str] | Condition | str) -> list[Condition]:
-    """Return each condition once. Raises StudyError for an invalid one, or for two with one folder."""
-    distinct: dict[str, Condition] = {}
-    if isinstance(conditions, str) or not isinstance(conditions, Iterable):
-        conditions = [conditions]
-    for given in conditions:
-        condition = _built_in(given, ALL_CONDITIONS, Condition)
-        if distinct.setdefault(condition.slug, condition) != condition:
-            raise StudyError(f"two conditions share the name {condition.slug}; rename one")
-    return list(distinct.values())
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:
