@@ -65,16 +65,16 @@ class Setup(NamedTuple):
                 rate = next(rates)
                 for group in self.optimizer.param_groups:
                     if isinstance(group["lr"], Tensor):  # a recorded step reads it
-                        group["lr"].fill_(self.scaled(rate, group))
+                        group["lr"].fill_(self.rate_of(group, rate))
                     else:
-                        group["lr"] = self.scaled(rate, group)
+                        group["lr"] = self.rate_of(group, rate)
                 own = settings.batch_transform
                 yield (images, targets) if own is None else own(images, targets)
 
-    def scaled(self, rate: float, group: dict[str, Any]) -> float:
-        """The learning rate of a parameter group, whose initial rate may differ from the recipe's: the ratio stays."""
+    def rate_of(self, group: dict[str, Any], rate: float) -> float:
+        """The learning rate of a parameter group: one with another initial rate than the recipe keeps the ratio."""
         first = self.settings.learning_rate
-        return rate * (group["initial_lr"] / first) if first else rate
+        return rate * (group.get("initial_lr", first) / first) if first else rate
 
 
 class RunResult(NamedTuple):
@@ -218,7 +218,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor
         raise RunError(
             f"{run}: the loss is not finite at epoch {epoch}; lower the learning rate or the penalties"
         ) from None
-    rate = setup.scaled(setup.settings.learning_rates(epoch)[0], setup.optimizer.param_groups[0])
+    rate = setup.rate_of(setup.optimizer.param_groups[0], setup.settings.learning_rates(epoch)[0])
     return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True)), logits
 
 
