@@ -25,7 +25,7 @@ from s6lib.recipes import CONDITIONS, CONTROL
 from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
-from lesson_tables import pruning_curve, variance_sources, worth_analysis, worth_by_size
+from lesson_tables import pruning_curve, shares_by_network, variance_sources, worth_analysis, worth_by_size
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -199,13 +199,17 @@ def question_table() -> str:
 worths = cache(worth_by_size)
 
 
+def share_cell(row: Any) -> str:
+    """The share of errors removed, bold where it differs from 0 after Holm's correction."""
+    bold = "**" if row["p"] <= 0.05 else ""
+    return f"{bold}{number(row['share'], 0)}%{bold} ({interval((row['share_low'], row['share_high']), 0, '')})"
+
+
 def worth_cell(size: int, slug: str) -> str:
-    """The share of errors removed, bold where it differs from 0 after Holm's correction, and the worth."""
-    row, bold = worths().loc[(slug, size)], "**" if worths().loc[(slug, size), "p"] <= 0.05 else ""
-    removed = interval((row["share_low"], row["share_high"]), 0, "")
+    """The share of errors removed, and the worth."""
+    row = worths().loc[(slug, size)]
     times = interval((row["worth_low"], row["worth_high"]), 2, "")
-    data = "" if math.isnan(row["worth"]) else f"; {row['worth']:.2f} ({times})"
-    return f"{bold}{number(row['share'], 0)}%{bold} ({removed}){data}"
+    return share_cell(row) + ("" if math.isnan(row["worth"]) else f"; {row['worth']:.2f} ({times})")
 
 
 def worth_table() -> str:
@@ -219,13 +223,34 @@ def worth_table() -> str:
     return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", [*rows, without])
 
 
+def network_table() -> str:
+    """Question 9 of the third study."""
+    header = ["", "training labels", "images", *(few.NAMES[name] for name in worth_analysis.ON_BOTH)]
+    cells = shares_by_network().groupby(["network", "labels", "size"], sort=False)
+    rows = ((*cell[:2], f"{cell[2]:,}", *shares.apply(share_cell, axis=1)) for cell, shares in cells)
+    return table(f"| {' | '.join(header)} |", rows)
+
+
+def longer(size: str, name: str) -> str:
+    """The share of errors that a regulariser removes with four times the steps."""
+    shares = worth_analysis.read_log_ratio(RESULTS / "worth", int(size), name, suffix=worth_analysis.LONG)
+    share, low, high = map(worth_analysis.share, (shares.mean(), *worth_analysis.mean_interval(shares)))
+    return f"{share:.0f}% ({low:.0f} to {high:.0f}%)"
+
+
+def worth_answer(question: str, *subject: str) -> str:
+    """The sentence of the third study's analysis on one subject."""
+    rows = worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth")
+    return next(row["said"] for row in rows if row["subject"] == " ".join(subject))
+
+
 def worth_answers(*questions: str) -> str:
     """The sentences on other questions of the third study, as its analysis says them."""
     rows = []
     for question in questions:
         for row in worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth"):
             subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
-            rows.append((question, subject, row["n"], p_value(row["p_holm"]), row["said"]))
+            rows.append((question, subject, row["n"], p_value(row.get("p_holm", math.nan)), row["said"]))
     return table("| | | n | p, Holm | answer |", rows)
 
 
@@ -240,9 +265,12 @@ def power_table() -> str:
     return table("| images | SD of a gain, planned | as it came out | finds, planned | as it came out |", rows)
 
 
-TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, worth_answers)
 VALUES: dict[str, Callable[..., str]] = {
-    **{function.__name__: function for function in (*TABLES, said, pruned, difference, shares, worth)},
+    **{
+        one.__name__: one for one in (answer_table, summary_table, size_table, question_table, power_table, worth_table)
+    },
+    **{one.__name__: one for one in (network_table, worth_answer, worth_answers, longer, worth)},
+    **{one.__name__: one for one in (said, pruned, difference, shares)},
     "gain_table": lambda: by_size(
         gain_cell, ["*accuracy without*", *(accuracy(few.errors(size)["nothing"]) for size in few.SIZES)]
     ),

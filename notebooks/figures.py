@@ -369,8 +369,7 @@ def plot_worth(table: pd.DataFrame, title: str = "") -> Figure:
             if name != "nothing":
                 _draw_by_size(right, table.loc[name].clip(*limits), "worth", 1.09**aside, look)
         for axes in (left, right):
-            drawn = table["error" if axes is left else "worth"].dropna()
-            _mark_sizes(axes, sorted(drawn.index.unique("size")))
+            _mark_sizes(axes, list(table.loc["rotation"]["error" if axes is left else "worth"].dropna().index))
             axes.grid(visible=False, axis="x")
             axes.set(yscale="log", xlabel="training images")
         left.set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5%", "1%", "2%", "5%", "10%", "20%"))

@@ -157,6 +157,35 @@ def test_the_claims_about_the_worth_of_regularisers_hold():
     assert (set(commits[part_one]), set(commits[~part_one])) == ({"748da0c"}, {"1e8bb3f"})
 
 
+def test_the_claims_about_steps_networks_and_wrong_labels_hold():
+    """Of README, docs/results.md and notebook 06."""
+    folder, analysis, four = numbers.RESULTS / "worth", numbers.worth_analysis, list(numbers.worth_analysis.ON_BOTH)
+    longer = {row["subject"]: row["said"] for row in analysis.longer(folder)}
+    assert longer["more steps, 300 images"].startswith("not shown")
+    assert longer["more steps, 10,000 images"].startswith("removes 13%")
+    assert longer["rotation, 10,000 images"] == "removes more: 19% of the errors in place of 5%"
+    assert longer["l2, 10,000 images"].startswith("no change shown")
+    assert all(longer[f"{name}, 300 images"].startswith("removes more") for name in analysis.LONGER)
+    worth = {row["subject"]: row["mean"] for row in analysis.second_network(folder)}
+    assert all(1 < worth[f"{name}, 10,000 images"] < 1.2 for name in four[1:])
+    table = numbers.shares_by_network()
+    (_, plain), (_, mlp) = table[table["labels"] != "right labels"].groupby("network", sort=False)
+    assert mlp.query("size == 10_000")["share"].between(33, 51.5).all()
+    assert mlp.query("size == 10_000")["p"].max() <= 0.05
+    assert plain.query("size == 10_000 and p <= 0.05")["name"].tolist() == ["l2"]
+    assert plain.query("size < 10_000 and p <= 0.05 and share > 0")["name"].tolist() == 2 * four
+    changes = [row["said"].partition(":")[0] for row in analysis.labels(folder)]
+    assert changes == 4 * ["no change shown"] + 4 * ["removes more"]
+    assert {row["said"] for row in analysis.capacity(folder)} == {"wrong labels raise the share more in the MLP"}
+    clean = pd.read_csv(folder / "clean.csv").query("condition == '10000-nothing'").groupby("recipe")["accuracy"].mean()
+    assert (round(clean["mlp-wrong"]), round(clean["plain-wrong"])) == (86, 79)
+    names = {recipe: set(Study(folder, recipe).about()["processor"]) for recipe in recipes_in(folder)}
+    assert {name for recipe in names if recipe.endswith("wrong") for name in names[recipe]} == {
+        "Intel(R) Xeon(R) Processor (AVX512)"
+    }
+    assert names["plain"] == names["mlp"] == {"AMD EPYC (AVX512)"}
+
+
 def test_the_claims_about_settings_on_fewer_images_hold():
     recipe, _conditions = read_study_file(str(PROJECT / "studies" / "when.py"))
     study = sys.modules["s6lib_study_when"]

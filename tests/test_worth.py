@@ -1,4 +1,4 @@
-"""studies/worth_analysis.py on the few-image runs and on invented ones, and what studies/worth.py chooses."""
+"""studies/worth_analysis.py on invented runs, and what studies/worth.py chooses."""
 
 import itertools
 import json
@@ -18,7 +18,6 @@ from conftest import invent_run
 
 from s6lib.data import PROJECT
 
-WHEN, WHEN_SIZES, WHEN_SEEDS = PROJECT / "results" / "when", (100, 300, 1_000, 3_000, 10_000), range(11, 17)
 ERRORS = dict(zip((100, 300, 1_000, 3_000, 10_000, 30_000, 60_000), (25.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.4), strict=True))
 PAGE = (PROJECT / "docs" / "preregistration_worth.md").read_text()
 
@@ -109,19 +108,6 @@ def test_a_question_waits_for_all_its_runs_and_no_other_does(runs, capsys):
     assert all(f"Question {number}: " in printed for number in range(1, 12))
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "factor"), [("rotation", 300, 2.26), ("l2", 1_000, 1.84), ("l1", 3_000, 1.24)]
-)
-def test_the_factors_of_the_few_image_runs_are_those_of_the_issue(name, size, factor):
-    """Which took means of errors, not of logs, and all seeds of each size."""
-    curve = analysis.read_curve(WHEN, "when", WHEN_SEEDS, WHEN_SIZES)
-    with_it = np.log(analysis.errors(WHEN, "when", f"{size}-{name}", WHEN_SEEDS))
-    estimate, low, high = analysis.worth(curve, with_it, size, WHEN_SIZES)
-    assert estimate == pytest.approx(factor, rel=0.1)
-    assert math.log(estimate) == pytest.approx(analysis.log_worth(curve, with_it, size, WHEN_SIZES), abs=0.002)
-    assert low < factor < high
-
-
 def test_a_factor_inside_the_first_step_has_the_interval_of_fieller():
     """Where the mean of y minus g times the mean of x is not rejected, g solves a quadratic."""
     rng, n = np.random.default_rng(2), 8
@@ -174,12 +160,6 @@ def test_the_page_has_every_question_the_seeds_and_every_size():
 def test_the_page_has_the_strengths_that_the_trials_give(part, capsys):
     worth.strengths(part)
     assert capsys.readouterr().out.strip() in PAGE
-
-
-def test_part_one_trains_each_size_of_the_page_with_nothing_and_the_five():
-    slugs = [condition.slug for _, conditions in worth.part_one() for condition in conditions]
-    five = [f"{size}-{name}" for size in analysis.REGULARISED for name in analysis.REGULARISERS]
-    assert slugs == [*(f"{size}-nothing" for size in analysis.SIZES), *five]
 
 
 def test_the_page_plans_with_what_the_published_runs_came_out_with():
