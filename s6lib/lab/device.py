@@ -48,7 +48,8 @@ def reproducible(device: torch.device) -> Iterator[None]:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.enable_grad())
         for kind in dict.fromkeys(("cpu", device.type)):
-            settings.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
         # Orders and angles are drawn on the CPU. (torch 2.5 cannot tell its default device once that was set to None.)
         if torch.empty(0).device.type != "cpu":
             settings.enter_context(torch.device("cpu"))
