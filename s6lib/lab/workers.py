@@ -76,22 +76,19 @@ def train_here(task: Task, jobs: int | None = None) -> Iterator[tuple[Run, Outco
     """
     cores = cpu_count() if task.device == "cpu" else jobs or 1
     jobs = 1 if multiprocessing.current_process().daemon else min(jobs or cores, cores)
-    runs = task.runs
+    runs, tries = task.runs, TRIES
     if jobs == 1:
         yield from ((run, _train(run, task)) for run in runs)
         return
-    for _ in range(TRIES - 1):
-        if not runs:
-            return
-        lost: list[Run] = []
-        with _pool(min(jobs, len(runs))) as pool:
-            yield from train_with(pool, task._replace(runs=runs), lost=lost)
+    while runs:
+        tries, lost = tries - 1, list[Run]()
+        # In the last try in a pool each, so that a run that kills its worker stops no other run.
+        for part in [runs] if tries else [[run] for run in runs]:
+            with _pool(min(jobs, len(part))) as pool:
+                yield from train_with(pool, task._replace(runs=part), lost=lost if tries else None)
         if lost:
             print("a worker process was killed; its runs go on in a new one", file=sys.stderr, flush=True)
         runs = lost
-    for run in runs:  # in a pool each, so that a run that kills its worker stops no other run
-        with _pool(1) as pool:
-            yield from train_with(pool, task._replace(runs=[run]))
 
 
 def train_with(
