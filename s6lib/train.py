@@ -105,12 +105,12 @@ def _answer(model: nn.Module, dataset: Any, batch_size: int = 250) -> tuple[Tens
         device = next((weights.device for weights in model.parameters()), "cpu")
         loader = dataset if isinstance(dataset, DataLoader) else DataLoader(dataset, batch_size)
         logits, labels = zip(*((model(images.to(device)), labels) for images, labels in loader), strict=True)
-        return torch.cat(logits), labels
+        return torch.cat(logits).float(), labels
     parts = (normalise(part, dataset.mean, dataset.std) for part in dataset.images.split(batch_size))
     if memory_format(model) == torch.channels_last:
         # With one channel, only the strides tell the memory format, and `to` would not change them.
         parts = (part.squeeze(1).unsqueeze(3).movedim(3, 1) for part in parts)
-    return torch.cat([model(part) for part in parts]), [dataset.labels]
+    return torch.cat([model(part) for part in parts]).float(), [dataset.labels]
 
 
 def predict(model: nn.Module, dataset: Any) -> Tensor:

@@ -10,13 +10,26 @@ import pytest
 import torch
 from conftest import GBN, ONCE
 from test_run import assert_same_run
+from torch import nn
 
 import s6lib.lab.device
 from s6lib.lab.device import CPU, _denormals_are_flushed, machine, reproducible, seed_everything
 from s6lib.lab.run import train_run
-from s6lib.recipes import Run
+from s6lib.recipes import CONTROL, Recipe, Run
 
-RUN = Run(ONCE, GBN, 1)
+
+class Mixed(nn.Sequential):
+    """In mixed precision, as many write it."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return super().forward(images)
+
+
+RUN, MIXED = Run(ONCE, GBN, 1), Run(Recipe("mixed", Mixed, epochs=2, train_images=640), CONTROL, 1)
 
 
 def settings() -> list:
@@ -28,7 +41,8 @@ def settings() -> list:
 @pytest.mark.usefixtures("few_digits")
 def test_a_callers_settings_and_modes_change_nothing_and_come_back():
     torch.manual_seed(1)
-    before, undisturbed = settings(), train_run(RUN)
+    before, undisturbed, mixed = settings(), train_run(RUN), train_run(MIXED)
+    assert mixed.history[1]["train_loss"] < 0.8 * mixed.history[0]["train_loss"]
     with ExitStack() as disturbed:
         for change, value, usual in (
             (torch.set_default_dtype, torch.float64, torch.float32),
@@ -45,6 +59,7 @@ def test_a_callers_settings_and_modes_change_nothing_and_come_back():
         for mode in (torch.device("meta"), torch.inference_mode()):
             with mode:
                 assert_same_run(train_run(RUN), undisturbed)
+                assert_same_run(train_run(MIXED), mixed)
             assert settings() == theirs
     assert settings() == before
     assert train_run(Run(ONCE, GBN, 2)).history != undisturbed.history

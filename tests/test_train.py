@@ -133,6 +133,8 @@ def test_evaluation_is_torchs_on_any_data_set(model, mnist, of):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     logits = model(normalise(some.images)).detach()
     assert torch.allclose(predict_logits(model, of(some)), logits, atol=1e-5)
+    with model.register_forward_hook(lambda *seen: seen[2].bfloat16()):  # as autocast in a network
+        assert predict_logits(model, of(some)).dtype == torch.float32
     assert loss == pytest.approx(float(F.cross_entropy(logits, some.labels)), rel=1e-5)
     classes = predict(model, of(some))
     assert (classes.dtype, classes.shape) == (torch.int64, (300,))

@@ -49,7 +49,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
         settings.enter_context(torch.enable_grad())
         for kind in dict.fromkeys(("cpu", device.type)):
             if torch.is_autocast_enabled(kind):
-                settings.enter_context(torch.autocast(kind, enabled=False))
+                settings.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         # Orders and angles are drawn on the CPU. (torch 2.5 cannot tell its default device once that was set to None.)
         if torch.empty(0).device.type != "cpu":
             settings.enter_context(torch.device("cpu"))
