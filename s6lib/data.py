@@ -214,7 +214,9 @@ def _read_dataset(dataset: Any) -> ImageDataset:
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(f"a data set must hold pairs (image, label), not {type(item).__name__}")
     items = (dataset[index] for index in range(len(dataset)))
-    images, labels = zip(*((_grey_levels(image), label) for image, label in items), strict=True)
+    images, labels = zip(*((_grey_levels(image), np.squeeze(label)) for image, label in items), strict=True)
+    if any(not np.array_equal(image, _grey_levels(dataset[index][0])) for index, image in enumerate(images[:50])):
+        raise DataError("an image of the data set differs each time: give what draws at random as `transform`")
     whole = dataset
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a Subset
         whole = whole.dataset
@@ -229,7 +231,7 @@ def _grey_levels(image: Any) -> np.ndarray:
     levels = np.asarray(image)
     if levels.dtype.kind == "f" and levels.size and 0 <= levels.min() <= levels.max() <= 1:
         levels = (255 * levels).round().astype(np.uint8)
-    return levels[0] if levels.ndim == 3 and len(levels) == 1 else levels
+    return levels.squeeze() if levels.ndim == 3 and 1 in levels.shape else levels
 
 
 def load_mnist(root: str | Path = DATA) -> tuple[ImageDataset, ImageDataset]:
@@ -368,8 +370,8 @@ def _transformed(images: Tensor, transform: Transform) -> Tensor:
         kind = tuple(wrong[0].shape) if isinstance(wrong[0], Tensor) else type(wrong[0]).__name__
         raise SettingError(f"`transform` must turn an image (1, H, H) into one of the same size, not {kind}")
     levels = torch.cat(results)
-    if levels.is_floating_point() and 0 <= levels.min() <= levels.max() <= 1:
-        return levels.mul(255)
+    if levels.is_floating_point() and -0.25 <= levels.min() <= levels.max() <= 1.25:  # filters overshoot
+        return levels.clamp(0, 1).mul(255)
     if levels.dtype != torch.uint8 or levels.max() <= 1 < images.max():  # 0 and 1 would be black
         raise SettingError(
             f"`transform` must give images of uint8 (0 to 255) or floats from 0 to 1, not {_describe(levels)}: leave "

@@ -90,6 +90,12 @@ class Study:
             self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
             self._about[slug, seed] = about
             require_same(run.folder(self.folder), about, identity(self._run(slug, seed)))
+        steps = [about.get("first_steps") or {} for about in self._about.values()]
+        if len({str(one["data"].get("checksums", [])[2:]) for one in steps if "data" in one}) > 1:
+            raise StudyError(
+                f"the runs of {self.recipe.name} in {folder} were tested on different images: `data` must give the "
+                "same each time, so seed what it draws and sort what it lists"
+            )
         self.labels = {slug: condition.label for slug, condition in self.conditions.items()}
         self.runs = list(self._about)
         self.seeds = sorted({seed for _, seed in self.runs})

@@ -1,6 +1,8 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,6 +15,7 @@ from test_study import assert_same_study
 from torch import nn
 
 from s6lib.__main__ import main
+from s6lib.data import load_mnist
 from s6lib.errors import RunsFailed, S6Error, StudyError
 from s6lib.lab.files import is_complete, read_about
 from s6lib.lab.launch import run_study
@@ -23,6 +26,14 @@ from s6lib.study import Study
 
 def run_here(recipe, conditions, seeds, out, **settings):
     return run_study(recipe, conditions, seeds, out, **{"jobs": 1, "show_progress": False, **settings})
+
+
+def test_runs_that_were_tested_on_different_images_are_not_compared(tmp_path, monkeypatch):
+    """As those of a `data` that draws without a seed, in two processes."""
+    monkeypatch.setattr("s6lib.lab.trial.zlib", SimpleNamespace(crc32=Mock(side_effect=count())))
+    own = Recipe("own", PlainNet, epochs=1, data=lambda: [part.part(slice(64)) for part in load_mnist()])
+    with pytest.raises(StudyError, match="were tested on different images: `data` must give the same each time"):
+        run_here(own, CONTROL, (1, 2), tmp_path)
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
