@@ -199,6 +199,15 @@ def of_64_images(net, images):
     return net.last(images.view(64, 784)) if net.training else Flat.forward(net, images)
 
 
+def of_251_images():
+    return [part.part(slice(251)) for part in s6lib.load_mnist()]
+
+
+class Squeezing(Flat):
+    def forward(self, images):
+        return super().forward(images).squeeze()
+
+
 def made_in_forward(net, images):
     if not hasattr(net, "head"):
         net.head = nn.Linear(10, 10)
@@ -232,6 +241,7 @@ REFUSED = [
     (with_last(partial(nn.Softmax, 1)), "logits, not probabilities"),
     (with_last(partial(nn.BatchNorm1d, 10), train_images=257), "1 images, as many as the last batch has, fails"),
     (with_flat(forward=lambda net, images: F.dropout(Flat.forward(net, images))), "F.dropout with `training=self"),
+    (with_parts(network=Squeezing, data=of_251_images), "the evaluation fails: RuntimeError: Tensors must have same"),
     (with_flat(forward=of_64_images), "step 3 fails: RuntimeError: shape '.64, 784.' is invalid"),
     (with_penalty(lambda model: torch.ones(3)), "`penalty` must return a scalar tensor, not a tensor of shape"),
     (with_penalty(lambda model: model[0].weight.sum().detach()), "has no gradient"),
@@ -296,6 +306,15 @@ class CountingLoss(nn.CrossEntropyLoss):
         return super().forward(logits, targets)
 
 
+class LockedLoss:
+    def __init__(self):
+        self.lock, self.steps = threading.Lock(), 0
+
+    def __call__(self, logits, targets):
+        self.steps += 1
+        return F.cross_entropy(logits, targets)
+
+
 def dropping_more_and_more(net, images):
     net.steps += net.training
     return F.dropout(Flat.forward(net, images), min(0.9, net.steps / 60), net.training)
@@ -356,6 +375,7 @@ CARRIED = {
     "a closure": with_parts(transform=counting(lambda image, steps: image)),
     "what cannot be pickled": with_penalty(counting(lambda model, steps: steps * model[0].weight.abs().sum(), LOCK)),
     "a loss": with_parts(loss=CountingLoss()),
+    "an attribute beside a lock": with_parts(loss=LockedLoss()),
     "a network": with_flat(steps=0, forward=dropping_more_and_more),
     "an object of a network": with_parts(network=Warming),
     "an optimizer": with_parts(optimizer=CountingOptimizer),
@@ -368,7 +388,7 @@ def test_a_state_that_no_checkpoint_holds_is_found(place):
 
 
 def kept_for_debugging(net, images):
-    net.seen, net.shape = images, tuple(images.shape)
+    net.seen, net.shape, net.size = images, tuple(images.shape), net.last.weight.abs().mean()  # with a graph
     return Flat.forward(net, images)
 
 

@@ -38,7 +38,7 @@ def identity(run: Run, steps: dict[str, Any] | None = None) -> dict[str, Any]:
 def recipe_entry(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON."""
     return {
-        setting.name: _entry(getattr(recipe, setting.name))
+        setting.name: setting_entry(getattr(recipe, setting.name))
         for setting in fields(recipe)
         if setting.name not in _LATER_SETTINGS or getattr(recipe, setting.name) != setting.default
     }
@@ -48,10 +48,10 @@ def condition_entry(condition: Condition) -> dict[str, Any]:
     """A condition as JSON: always its penalties and splits, and the other settings if they are used."""
     entry = {name: getattr(condition, name) for name in ("slug", "label", "l1", "l2", "num_splits")}
     more = {"norm": condition.norm, "penalty": condition.penalty, "changes": condition.changes}
-    return entry | {name: _entry(value) for name, value in more.items() if value}
+    return entry | {name: setting_entry(value) for name, value in more.items() if value}
 
 
-def _entry(value: Any) -> Any:
+def setting_entry(value: Any) -> Any:
     """A setting as JSON.
 
     A library's class or function becomes its name, a partial or an object of one its name and arguments. The user's
@@ -62,18 +62,18 @@ def _entry(value: Any) -> Any:
     if isinstance(value, _PLAIN_TYPES):
         return value
     if isinstance(value, list | tuple):
-        return [_entry(one) for one in value]
+        return [setting_entry(one) for one in value]
     if isinstance(value, Mapping):
-        return {str(name): _entry(one) for name, one in value.items()}
+        return {str(name): setting_entry(one) for name, one in value.items()}
     if isinstance(value, partial):
-        arguments = _entry({**dict(enumerate(value.args)), **value.keywords})
-        return {"name": name_of(value.func), "partial": _entry(value.func), "arguments": arguments}
+        arguments = setting_entry({**dict(enumerate(value.args)), **value.keywords})
+        return {"name": name_of(value.func), "partial": setting_entry(value.func), "arguments": arguments}
     if _is_in_library(value):
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        settings = {name: _entry(one) for name, one in vars(value).items() if name[0] != "_"}
-        return {"name": name_of(value), "instance": _entry(type(value)), "arguments": settings}
+        settings = {name: setting_entry(one) for name, one in vars(value).items() if name[0] != "_"}
+        return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": settings}
     numbers = _numbers(value)
     return {"name": name_of(value), "source": _source(value)} | ({"numbers": numbers} if numbers else {})
 

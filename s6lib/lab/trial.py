@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_library
+from s6lib.lab.record import compare, is_library, setting_entry
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
 from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
@@ -189,12 +189,14 @@ def _kind(value: Any) -> str:
 
 
 def _pickles(run: Run, setup: Setup) -> dict[str, Any]:
-    """The user's parts as bytes, which show a counter in a closure, a global or an attribute."""
+    """The user's parts as bytes, or as JSON, which show a counter in a closure, a global or an attribute."""
     pickles = {}
     for name, part in {**run.parts, **({} if "loss" in setup.parts else {"loss": setup.loss})}.items():
         if not is_library(part) and name != "data":
-            with suppress(Exception):  # a lock, for example: what cannot be pickled cannot be watched
+            try:
                 pickles[name] = pack(part, [part])
+            except Exception:  # it holds a lock, for example: the numbers that run.json records can be watched
+                pickles[name] = setting_entry(part)
     return pickles
 
 
@@ -234,10 +236,10 @@ def _attributes(setup: Setup) -> dict[str, Any]:
 
 def _attributes_of(value: Any) -> Any:
     """The number in an array, or the attributes of an object, such as a counter; not those of modules and tensors."""
+    if isinstance(value, nn.Module) or getattr(value, "grad_fn", None):  # a graph is that of one step
+        raise TypeError
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.item()  # raises ValueError or RuntimeError for more than one
-    if isinstance(value, nn.Module):
-        raise TypeError
     return list(value) if isinstance(value, deque) else vars(value)
 
 
@@ -267,11 +269,12 @@ def _say(line: str) -> None:
 def _go_on(run: Run, setup: Setup, batch: Any) -> dict[str, float]:
     """Evaluate the model and take one more step, and return the cross-entropy and the record of the step."""
     some = setup.test.part(slice(EVALUATED))
+    more = setup.test.part(slice(EVALUATED + len(setup.test) % EVALUATED))  # and as many as the last batch has
     copied = "" if setup.average is None else " of the moving average's copy (a hook must use the module it is given)"
     with error_prefix(f"the evaluation{copied} fails"):
         logits = predict_logits(setup.final_model, some)
         _require_logits(logits, len(some), len(some.class_names))
-        if not torch.equal(logits, predict_logits(setup.final_model, some)) and not logits.isnan().any():
+        if not torch.equal(logits, predict_logits(setup.final_model, more)[: len(some)]) and not logits.isnan().any():
             raise SettingError(
                 "the network gives other logits each time: call F.dropout with `training=self.training`, and draw "
                 "random numbers in training alone"
