@@ -100,9 +100,11 @@ def short(value: Any) -> str:
 def as_python(value: Any) -> Any:
     """Turn a number of numpy, for example from np.logspace, into a number of Python, in a partial too."""
     if isinstance(value, partial):
-        numbers = any(isinstance(one, np.generic) for one in (*value.args, *value.keywords.values()))
+        numbers = any(isinstance(one, np.generic) for one in pieces(value))
         named = {name: as_python(one) for name, one in value.keywords.items()}
         return partial(value.func, *map(as_python, value.args), **named) if numbers else value
+    if type(value) is tuple:
+        return tuple(map(as_python, value))
     return value.item() if isinstance(value, np.generic) else value
 
 

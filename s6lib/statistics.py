@@ -110,7 +110,7 @@ def _by_seed(outcomes: pd.DataFrame) -> pd.DataFrame:
     if max(table.columns.nlevels, table.index.nlevels) > 1:
         raise ValueError(f"{SHAPE}, but this one has several levels of names: remove one with droplevel or unstack")
     columns = [str(name).strip().lower() for name in table]
-    for name in SEED_COLUMNS:
+    for name in SEED_COLUMNS if table.index.name is None else ():
         if columns.count(name) == 1:
             table = table.set_index(table.columns[columns.index(name)])
             columns.remove(name)

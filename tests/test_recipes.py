@@ -169,10 +169,10 @@ def test_a_norm_and_a_penalty_of_ones_own():
 def test_numbers_of_numpy_are_numbers():
     condition = Condition("a", l1=np.float64(1e-4), num_splits=np.arange(4, 8)[0], epochs=np.int64(3))
     assert (condition.l1, condition.num_splits, condition.changes) == (1e-4, 4, {"epochs": 3})
-    decay = partial(AdamW, weight_decay=np.logspace(-4, -2, 3)[2])
+    decay = partial(AdamW, weight_decay=np.logspace(-4, -2, 3)[2], betas=(np.float64(0.9), 0.99))
     optimizer = Condition("b", optimizer=decay).changes["optimizer"]
     numbers = condition.l1, optimizer.keywords["weight_decay"], replace(PLAIN, epochs=np.int64(3)).epochs
-    assert [type(number) for number in numbers] == [float, float, int]
+    assert [type(number) for number in (*numbers, *optimizer.keywords["betas"])] == [float, float, int, float, float]
 
 
 ADAM = Adam([nn.Parameter(torch.zeros(1))])  # its repr has many lines

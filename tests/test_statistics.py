@@ -67,6 +67,7 @@ def test_a_table_means_the_same_however_it_came(function, same):
     before, expected = PEOPLES.copy(), function(PEOPLES)
     assert np.all(function(same) == expected)
     pd.testing.assert_frame_equal(PEOPLES, before)
+    assert len(paired_comparisons(PEOPLES.set_axis(["index", "b", "Seed"], axis=1))) == 3  # names of conditions here
 
 
 LONG = PEOPLES.reset_index().melt("seed", var_name="condition", value_name="test_accuracy")
