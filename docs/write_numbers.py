@@ -265,12 +265,10 @@ def power_table() -> str:
     return table("| images | SD of a gain, planned | as it came out | finds, planned | as it came out |", rows)
 
 
+TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, network_table)
+NUMBERS = (said, pruned, difference, shares, worth, worth_answer, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
-    **{
-        one.__name__: one for one in (answer_table, summary_table, size_table, question_table, power_table, worth_table)
-    },
-    **{one.__name__: one for one in (network_table, worth_answer, worth_answers, longer, worth)},
-    **{one.__name__: one for one in (said, pruned, difference, shares)},
+    **{function.__name__: function for function in (*TABLES, *NUMBERS)},
     "gain_table": lambda: by_size(
         gain_cell, ["*accuracy without*", *(accuracy(few.errors(size)["nothing"]) for size in few.SIZES)]
     ),
