@@ -347,15 +347,19 @@ def plot_sign_flips(differences: Sequence[float], title: str = "", ax: Axes | No
     flips, mean = sign_flip_means(differences), float(np.mean(differences))
     border = max(0.0, abs(mean) - 2e-6 * float(np.abs(differences).sum()))  # the means are rounded
     reach = max(1.02 * flips.index.max(), 1.01 * abs(mean)) or 1.0
-    width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
-    outer = border + width * np.arange(2 + int((reach - border) / width))  # no narrower than the rest
-    edges = np.unique([*-outer, *np.linspace(-border, border, 2 + int(2 * border / width)), *outer])
-    shares, _ = np.histogram(flips.index, edges, weights=flips)
-    colors = [INK if abs(middle) >= border else QUIET for middle in (edges[:-1] + edges[1:]) / 2]
+    flips = flips.groupby((flips.index / reach).to_numpy().round(6)).sum()  # equal ones may differ in the last digits
+    middles, shares, width = reach * flips.index, flips, reach * float(np.diff(flips.index).min(initial=1))
+    if width < reach / 250:  # too many for a bar each, unlike those of accuracies, which are steps of one image
+        width = 2 * reach / min(41, 2 * int(2 ** (len(differences) / 2 - 1)) + 1)  # few flips need wide bars
+        outer = border + width * np.arange(2 + int((reach - border) / width))  # no narrower than the rest
+        edges = np.unique([*-outer, *np.linspace(-border, border, 2 + int(2 * border / width)), *outer])
+        shares, _ = np.histogram(middles, edges, weights=flips)
+        middles, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
+    colors = [INK if abs(middle) >= border else QUIET for middle in middles]
     with rc_context(STYLE):
         axes = panel((9, 4), ax)
         axes.margins(y=0.2)
-        axes.bar(edges[:-1], shares, np.diff(edges), align="edge", color=colors, edgecolor="white", linewidth=0.5)
+        axes.bar(middles, shares, width, color=colors, edgecolor="white", linewidth=0.5)
         axes.axvline(mean, color=INK, linewidth=1.5, linestyle="--", label=f"found: {signed(mean)}")
         axes.legend(frameon=False, loc="upper left" if mean > 0 else "upper right")
         axes.yaxis.set_major_formatter(PercentFormatter(1))

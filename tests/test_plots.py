@@ -159,7 +159,10 @@ def test_differences_are_those_of_the_comparisons_the_largest_on_top():
     assert "2 significant" in axes.get_title()
 
 
-@pytest.mark.parametrize("differences", [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20)])
+SIGNED = [[0.03, 0.01, -0.02, 0.05], [-0.1, -0.2, -0.3], [0.0, 0.0], np.arange(20), 0.9 ** np.arange(12)]
+
+
+@pytest.mark.parametrize("differences", SIGNED)
 def test_the_black_share_of_the_sign_flips_is_p(differences):
     (axes,) = plots.plot_sign_flips(differences).axes
     heights = {"black": 0.0, "grey": 0.0}
