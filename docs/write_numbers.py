@@ -161,16 +161,6 @@ def gain_cell(size: int, slug: str) -> str:
     return f"{number(gained.mean(), 2, '+')} ({interval(statistics.mean_interval(gained), 2)})"
 
 
-def shares(size: str, which: str) -> str:
-    """The share of errors removed by one regulariser, or by "each", the largest first."""
-    found = {slug: few.share_removed(int(size), slug)[0] for slug in few.NAMES}
-    if which in found:
-        return f"{found[which]:.0f}%"
-    best_first = sorted(found, key=found.__getitem__, reverse=True)
-    *first, last = [f"{few.NAMES[slug]} {found[slug]:.0f}%" for slug in best_first]
-    return f"{', '.join(first)} and {last}"
-
-
 def size_table() -> str:
     """Accuracy without regularisation on training and on test images, and the gap, by the number of training images."""
     columns, sizes = ["train_accuracy", "test_accuracy", "gap"], few.clean().groupby("images")
@@ -216,11 +206,9 @@ def worth_table() -> str:
     """Questions 1, 2 and 6 of the third study, and the errors without a regulariser."""
     sizes = (*worth_analysis.REGULARISED, worth_analysis.ALL)
     rows = [[label, *(worth_cell(size, slug) for size in sizes)] for slug, label in few.NAMES.items()]
-    without = [
-        "*wrong without, geometric mean*",
-        *(f"{worths().loc[('nothing', size), 'error']:.2f}%" for size in sizes),
-    ]
-    return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", [*rows, without])
+    without = (f"{error:.2f}%" for error in worths().loc["nothing"].loc[list(sizes), "error"])
+    rows.append(["*wrong without, geometric mean*", *without])
+    return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", rows)
 
 
 def network_table() -> str:
@@ -238,19 +226,17 @@ def longer(size: str, name: str) -> str:
     return f"{share:.0f}% ({low:.0f} to {high:.0f}%)"
 
 
-def worth_answer(question: str, *subject: str) -> str:
-    """The sentence of the third study's analysis on one subject."""
-    rows = worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth")
-    return next(row["said"] for row in rows if row["subject"] == " ".join(subject))
+def said_of_worth(question: str) -> list[dict[str, Any]]:
+    """What the third study's analysis says on a question, by subject."""
+    return worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth")
 
 
 def worth_answers(*questions: str) -> str:
-    """The sentences on other questions of the third study, as its analysis says them."""
+    """The sentences on other questions of the third study."""
     rows = []
-    for question in questions:
-        for row in worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth"):
-            subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
-            rows.append((question, subject, row["n"], p_value(row.get("p_holm", math.nan)), row["said"]))
+    for asked, row in ((question, row) for question in questions for row in said_of_worth(question)):
+        subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
+        rows.append((asked, subject, row["n"], p_value(row.get("p_holm", math.nan)), row["said"]))
     return table("| | | n | p, Holm | answer |", rows)
 
 
@@ -266,14 +252,18 @@ def power_table() -> str:
 
 
 TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, network_table)
-NUMBERS = (said, pruned, difference, shares, worth, worth_answer, worth_answers, longer)
+NUMBERS = (said, pruned, difference, worth, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
     "gain_table": lambda: by_size(
         gain_cell, ["*accuracy without*", *(accuracy(few.errors(size)["nothing"]) for size in few.SIZES)]
     ),
     "nothing": lambda size: accuracy(worth_analysis.errors(RESULTS / "worth", "plain", f"{size}-nothing")),
+    "worth_answer": lambda question, *subject: next(
+        row["said"] for row in said_of_worth(question) if row["subject"] == " ".join(subject)
+    ),
     "worth-ends": partial(worth, low="worth_low", high="worth_high"),
+    "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
     "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)[0])['both']:.2f}",
     "six": lambda name: six()[name],
