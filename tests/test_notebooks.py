@@ -149,9 +149,20 @@ def test_one_command_points_a_fork_to_its_own_address_everywhere(tmp_path):
     assert all(path.read_text() == text for path, text in kept.items())
 
 
-def run_in_colab(folder: Path, *sources: str) -> list[NotebookNode]:
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The address of a clone without the published runs, which take most of the time to copy."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("s6lib", "notebooks"):
+        shutil.copytree(PROJECT / name, folder / name)
+    for command in ("init -q", "add .", "-c user.name=s6lib -c user.email=s6lib@localhost commit -q -m s6lib"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    return f"file://{folder}"
+
+
+def run_in_colab(folder: Path, repository: str, *sources: str) -> list[NotebookNode]:
     """Cells as they come out of the stand-in for Colab, with this Python. pip is replaced: a test installs nothing."""
-    variables = colab.stand_in(folder, sys.executable)
+    variables = colab.stand_in(folder, sys.executable) | {"GIT_CONFIG_KEY_0": f"url.{repository}.insteadOf"}
     pip = "get_ipython().register_magic_function(lambda line: print('pip', line), magic_name='pip')\n"
     (folder / "ipython" / "profile_default" / "startup" / "pip.py").write_text(pip)
     cells = [new_code_cell(source, metadata={"tags": ["raises-exception"]}) for source in sources]
@@ -163,11 +174,11 @@ FROM_LAB = "import os, s6lib; print(s6lib.__file__ == os.path.abspath('lab/s6lib
 
 
 @pytest.mark.slow
-def test_the_first_cell_makes_s6lib_importable_in_colab_and_a_failed_clone_is_a_sentence(tmp_path):
+def test_the_first_cell_makes_s6lib_importable_in_colab_and_a_failed_clone_is_a_sentence(tmp_path, repository):
     """In one kernel: Python would remember that there was no s6lib in a folder that was not there."""
     nowhere = re.sub(r"https://github\.com/\S+", "file:///nowhere", FIRST)
     forget = "import os, sys; sys.path_importer_cache[os.path.abspath('lab')] = None"
-    failed, _, *again = run_in_colab(tmp_path, nowhere, forget, FIRST, FROM_LAB, FIRST, FROM_LAB)
+    failed, _, *again = run_in_colab(tmp_path, repository, nowhere, forget, FIRST, FROM_LAB, FIRST, FROM_LAB)
     assert "fatal: '/nowhere'" in colab.printed(failed)  # git's own reason
     assert failed.outputs[-1].evalue == (
         "s6lib could not be cloned, for the reason above; check the network and run this cell again"
@@ -179,11 +190,12 @@ def test_the_first_cell_makes_s6lib_importable_in_colab_and_a_failed_clone_is_a_
 
 
 @pytest.mark.slow
-def test_the_first_cell_runs_over_an_empty_or_half_made_lab(tmp_path):
+def test_the_first_cell_runs_over_an_empty_or_half_made_lab(tmp_path, repository):
     """Half made by a lost connection, before its files were there, or by the reader: nothing is deleted."""
-    clone = f"!git clone -q --no-checkout file://{PROJECT} lab"
+    clone = f"!git clone -q --no-checkout {repository} lab"
     for number, state in enumerate(("!mkdir lab", f"{clone}; touch lab/mine", "!mkdir lab; touch lab/mine")):
-        _, _, shown = run_in_colab(tmp_path / str(number), state, FIRST, f"{FROM_LAB}; print(os.listdir('lab.old'))")
+        cells = (state, FIRST, f"{FROM_LAB}; print(os.listdir('lab.old'))")
+        *_, shown = run_in_colab(tmp_path / str(number), repository, *cells)
         assert colab.printed(shown).startswith("True ['lab', 'lab.old']\n"), state
         assert ("'mine'" in colab.printed(shown)) == ("mine" in state)
 
