@@ -218,7 +218,8 @@ def opening_cell(notebook: NotebookNode) -> int:
 def own_runs(tiny_study, tmp_path_factory):
     """Two conditions, two seeds, two short recipes."""
     folder = shutil.copytree(tiny_study.folder, tmp_path_factory.mktemp("own"), dirs_exist_ok=True)
-    s6lib.run_study(replace(TINY, name="shorter"), ("l1-bn", "gbn"), (1, 2), folder, jobs=1, show_progress=False)
+    shorter = replace(TINY, name="shorter", epochs=1)
+    s6lib.run_study(shorter, ("l1-bn", "gbn"), (1, 2), folder, jobs=1, show_progress=False)
     return folder
 
 
