@@ -3,7 +3,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import GBN
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -13,7 +12,6 @@ from torchvision.models.feature_extraction import get_graph_node_names
 from s6lib.errors import SettingError
 from s6lib.models import BottleneckNet, Dropout, PlainNet, SeparableNet
 from s6lib.norm import GhostBatchNorm
-from s6lib.recipes import PLAIN, build_model
 
 PLAIN_LAYERS = """
 Conv 10x28x28 90 - ReLU - BN 20 - Dropout - Conv 10x28x28 900 - ReLU - BN 20 - Dropout - MaxPool 10x14x14 -
@@ -55,11 +53,6 @@ def test_torchsummary_prints_the_layer_table(network, text, parameters, capsys):
     assert f"Total params: {parameters}\n" in printed
     rows = re.findall(r"(\w+)-\d+ +\[-1, ([\d, ]+)\] +([\d,]+)", printed)
     assert rows == list(expected_layers(text))
-
-
-def test_torchsummary_names_the_ghost_layers(capsys):
-    summary(build_model(PLAIN, GBN), (1, 28, 28), device="cpu")
-    assert capsys.readouterr().out.count("GhostBatchNorm-") == 7
 
 
 @given(st.integers(1, 40))
