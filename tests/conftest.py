@@ -91,8 +91,9 @@ def _little_to_collect():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Fail a test that leaves torch with more threads, which would slow down every later one."""
+def _alike():
+    """Seed each test; fail one that leaves torch with more threads, which would slow down every later one."""
+    torch.manual_seed(1)
     yield
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -394,7 +394,6 @@ def test_what_recipes_draw_is_settled_and_comes_from_the_generator_alone(mnist, 
     ids=str,
 )  # fmt: skip
 def test_a_transform_is_drawn_for_each_image_of_a_batch(mnist, transform):
-    torch.manual_seed(1)
     ((images, _),) = batches(mnist[0].part(torch.zeros(64, dtype=torch.int64)), 64, transform=transform)
     assert len(images.flatten(1).unique(dim=0)) > 30
 

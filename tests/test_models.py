@@ -109,7 +109,6 @@ def test_torchvisions_extractors_find_the_layers():
 
 
 def dropout_masks(p, shape, count):
-    torch.manual_seed(5)
     layer, ones = Dropout(p), torch.ones(shape).to(memory_format=torch.channels_last)
     return torch.stack([layer(ones) for _ in range(count)])
 

@@ -146,7 +146,6 @@ class TestTraining:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_running_statistics_are_the_weighted_ghosts_to_the_bit(self, samples, splits, dtype):
         """The weights as the published runs had them: a tensor, multiplied element by element."""
-        torch.manual_seed(1)
         ghost = randomised(GhostBatchNorm(5, splits, dtype=dtype))
         images = 1 + 3 * torch.randn(samples, 5, 4, 4, dtype=dtype)
         statistics = torch.zeros(2, splits, 5, dtype=dtype)
@@ -165,7 +164,6 @@ class TestTraining:
     )
     def test_large_and_small_maps_are_the_definition(self, samples, channels, side, splits, calls, layout):
         """Large ghosts are normalised one by one, small ones, and single contiguous samples, together as channels."""
-        torch.manual_seed(1)
         images = torch.randn(samples, channels, side, side, dtype=torch.float64).to(memory_format=layout)
         ghost = GhostBatchNorm(channels, splits, dtype=torch.float64)
         norm = nn.BatchNorm2d(channels, dtype=torch.float64)
@@ -193,7 +191,6 @@ class TestTraining:
     @pytest.mark.parametrize("splits", [4, 16])
     def test_takes_the_dtypes_that_batchnorm_takes(self, splits):
         """With a variance of 90,000, where float16 ends at 65,504."""
-        torch.manual_seed(1)
         dtypes, taken = (torch.float64, torch.float32, torch.float16, torch.bfloat16), 0
         for dtype, layer_dtype, affine, track in product(dtypes, dtypes, (True, False), (True, False)):
             images = (300 * torch.randn(64, 3, 4, 4)).to(dtype)
@@ -237,7 +234,6 @@ class TestTraining:
     @pytest.mark.filterwarnings("ignore")  # vmap's own: it has no fast rule for lerp_
     @pytest.mark.parametrize("splits", [4, 8])
     def test_an_ensemble_trains_under_vmap(self, splits):
-        torch.manual_seed(1)
         layers, images = [randomised(GhostBatchNorm(3, splits)) for _ in range(2)], torch.randn(2, 16, 3, 4, 4)
         parameters, buffers = torch.func.stack_module_state(layers)
 
@@ -253,7 +249,6 @@ class TestTraining:
     @pytest.mark.parametrize("splits", [3, 8])
     @pytest.mark.parametrize("shape", [(16, 2), (17, 2, 2, 2)])
     def test_gradients_have_gradients(self, shape, splits):
-        torch.manual_seed(1)
         ghost = randomised(GhostBatchNorm(2, splits, dtype=torch.float64))
         images = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradgradcheck(ghost, images, fast_mode=True)
@@ -291,7 +286,6 @@ class TestCompilers:
     @pytest.mark.parametrize("cut", [{"num_splits": 2}, {"num_splits": 3}, {"num_splits": 8}, {"ghost_size": 3}])
     def test_a_graph_exported_in_training_can_be_switched_to_evaluation_and_back(self, cut):
         """The flow of quantization in PyTorch 2, where a graph is exported once for both."""
-        torch.manual_seed(1)
         ghost, images = randomised(GhostBatchNorm(3, **cut)), 3 + 2 * torch.randn(8, 3, 8, 8)
         export = torch.export.export_for_training if torch.__version__ < "2.6" else torch.export.export
         exported = export(copy.deepcopy(ghost), (images,)).module()
@@ -322,7 +316,6 @@ class TestCompilers:
 
     def test_fx_traces_a_layer_that_trains_at_any_batch_size_and_follows_the_mode(self):
         """torchvision's feature extractors are made so."""
-        torch.manual_seed(1)
         model = nn.Sequential(nn.Conv2d(1, 3, 3), randomised(GhostBatchNorm(3, 4)), nn.ReLU())
         traced = fx.symbolic_trace(copy.deepcopy(model).eval())
         for other in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
@@ -415,7 +408,6 @@ class TestModule:
 
 class TestConversion:
     def test_resnet18_and_its_optimizer_go_on(self):
-        torch.manual_seed(1)
         model = resnet18().train()
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
         parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
@@ -534,7 +526,6 @@ class TestPage:
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch 2.11 itself
     def test_fusing_with_a_convolution(self):
-        torch.manual_seed(1)
         model = nn.Sequential(nn.Conv2d(3, 4, 1), randomised(GhostBatchNorm(4, 2)), nn.ReLU())
         images = torch.randn(4, 3, 5, 5)
         expected = copy.deepcopy(model).eval()(images)

@@ -17,7 +17,6 @@ from s6lib.train import evaluate, l1_l2_penalty, predict, predict_logits, train_
 
 @pytest.fixture
 def model():
-    torch.manual_seed(1)
     return build_model(BOTTLENECK, CONTROL)  # no dropout: its steps can be repeated by hand
 
 
@@ -84,7 +83,6 @@ EPOCHS = {condition.slug: (condition, F.cross_entropy, cut) for condition in CON
 def test_an_epoch_is_the_loop_by_hand_to_the_last_bit(name, some):
     """And records the cross-entropy, whatever is trained."""
     condition, loss, parts_of = EPOCHS[name]
-    torch.manual_seed(1)
     ours, theirs = (build_model(BOTTLENECK, condition) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     ours.eval()  # an epoch trains in training mode, whatever came before
