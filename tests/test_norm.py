@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 import re
 import sys
@@ -64,8 +63,7 @@ def batches(draw):
     """(N, C, *) of rank 2 to 5 in any memory format, and a number of splits that leaves each ghost two values."""
     rank, splits = draw(st.integers(2, 5)), draw(st.integers(1, 9))
     least = max(2, 2 * splits if rank == 2 else 1)
-    sizes = [(least, least + 12), (1, 5), *[(2, 4)] * (rank - 2)]
-    shape = [draw(st.integers(*limits)) for limits in sizes]
+    shape = [draw(st.integers(*limits)) for limits in ((least, least + 12), (1, 5), *[(2, 4)] * (rank - 2))]
     torch.manual_seed(draw(st.integers(0, 10_000)))
     images = draw(st.floats(-3, 3)) + draw(st.floats(0.5, 3)) * torch.randn(shape, dtype=torch.float64)
     layout = draw(st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"]))
@@ -273,12 +271,10 @@ class TestTraining:
 class TestCompilers:
     @pytest.mark.parametrize("track", [True, False])
     @pytest.mark.parametrize("make", [GhostBatchNorm, GhostBatchNorm2d])
-    def test_torchscript_evaluates_and_names_revert_where_it_cannot(self, make, track):
-        ghost = make(3, 4, track_running_stats=track)
-        images, file = torch.randn(6, 3, 4, 4), io.BytesIO()
-        torch.jit.save(torch.jit.script(nn.Sequential(ghost)), file)
-        file.seek(0)
-        scripted = torch.jit.load(file)
+    def test_torchscript_evaluates_and_names_revert_where_it_cannot(self, make, track, tmp_path):
+        ghost, images = make(3, 4, track_running_stats=track), torch.randn(6, 3, 4, 4)
+        torch.jit.save(torch.jit.script(nn.Sequential(ghost)), tmp_path / "ghost.pt")
+        scripted = torch.jit.load(tmp_path / "ghost.pt")
         with pytest.raises(torch.jit.Error, match=r"evaluation only: call eval\(\) .* GhostBatchNorm.revert"):
             scripted(images)
         assert torch.equal(scripted.eval()(images), ghost.eval()(images))
@@ -384,10 +380,9 @@ class TestModule:
         assert repr(GhostBatchNorm1d(3, ghost_size=16)).endswith("num_splits=None, ghost_size=16)")
 
     @pytest.mark.parametrize("make", [GhostBatchNorm2d, lambda *cut: GhostBatchNorm.convert(nn.BatchNorm2d(3), 4)])
-    def test_copies_and_files_are_the_layer(self, make):
-        ghost, file, images = randomised(make(3, 4)), io.BytesIO(), torch.randn(8, 3, 4, 4)
+    def test_copies_and_files_are_the_layer(self, make, tmp_path):
+        ghost, file, images = randomised(make(3, 4)), tmp_path / "ghost.pt", torch.randn(8, 3, 4, 4)
         torch.save(ghost, file)
-        file.seek(0)
         others = [copy.deepcopy(ghost), pickle.loads(pickle.dumps(ghost)), torch.load(file, weights_only=False)]
         output = ghost(images)
         for other in others:
