@@ -1,5 +1,6 @@
 """What run.json says of a run's settings, and which differences make it another run."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -136,6 +137,47 @@ SOURCE = "def penalty(model):\n    return 2 * model.sum()\n"
 )
 def test_the_syntax_tree_of_code_counts_where_it_can_be_had(source, edited, differs):
     assert differences(with_source(source), with_source(edited)) == ["other code in penalty"] * differs
+
+
+class Settings:
+    epochs, weight = 5, 0.1
+
+
+SHARES = {"l1": 0.5, "l2": 0.5}
+
+
+def helper(model):
+    return model.sum()
+
+
+class Own(nn.Module):
+    def forward(self, model):
+        return Settings.weight * SHARES["l1"] * helper(model)
+
+
+class Derived(Own):
+    def __init__(self):
+        super().__init__()
+        self.smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+
+def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
+    entry, derived = (condition_entry(Condition("a", penalty=kind()))["penalty"] for kind in (Own, Derived))
+    assert entry["numbers"] == {"training": True, "Settings.weight": 0.1, "SHARES.l1": 0.5}
+    assert (list(entry["uses"]), list(derived["uses"])) == (["helper"], ["Own"])
+    assert derived["numbers"]["smooth.label_smoothing"] == 0.1
+    edited = {**entry, "uses": {"helper": entry["uses"]["helper"].replace("sum", "mean")}}
+    both = [{"condition": {"penalty": one}, "first_steps": STEPS} for one in (entry, edited)]
+    assert differences(*both) == ["other code in penalty, in helper"]
+    assert differences(requested(loss=partial(helper)), requested(loss=partial(helper, flood=1.0)))
+
+
+def test_a_lambda_is_known_by_its_own_source():
+    alone, *pair = (
+        lambda model: helper(model)), lambda model: 1, lambda model: 2  # fmt: skip
+    sources = [condition_entry(Condition("a", penalty=one))["penalty"]["source"] for one in (alone, *pair)]
+    assert sources[0] == "lambda model: helper(model)"
+    assert sources[1:] == ["lambda model: 1", "lambda model: 2"] or sys.version_info < (3, 11)
 
 
 def test_runs_of_before_are_read():

@@ -3,6 +3,9 @@
 import ast
 import inspect
 import math
+import os
+import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,6 +27,7 @@ OTHER_CODE = "other code in"
 # pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
 
+_LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
 _PLAIN_TYPES = (int, float, str, bool, type(None))
 # Settings added after the first published runs, from `shift` on: run.json omits them at their defaults.
 _LATER_SETTINGS = {setting.name for setting in fields(Recipe)[12:]}
@@ -72,23 +76,62 @@ def setting_entry(value: Any) -> Any:
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        settings = {name: setting_entry(one) for name, one in vars(value).items() if name[0] != "_"}
+        attributes = {**vars(value), **vars(value).get("_modules", {})}
+        settings = {name: setting_entry(one) for name, one in attributes.items() if name[0] != "_"}
         return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": settings}
-    numbers = _numbers(value)
-    return {"name": name_of(value), "source": _source(value)} | ({"numbers": numbers} if numbers else {})
+    more = {"numbers": _numbers(value), "uses": _uses(value)}
+    return {"name": name_of(value), "source": _source(value)} | {name: one for name, one in more.items() if one}
 
 
 def _numbers(thing: Any) -> dict[str, float]:
-    """The numbers that the user's code reads: attributes, defaults, and variables of its closure and module."""
-    kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
-    own = {} if kind is thing else getattr(thing, "__dict__", {})
-    read = {name: value for name, value in own.items() if name[0] != "_"}
+    """The numbers that the user's code reads: attributes, defaults, variables of closure and module, and in these."""
+    kind = _kind_of(thing)
+    read: dict[str, Any] = {}
     for function in _functions_of(kind):
-        with suppress(ValueError):  # a variable that is not set yet
-            variables = inspect.getclosurevars(function)
-            read |= {**variables.globals, **variables.nonlocals}
+        words = {*function.__code__.co_names, *function.__code__.co_consts}
+        read |= (held := _variables(function))
+        for name, value in held.items():  # such as a dict or a class of settings
+            inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+            read |= {f"{name}.{word}": inside[word] for word in words & inside.keys()}
         read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    own = {} if kind is thing else getattr(thing, "__dict__", {})
+    read |= {name: value for name, value in own.items() if name[0] != "_"}  # rather than the default of that name
+    for name, module in own.get("_modules", {}).items():
+        read |= {f"{name}.{inside}": number for inside, number in _numbers(module).items() if inside != "training"}
     return {name: as_python(value) for name, value in read.items() if type(as_python(value)) in (int, float, bool)}
+
+
+def _uses(thing: Any) -> dict[str, str]:
+    """The sources of the user's functions and classes that a piece of code derives from or reads, by name."""
+    kind = _kind_of(thing)
+    used = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
+    for function in _functions_of(kind):
+        used |= {name: one for name, one in _variables(function).items() if one is not kind}
+    sources = {name: _source(one) for name, one in used.items() if _is_users_code(one)}
+    return {name: source for name, source in sources.items() if source is not None}
+
+
+def _is_users_code(thing: Any) -> bool:
+    """Return whether a thing is a function, or a class with methods, from no installed file."""
+    file = getattr(sys.modules.get(getattr(thing, "__module__", None) or ""), "__file__", None)
+    return bool(_functions_of(thing)) and not is_installed(file)
+
+
+def _kind_of(thing: Any) -> Any:
+    return thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+
+
+def _variables(function: Any) -> dict[str, Any]:
+    """The variables of its closure and module that a function reads, but for those that are not set yet."""
+    with suppress(ValueError):
+        variables = inspect.getclosurevars(function)
+        return {**variables.globals, **variables.nonlocals}
+    return {}
+
+
+def is_installed(file: str | None) -> bool:
+    """Return whether a file is Python's, s6lib's or an installed package's, which a worker has too."""
+    return any(library in (file or "") for library in _LIBRARIES)
 
 
 def _functions_of(kind: Any) -> list[Any]:
@@ -118,15 +161,28 @@ def has_user_code(run: Run) -> bool:
 
 def _source(thing: Any) -> str | None:
     """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
-    thing = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+    thing = _kind_of(thing)
     if _is_in_library(thing):  # such as Tensor, of class weights
         return None
     with suppress(Exception):  # Python finds a source, or it does not
         codes = {function.__code__ for function in _functions_of(thing)}
         lines, _ = inspect.findsource(thing)
-        if codes <= set(_codes_in(compile("".join(lines), "", "exec", dont_inherit=True))):
-            return inspect.getsource(thing)
+        if codes <= set(_codes_in(compile(text := "".join(lines), "", "exec", dont_inherit=True))):
+            return _lambda_source(thing, text) or inspect.getsource(thing)
     return None
+
+
+def _lambda_source(thing: Any, text: str) -> str | None:
+    """Return the source of a lambda without the rest of its lines, which may be no Python, or hold another lambda."""
+    code = getattr(thing, "__code__", None)
+    if code is None or code.co_name != "<lambda>":
+        return None
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Lambda)]
+    found = [node for node in found if node.lineno == code.co_firstlineno]
+    if len(found) > 1 and hasattr(code, "co_positions"):  # from Python 3.11 on
+        columns = {column for _, _, column, _ in code.co_positions() if column}
+        found = [node for node in found if node.body.col_offset in columns]
+    return ast.get_source_segment(text, found[0]) if len(found) == 1 else None
 
 
 def _codes_in(code: CodeType) -> Iterator[CodeType]:
@@ -224,17 +280,18 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
         tolerance: the relative difference that numbers may have.
     """
     if _is_source(old) and _is_source(new):
-        trees = {_syntax_tree(entry["source"]) for entry in (old, new)}
         was, now = (entry.get("numbers", {}) for entry in (old, new))
         if changed := [key for key in now if key in was and repr(now[key]) != repr(was[key])]:  # repr: nan equals nan
             return [f"{OTHER_CODE} {name}, {key} = {was[key]}, not {now[key]}" for key in changed]
-        return [f"{OTHER_CODE} {name}"] if len(trees - {None}) == 2 else []
+        was, now = ({"": entry["source"], **entry.get("uses", {})} for entry in (old, new))
+        changed = [key for key in now if len({_syntax_tree(one.get(key)) for one in (was, now)} - {None}) == 2]
+        return [f"{OTHER_CODE} {name}" + (f", in {key}" if key else "") for key in changed]
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
             names = sorted(old.keys() ^ new.keys())
             return [f"other parameters (only one of the two has {', '.join(names[:3])})"]
         keys = [key for key in {**old, **new} if key != "label" and (not shared or (key in old and key in new))]
-        shared = shared or "instance" in new or _is_source(new.get("partial"))
+        shared = shared or "instance" in new
         parts = [(key, old.get(key), new.get(key)) for key in keys]
     elif name == "checksums" and old != new:
         return ["other images or labels"]
@@ -262,10 +319,11 @@ def _syntax_tree(source: str | None) -> str | None:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
         if isinstance(tree.body[0], ast.FunctionDef | ast.ClassDef):
             return ast.dump(tree)
-        return ast.dump(lambdas[0]) if len(lambdas) == 1 else None
+        lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+        whole = getattr(tree.body[0], "value", None) in lambdas
+        return ast.dump(lambdas[0]) if whole or len(lambdas) == 1 else None
     return None
 
 

@@ -5,9 +5,7 @@ import inspect
 import io
 import json
 import math
-import os
 import sys
-import sysconfig
 import traceback
 import zlib
 from collections import deque
@@ -15,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -27,17 +24,17 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_library, setting_entry
+from s6lib.lab.record import compare, is_installed, is_library, setting_entry
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
 from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
 
 STEPS = 3  # and one more, from a state that was saved and read back
 EVALUATED = 250  # number of test images
-_LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
 _STATE = (
     "a number that it keeps in Python makes a run depend on the order of runs and on where it was stopped: keep it in "
-    "a buffer, or use the share of training done, as a schedule does (and make caches in __init__)"
+    "a buffer, or use the share of training done, as a schedule does (make caches in __init__, and keep activations on "
+    "their module)"
 )
 _SEEDED = "draw random numbers from the global generators of torch, numpy or random, which each run seeds"
 
@@ -55,8 +52,9 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     with reproducible(CPU), error_prefix(f"{run.condition} cannot be trained"):
         setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
+        setup.model.train()  # as in a step: what two networks share may have been left in evaluation mode
         before = _pickles(run, setup)  # before the first transform
-        with error_prefix("its first batches cannot be made"):
+        with error_prefix("its first batches cannot be made (`transform` gets a uint8 tensor: leave out ToTensor)"):
             again, *batches = [*islice(_first_batches(run, second), 1), *_first_batches(run, setup)]
         steps, attributes, graphs = [], [], list[Any]()
         for number, batch in enumerate(batches[:STEPS], 1):
@@ -71,7 +69,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         before, after = before | attributes[0], _pickles(run, setup) | attributes[-1]
         if changed := [part for part in before if after.get(part, before[part]) != before[part]]:
             raise SettingError(f"`{changed[0]}` changes from step to step, and {_STATE}")
-        if not torch.equal(again[0], batches[0][0]):
+        if not all(map(torch.equal, again, batches[0])):
             raise SettingError(f"two first batches of one seed differ: {_SEEDED}")
         if idle := _what_learns_nothing(setup, graphs):
             _say(f"{run.condition}: in the first steps, these learned nothing: {', '.join(idle[:5])}")
@@ -118,16 +116,11 @@ def error_prefix(what: str) -> Iterator[None]:
         message = str(error).strip()
         if not isinstance(error, SettingError):
             lines = [line.strip() for line in message.splitlines()] or ["no reason given"]
-            own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_installed(frame.filename)]
+            own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_installed(frame.filename)]
             place = f" (in {own[-1].name}, line {own[-1].lineno})" if own else ""
             message = f"{type(error).__name__}: {' '.join(lines[:2])[:300]}{place}"
         named = message.startswith(what.partition(" cannot")[0])
         raise SettingError(message if named else f"{what}: {message}") from None
-
-
-def _is_installed(file: str) -> bool:
-    """Return whether a file is Python's, s6lib's or an installed package's, which a worker has too."""
-    return any(library in file for library in _LIBRARIES)
 
 
 def _first_batches(run: Run, setup: Setup) -> Iterator[Any]:
@@ -211,7 +204,7 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
     with ExitStack() as registered:
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
             standard = module.__name__.partition(".")[0] in sys.stdlib_module_names
-            if not standard and not _is_installed(getattr(module, "__file__", None) or ""):
+            if not standard and not is_installed(getattr(module, "__file__", None) or ""):
                 cloudpickle.register_pickle_by_value(module)
                 registered.callback(cloudpickle.unregister_pickle_by_value, module)
         return cloudpickle.dumps(content)
