@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from s6lib.data import ImageDataset
-from s6lib.statistics import condition_statistics, paired_comparisons, sign_flip_means, sign_flip_p
+from s6lib.statistics import complete_table, condition_statistics, paired_comparisons, sign_flip_means, sign_flip_p
 from s6lib.study import Study
 
 History: TypeAlias = pd.DataFrame | Study | list[dict[str, Any]]
@@ -45,7 +45,8 @@ DOTS = "a dot is a run, a diamond the mean with its 95% interval"
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a PNG at 200 dots an inch; the same figure gives the same bytes."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
@@ -57,7 +58,7 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
     more = iter([*OTHER_COLORS, *sns.color_palette("husl", len(names) + 1).as_hex()])
     colors = {name: COLORS[name] for name in names if name in COLORS}
     for name in names:
-        known = COLORS.get(re.sub(r"^\d+-|-[\d.e+-]+$", "", name))
+        known = COLORS.get(re.sub(r"^\d+-|-[\d.e+-]+$", "", str(name)))
         if name not in colors:
             colors[name] = next(more) if known is None or known in colors.values() else known
     return {name: colors[name] for name in names}
@@ -166,6 +167,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 
 def _plot_curves(history: History, column: str, title: str) -> Figure:
     table = _read_history(history, ("epoch", "lr", column))
+    if not len(table):
+        raise ValueError("this history has no epoch to draw: train one first")
     epochs, seeds = int(table["epoch"].max()), table["seed"].nunique()
     first, colors = epochs // 2 + 1, colors_of(list(table["condition"].unique()))
     second_half = f"epochs {first} to {epochs}, enlarged" if first < epochs else f"epoch {epochs}"
@@ -291,6 +294,7 @@ def plot_replication(
         outcomes: accuracies in percent, one row per seed, one column per condition.
         labels: the conditions' names; by default those of the columns.
     """
+    outcomes = complete_table(outcomes)
     statistics = condition_statistics(outcomes)
     colors = colors_of(list(outcomes))
     with rc_context(STYLE):

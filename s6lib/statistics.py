@@ -48,7 +48,7 @@ def _sample(values: Sequence[float]) -> np.ndarray:
 def condition_statistics(outcomes: pd.DataFrame) -> pd.DataFrame:
     """One row per condition: n, and the mean, SD and 95% interval of its outcomes (mean, sd, low, high)."""
     rows = []
-    for condition, values in _complete(outcomes).items():
+    for condition, values in complete_table(outcomes).items():
         low, high = mean_interval(values)
         moments = {"mean": values.mean(), "sd": values.std(), "low": low, "high": high}
         rows.append({"condition": condition, "n": len(values), **moments})
@@ -57,7 +57,7 @@ def condition_statistics(outcomes: pd.DataFrame) -> pd.DataFrame:
 
 def run_sd(outcomes: pd.DataFrame) -> float:
     """The SD between runs of the same condition, pooled over the conditions."""
-    return float(_complete(outcomes).var().mean() ** 0.5)
+    return float(complete_table(outcomes).var().mean() ** 0.5)
 
 
 def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
@@ -66,7 +66,7 @@ def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
     `p` is from the exact sign-flip test; `p_holm` has Holm's correction over all pairs (Holm 1979). Raises ValueError
     for fewer than two conditions.
     """
-    table = _complete(outcomes, conditions=2)
+    table = complete_table(outcomes, conditions=2)
     steps = (table / (1e-12 * table.abs().to_numpy().max() or 1)).round()  # whole: equal decimals may differ as floats
     rows = []
     for first, second in itertools.combinations(table, 2):
@@ -78,7 +78,7 @@ def paired_comparisons(outcomes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(p_holm=lambda pairs: multipletests(pairs["p"], method="holm")[1])
 
 
-def _complete(outcomes: pd.DataFrame, conditions: int = 1) -> pd.DataFrame:
+def complete_table(outcomes: pd.DataFrame, conditions: int = 1) -> pd.DataFrame:
     """Return outcomes as a table of floats, with the seeds as its index.
 
     Raises ValueError unless it has so many conditions, and one finite number for each of them and each of two seeds.

@@ -147,6 +147,20 @@ def test_replication_shows_every_run_and_the_means_with_their_intervals():
     assert axes.get_title().startswith("Net\n3 seeds: ")
 
 
+def test_a_table_of_any_form_is_drawn_by_its_names(tmp_path, monkeypatch):
+    """As written to a csv, or with numbers for names; a figure goes where `~` leads."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written, slugs = OUTCOMES.rename_axis("seed").reset_index(), list(OUTCOMES)
+    for table, names in ((written, slugs), (OUTCOMES.to_dict("list"), slugs), (OUTCOMES.to_numpy(), ["0", "1"])):
+        figure = plots.plot_replication(table)
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+        assert figure.axes[0].get_title().startswith("3 seeds: ")
+    save(figure, "~/figures/own.png")
+    assert (tmp_path / "figures" / "own.png").exists()
+    with pytest.raises(ValueError, match="no epoch to draw"):
+        plots.plot_accuracy(history_of([]))
+
+
 def test_differences_are_those_of_the_comparisons_the_largest_on_top():
     outcomes = pd.DataFrame({"a": np.arange(8) / 100, "b": np.arange(8) / 100 + 1, "c": [0.0, 0.1] * 4})
     (axes,) = plots.plot_differences(outcomes, {"a": "A"}, "Net").axes
