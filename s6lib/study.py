@@ -90,12 +90,19 @@ class Study:
             self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
             self._about[slug, seed] = about
             require_same(run.folder(self.folder), about, identity(self._run(slug, seed)))
-        steps = [about.get("first_steps") or {} for about in self._about.values()]
-        if len({str(one["data"].get("checksums", [])[2:]) for one in steps if "data" in one}) > 1:
-            raise StudyError(
-                f"the runs of {self.recipe.name} in {folder} were tested on different images: `data` must give the "
-                "same each time, so seed what it draws and sort what it lists"
-            )
+        first: dict[Any, list[int]] = {}
+        for (slug, seed), about in self._about.items():
+            sums = (about.get("first_steps") or {}).get("data", {}).get("checksums", [])
+            settings = self._run(slug, seed).settings
+            drawn = settings.train_images, seed if settings.draw_images else None
+            if any(
+                found and first.setdefault(part, found) != found
+                for part, found in ((drawn, sums[:2]), ("test", sums[2:]))
+            ):
+                raise StudyError(
+                    f"the runs of {self.recipe.name} in {folder} have different images or labels: `data` must give the "
+                    "same each time, so seed what it draws and sort what it lists"
+                )
         self.labels = {slug: condition.label for slug, condition in self.conditions.items()}
         self.runs = list(self._about)
         self.seeds = sorted({seed for _, seed in self.runs})

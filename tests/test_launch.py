@@ -28,11 +28,13 @@ def run_here(recipe, conditions, seeds, out, **settings):
     return run_study(recipe, conditions, seeds, out, **{"jobs": 1, "show_progress": False, **settings})
 
 
-def test_runs_that_were_tested_on_different_images_are_not_compared(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", range(4))
+def test_runs_on_different_images_or_labels_are_not_compared(tmp_path, monkeypatch, part):
     """As those of a `data` that draws without a seed, in two processes."""
-    monkeypatch.setattr("s6lib.lab.trial.zlib", SimpleNamespace(crc32=Mock(side_effect=count())))
+    sums = (number if number % 4 == part else 0 for number in count())
+    monkeypatch.setattr("s6lib.lab.trial.zlib", SimpleNamespace(crc32=Mock(side_effect=sums)))
     own = Recipe("own", PlainNet, epochs=1, data=lambda: [part.part(slice(64)) for part in load_mnist()])
-    with pytest.raises(StudyError, match="were tested on different images: `data` must give the same each time"):
+    with pytest.raises(StudyError, match="have different images or labels: `data` must give the same"):
         run_here(own, CONTROL, (1, 2), tmp_path)
 
 
