@@ -49,8 +49,9 @@ def _one_of(names: tuple[str, ...], function: str) -> Check:
 _WHOLE: Check = (lambda value: type(value) is int and value >= 1, "a whole number from 1")
 _TRUE_OR_FALSE: Check = (lambda value: type(value) is bool, "True or False")
 _NAME: Check = (
-    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, str(value))),  # that of an Enum is not its value
-    "lower-case words joined by -, _ or .",
+    # The str of an Enum is not its value; a folder's name has at most 255 letters.
+    lambda value: isinstance(value, str) and bool(re.fullmatch(SLUG, str(value))) and len(value) <= 200,
+    "lower-case words joined by -, _ or ., of 200 letters at most",
 )
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("epochs", "batch_size", "decay_epochs", "passes", "train_images", "num_splits"), _WHOLE),

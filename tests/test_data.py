@@ -249,6 +249,7 @@ def failing():
         (lambda: PAIRS, "data must give two data sets .*, not TensorDataset"),
         (lambda: (X, Y, X, Y), "data must give two data sets .*, not 4"),
         (lambda: (X, Y), r"must hold pairs \(image, label\), not ndarray"),
+        (lambda: ([], []), r"must hold pairs \(image, label\), and is empty"),
         (lambda: (1, 2), r"must hold pairs \(image, label\), not int"),
         (lambda: [TensorDataset(*PAIRS.tensors, PAIRS.tensors[1])] * 2, r"must hold pairs \(image, label\)"),
         (lambda: [fake(9, None)] * 2, r"images must be uint8 .* use transforms.Grayscale\(\)"),
@@ -257,6 +258,7 @@ def failing():
         (lambda: (PAIRS, fake(9, v2.Compose([GREY, v2.Resize(8)]))), r"of one size, not \(12, 12\) and \(8, 8\)"),
         (lambda: [[(X[0], 0.5), (X[1], 1)]] * 2, "labels must be whole numbers"),
         (lambda: [ImageDataset(X[:2], [0, 1], names) for names in ("abc", "ac")], "must number the classes alike"),
+        (lambda: [ImageDataset(X[:2], [0, 1], names) for names in ("012", "02")], "must number the classes alike"),
     ],
 )
 def test_what_are_no_two_data_sets_is_one_sentence(data, said):
@@ -411,12 +413,19 @@ def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
     assert seen == {(torch.uint8, (1, 28, 28))}
 
 
+@pytest.mark.parametrize("transform", [lambda image: image / 255 + 0.1 * torch.randn(image.shape), torch.zeros_like])
+def test_noise_may_overshoot_in_a_few_pixels_and_an_image_may_be_black(mnist, transform):
+    images = mnist[0].part(slice(64))
+    assert len(list(batches(images, 64, transform=transform))) == 1
+
+
 @pytest.mark.parametrize(
     ("transform", "said"),
     [
         (v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.13], [0.31])]), "leave out Normalize"),
         (v2.ToDtype(torch.float32), r"give images of uint8 \(0 to 255\) or floats from 0 to 1, not torch.float32"),
         (v2.Grayscale(3), r"of the same size, not \(3, 28, 28\)"),
+        (lambda image: image / 255 * torch.nan, "not torch.float32"),
         (lambda image: None, "of the same size, not NoneType"),
     ],
 )

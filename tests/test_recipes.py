@@ -201,6 +201,7 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
     ("asked", "said"),
     [
         *(({"slug": slug}, "slug must be lower-case words") for slug in ("..", "a/b", "gbn\n", "A", "a-", "a_-b", 5)),
+        ({"slug": "a" * 201}, "slug must be lower-case words .* of 200 letters at most"),
         ({"slug": Enum("Slug", {"MINE": "mine"}, type=str).MINE}, "slug must be lower-case words"),
         *(({"slug": "", **more}, "needs a slug, as in 'mine'") for more in ({}, {"l1": 0.0}, {"penalty": lambda _: 0})),
         ({"slug": "", "l1": -1e-4}, "l1 must be a finite number from 0, not -0.0001"),

@@ -203,6 +203,10 @@ def of_251_images():
     return [part.part(slice(251)) for part in s6lib.load_mnist()]
 
 
+def shuffling(images, labels):
+    return images, labels[np.random.default_rng().permutation(len(labels))]
+
+
 class Squeezing(Flat):
     def forward(self, images):
         return super().forward(images).squeeze()
@@ -231,6 +235,7 @@ class Unfinished(torch.optim.Optimizer):
 
 
 SHARED = Net()
+BACKBONE = nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.Flatten()).requires_grad_(False).eval()  # as another run left it
 ITS_PARAMETERS = "optimizer must train the parameters that it is called with"
 REFUSED = [
     ((Recipe("bare", nn.ReLU), ALL_CONDITIONS["gbn"]), "needs a network that takes `norm`"),
@@ -252,10 +257,11 @@ REFUSED = [
     (with_parts(optimizer=torch.optim.LBFGS), "LBFGS.step.. missing 1 required positional argument"),
     (with_parts(optimizer=lambda p, lr: torch.optim.SGD(SHARED.parameters(), lr)), ITS_PARAMETERS),
     (with_parts(optimizer=lambda p, lr: torch.optim.SGD(list(p)[:2], lr)), ITS_PARAMETERS),
-    (with_parts(transform=transforms.ToTensor()), "its first batches cannot be made: TypeError: pic should be PIL"),
+    (with_parts(transform=transforms.ToTensor()), "leave out ToTensor.: TypeError: pic should be PIL"),
     (with_parts(batch_transform=lambda images, labels: images), "must return images and targets"),
     (with_parts(batch_transform=lambda images, labels: (images, labels[1:])), "64 images and 63 targets"),
     (with_parts(batch_transform=v2.CutMix(num_classes=7)), "cannot be trained"),
+    (with_parts(batch_transform=shuffling), "two first batches of one seed differ"),
     (late(lambda done: -done), "schedule must be a function that gives a finite number from 0, .* not -0.96"),
     (late(lambda done: 1 / 0), "cannot be trained: ZeroDivisionError"),
     (with_parts(shift=28), "shift must be less than the 28 pixels"),
@@ -431,6 +437,7 @@ ALLOWED = {
     "in place on the input": with_flat(forward=in_place),
     "a shared constant": with_flat(forward=lambda net, images: net.last(images.flatten(1)[:, ORDER])),
     "frozen in evaluation": with_parts(network=FrozenInEvaluation),
+    "a shared part that is frozen": with_parts(network=lambda: nn.Sequential(BACKBONE, nn.Linear(512, 10))),
     "a copy of a trained network": with_parts(network=lambda: copy.deepcopy(SHARED)),
     "a hook that refers to its network": with_parts(network=HookLambda),
     "CutMix": with_parts(batch_transform=v2.CutMix(num_classes=10)),
