@@ -169,7 +169,9 @@ def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
     edited = {**entry, "uses": {"helper": entry["uses"]["helper"].replace("sum", "mean")}}
     both = [{"condition": {"penalty": one}, "first_steps": STEPS} for one in (entry, edited)]
     assert differences(*both) == ["other code in penalty, in helper"]
-    assert differences(requested(loss=partial(helper)), requested(loss=partial(helper, flood=1.0)))
+    said = ["other code in loss, with and without flood"]
+    more = [{**requested(loss=partial(helper, **keywords)), "first_steps": STEPS} for keywords in ({}, {"flood": 1.0})]
+    assert differences(*more) == differences(*more[::-1]) == said
 
 
 def test_a_lambda_is_known_by_its_own_source():

@@ -286,12 +286,16 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
         was, now = ({"": entry["source"], **entry.get("uses", {})} for entry in (old, new))
         changed = [key for key in now if len({_syntax_tree(one.get(key)) for one in (was, now)} - {None}) == 2]
         return [f"{OTHER_CODE} {name}" + (f", in {key}" if key else "") for key in changed]
+    phrases: list[str] = []
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
             names = sorted(old.keys() ^ new.keys())
             return [f"other parameters (only one of the two has {', '.join(names[:3])})"]
         keys = [key for key in {**old, **new} if key != "label" and (not shared or (key in old and key in new))]
-        shared = shared or "instance" in new
+        if _is_source(new.get("partial")) and "arguments" in old:  # an argument may act late, as code may
+            alone = sorted(old["arguments"].keys() ^ new["arguments"].keys())
+            phrases += [f"{OTHER_CODE} {name}, with and without {', '.join(alone)}"] if alone else []
+        shared = shared or "instance" in new or _is_source(new.get("partial"))
         parts = [(key, old.get(key), new.get(key)) for key in keys]
     elif name == "checksums" and old != new:
         return ["other images or labels"]
@@ -304,7 +308,9 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
         return ["other learning rates"]
     else:
         return [f"{name} = {_describe(old)}, not {_describe(new)}"]
-    return [phrase for key, was, now in parts for phrase in compare(was, now, key, shared=shared, tolerance=tolerance)]
+    for key, was, now in parts:
+        phrases += compare(was, now, key, shared=shared, tolerance=tolerance)
+    return phrases
 
 
 def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
