@@ -234,9 +234,10 @@ def said_of_worth(question: str) -> list[dict[str, Any]]:
 def worth_answers(*questions: str) -> str:
     """The sentences on other questions of the third study."""
     rows = []
-    for asked, row in ((question, row) for question in questions for row in said_of_worth(question)):
-        subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
-        rows.append((asked, subject, row["n"], p_value(row.get("p_holm", math.nan)), row["said"]))
+    for question in questions:
+        for row in said_of_worth(question):
+            subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
+            rows.append((question, subject, row["n"], p_value(row.get("p_holm", math.nan)), row["said"]))
     return table("| | | n | p, Holm | answer |", rows)
 
 

@@ -95,14 +95,12 @@ class Study:
             sums = (about.get("first_steps") or {}).get("data", {}).get("checksums", [])
             settings = self._run(slug, seed).settings
             drawn = settings.train_images, seed if settings.draw_images else None
-            if any(
-                found and first.setdefault(part, found) != found
-                for part, found in ((drawn, sums[:2]), ("test", sums[2:]))
-            ):
-                raise StudyError(
-                    f"the runs of {self.recipe.name} in {folder} have different images or labels: `data` must give the "
-                    "same each time, so seed what it draws and sort what it lists"
-                )
+            for part, found in ((drawn, sums[:2]), ("test", sums[2:])):
+                if found and first.setdefault(part, found) != found:
+                    raise StudyError(
+                        f"the runs of {self.recipe.name} in {folder} have different images or labels: `data` must give "
+                        "the same each time, so seed what it draws and sort what it lists"
+                    )
         self.labels = {slug: condition.label for slug, condition in self.conditions.items()}
         self.runs = list(self._about)
         self.seeds = sorted({seed for _, seed in self.runs})

@@ -143,11 +143,15 @@ class Settings:
     epochs, weight = 5, 0.1
 
 
-SHARES = {"l1": 0.5, "l2": 0.5}
+SHARES, LATE = {"l1": 0.5, "l2": 0.5}, 0.3
+
+
+def deeper(model):
+    return LATE * model.sum()
 
 
 def helper(model):
-    return model.sum()
+    return deeper(model)
 
 
 class Own(nn.Module):
@@ -164,11 +168,16 @@ class Derived(Own):
 def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
     entry, derived = (condition_entry(Condition("a", penalty=kind()))["penalty"] for kind in (Own, Derived))
     assert entry["numbers"] == {"training": True, "Settings.weight": 0.1, "SHARES.l1": 0.5}
-    assert (list(entry["uses"]), list(derived["uses"])) == (["helper"], ["Own"])
+    assert (set(entry["uses"]), set(derived["uses"])) == ({"helper", "deeper"}, {"Own", "helper", "deeper"})
+    assert entry["uses"]["deeper"]["numbers"] == {"LATE": 0.3}
     assert derived["numbers"]["smooth.label_smoothing"] == 0.1
-    edited = {**entry, "uses": {"helper": entry["uses"]["helper"].replace("sum", "mean")}}
-    both = [{"condition": {"penalty": one}, "first_steps": STEPS} for one in (entry, edited)]
-    assert differences(*both) == ["other code in penalty, in helper"]
+    for change, said in (
+        ({"source": "def deeper(model): return 0"}, ""),
+        ({"numbers": {"LATE": 1}}, ", LATE = 0.3, not 1"),
+    ):
+        edited = {**entry, "uses": {**entry["uses"], "deeper": {**entry["uses"]["deeper"], **change}}}
+        both = [{"condition": {"penalty": one}, "first_steps": STEPS} for one in (entry, edited)]
+        assert differences(*both) == [f"other code in penalty, in deeper{said}"]
     said = ["other code in loss, with and without flood"]
     more = [{**requested(loss=partial(helper, **keywords)), "first_steps": STEPS} for keywords in ({}, {"flood": 1.0})]
     assert differences(*more) == differences(*more[::-1]) == said

@@ -7,7 +7,7 @@ import os
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -101,14 +101,17 @@ def _numbers(thing: Any) -> dict[str, float]:
     return {name: as_python(value) for name, value in read.items() if type(as_python(value)) in (int, float, bool)}
 
 
-def _uses(thing: Any) -> dict[str, str]:
-    """The sources of the user's functions and classes that a piece of code derives from or reads, by name."""
+def _uses(thing: Any, known: Sequence[Any] = ()) -> dict[str, Any]:
+    """The user's functions and classes that a piece of code reads or derives from, and those that these do, by name."""
     kind = _kind_of(thing)
     used = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
     for function in _functions_of(kind):
-        used |= {name: one for name, one in _variables(function).items() if one is not kind}
-    sources = {name: _source(one) for name, one in used.items() if _is_users_code(one)}
-    return {name: source for name, source in sources.items() if source is not None}
+        used |= _variables(function)
+    found = {name: one for name, one in used.items() if _is_users_code(one) and one not in (kind, *known)}
+    entries = {name: {"source": _source(one), "numbers": _numbers(one)} for name, one in found.items()}
+    for one in found.values():
+        entries = _uses(one, (kind, *known, *found.values())) | entries
+    return entries
 
 
 def _is_users_code(thing: Any) -> bool:
@@ -283,9 +286,10 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
         was, now = (entry.get("numbers", {}) for entry in (old, new))
         if changed := [key for key in now if key in was and repr(now[key]) != repr(was[key])]:  # repr: nan equals nan
             return [f"{OTHER_CODE} {name}, {key} = {was[key]}, not {now[key]}" for key in changed]
-        was, now = ({"": entry["source"], **entry.get("uses", {})} for entry in (old, new))
-        changed = [key for key in now if len({_syntax_tree(one.get(key)) for one in (was, now)} - {None}) == 2]
-        return [f"{OTHER_CODE} {name}" + (f", in {key}" if key else "") for key in changed]
+        if len({_syntax_tree(entry["source"]) for entry in (old, new)} - {None}) == 2:
+            return [f"{OTHER_CODE} {name}"]
+        was, now = (entry.get("uses", {}) for entry in (old, new))
+        return [phrase for key in now if key in was for phrase in compare(was[key], now[key], f"{name}, in {key}")]
     phrases: list[str] = []
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
