@@ -89,7 +89,7 @@ def _numbers(thing: Any) -> dict[str, float]:
     read: dict[str, Any] = {}
     for function in _functions_of(kind):
         words = {*function.__code__.co_names, *function.__code__.co_consts}
-        read |= (held := _variables(function))
+        read |= (held := variables_of(function))
         for name, value in held.items():  # such as a dict or a class of settings
             inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
             read |= {f"{name}.{word}": inside[word] for word in words & inside.keys()}
@@ -106,7 +106,7 @@ def _uses(thing: Any, known: Sequence[Any] = ()) -> dict[str, Any]:
     kind = _kind_of(thing)
     used = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
     for function in _functions_of(kind):
-        used |= _variables(function)
+        used |= variables_of(function)
     found = {name: one for name, one in used.items() if _is_users_code(one) and one not in (kind, *known)}
     entries = {name: {"source": _source(one), "numbers": _numbers(one)} for name, one in found.items()}
     for one in found.values():
@@ -124,7 +124,7 @@ def _kind_of(thing: Any) -> Any:
     return thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
 
 
-def _variables(function: Any) -> dict[str, Any]:
+def variables_of(function: Any) -> dict[str, Any]:
     """The variables of its closure and module that a function reads, but for those that are not set yet."""
     with suppress(ValueError):
         variables = inspect.getclosurevars(function)

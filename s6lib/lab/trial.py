@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_installed, is_library, setting_entry
+from s6lib.lab.record import compare, is_installed, is_library, setting_entry, variables_of
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
 from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
@@ -197,9 +197,7 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
     """Pickle something for any process with s6lib, with the user's code in `parts`, be it in a file or a notebook."""
     used = [piece for part in parts for piece in pieces(part)]
     for function in filter(inspect.isfunction, list(used)):  # and what it calls, perhaps from another file
-        with suppress(ValueError):  # a variable that is not set yet
-            reads = inspect.getclosurevars(function)
-            used += [*reads.globals.values(), *reads.nonlocals.values()]
+        used += variables_of(function).values()
     names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
     with ExitStack() as registered:
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
