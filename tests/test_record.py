@@ -1,5 +1,6 @@
 """What run.json says of a run's settings, and which differences make it another run."""
 
+import inspect
 import sys
 from dataclasses import replace
 from functools import partial
@@ -147,10 +148,10 @@ SHARES, LATE = {"l1": 0.5, "l2": 0.5}, 0.3
 
 
 def deeper(model):
-    return LATE * model.sum()
+    return LATE * (model.sum() if model.dim() else helper(model))
 
 
-def helper(model):
+def helper(model):  # the two call each other
     return deeper(model)
 
 
@@ -167,20 +168,28 @@ class Derived(Own):
 
 def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
     entry, derived = (condition_entry(Condition("a", penalty=kind()))["penalty"] for kind in (Own, Derived))
-    assert entry["numbers"] == {"training": True, "Settings.weight": 0.1, "SHARES.l1": 0.5}
-    assert (set(entry["uses"]), set(derived["uses"])) == ({"helper", "deeper"}, {"Own", "helper", "deeper"})
-    assert entry["uses"]["deeper"]["numbers"] == {"LATE": 0.3}
-    assert derived["numbers"]["smooth.label_smoothing"] == 0.1
+    numbers = {"Settings.weight": 0.1, "SHARES.l1": 0.5, "deeper.LATE": 0.3}
+    assert entry["reads"] == numbers | {one.__name__: inspect.getsource(one) for one in (helper, deeper)}
+    assert derived["reads"].items() >= {"Own": inspect.getsource(Own), "smooth.label_smoothing": 0.1}.items()
+    assert {"helper", "deeper.LATE"} <= derived["reads"].keys()
     for change, said in (
-        ({"source": "def deeper(model): return 0"}, ""),
-        ({"numbers": {"LATE": 1}}, ", LATE = 0.3, not 1"),
+        ({"deeper": "def deeper(model): return 0"}, "deeper"),
+        ({"deeper.LATE": 1}, "deeper.LATE = 0.3, not 1"),
     ):
-        edited = {**entry, "uses": {**entry["uses"], "deeper": {**entry["uses"]["deeper"], **change}}}
+        edited = {**entry, "reads": {**entry["reads"], **change}}
         both = [{"condition": {"penalty": one}, "first_steps": STEPS} for one in (entry, edited)]
-        assert differences(*both) == [f"other code in penalty, in deeper{said}"]
+        assert differences(*both) == [f"other code in penalty, {said}"]
     said = ["other code in loss, with and without flood"]
     more = [{**requested(loss=partial(helper, **keywords)), "first_steps": STEPS} for keywords in ({}, {"flood": 1.0})]
     assert differences(*more) == differences(*more[::-1]) == said
+
+
+def test_a_function_that_many_call_is_read_once():
+    """Each of 40 pairs calls both of the pair below, which makes 2^40 ways down."""
+    pair = "def f{0}(x): return f{1}(x) + g{1}(x)\ndef g{0}(x): return f{1}(x) - g{1}(x)\n"
+    typed = {"__name__": "a_prompt"}
+    exec("f0 = g0 = abs\n" + "".join(pair.format(number, number - 1) for number in range(1, 41)), typed)
+    assert len(condition_entry(Condition("a", penalty=typed["f40"]))["penalty"]["reads"]) == 78
 
 
 def test_a_lambda_is_known_by_its_own_source():

@@ -7,7 +7,7 @@ import os
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -15,6 +15,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from types import CodeType
 from typing import Any
+
+from torch import nn
 
 from s6lib import models
 from s6lib.errors import SettingError, StudyError
@@ -79,39 +81,36 @@ def setting_entry(value: Any) -> Any:
         attributes = {**vars(value), **vars(value).get("_modules", {})}
         settings = {name: setting_entry(one) for name, one in attributes.items() if name[0] != "_"}
         return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": settings}
-    more = {"numbers": _numbers(value), "uses": _uses(value)}
-    return {"name": name_of(value), "source": _source(value)} | {name: one for name, one in more.items() if one}
+    reads = _reads(value)
+    return {"name": name_of(value), "source": _source(value)} | ({"reads": reads} if reads else {})
 
 
-def _numbers(thing: Any) -> dict[str, float]:
-    """The numbers that the user's code reads: attributes, defaults, variables of closure and module, and in these."""
-    kind = _kind_of(thing)
-    read: dict[str, Any] = {}
-    for function in _functions_of(kind):
-        words = {*function.__code__.co_names, *function.__code__.co_consts}
-        read |= (held := variables_of(function))
-        for name, value in held.items():  # such as a dict or a class of settings
-            inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-            read |= {f"{name}.{word}": inside[word] for word in words & inside.keys()}
-        read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
-    own = {} if kind is thing else getattr(thing, "__dict__", {})
-    read |= {name: value for name, value in own.items() if name[0] != "_"}  # rather than the default of that name
-    for name, module in own.get("_modules", {}).items():
-        read |= {f"{name}.{inside}": number for inside, number in _numbers(module).items() if inside != "training"}
-    return {name: as_python(value) for name, value in read.items() if type(as_python(value)) in (int, float, bool)}
-
-
-def _uses(thing: Any, known: Sequence[Any] = ()) -> dict[str, Any]:
-    """The user's functions and classes that a piece of code reads or derives from, and those that these do, by name."""
-    kind = _kind_of(thing)
-    used = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
-    for function in _functions_of(kind):
-        used |= variables_of(function)
-    found = {name: one for name, one in used.items() if _is_users_code(one) and one not in (kind, *known)}
-    entries = {name: {"source": _source(one), "numbers": _numbers(one)} for name, one in found.items()}
-    for one in found.values():
-        entries = _uses(one, (kind, *known, *found.values())) | entries
+def _reads(thing: Any) -> dict[str, Any]:
+    """What the user's code reads, by name: numbers, and the sources of the user's other code, as far as it goes."""
+    entries, known, todo = dict[str, Any](), [_kind_of(thing)], [("", thing)]
+    for path, one in todo:  # which grows
+        for name, value in _names_in(one).items():
+            if type(as_python(value)) in (int, float, bool):
+                entries[path + name] = as_python(value)
+            elif ((is_code := _is_users_code(value)) or isinstance(value, nn.Module)) and value not in known:
+                entries |= {name: _source(value)} if is_code else {}
+                todo.append((f"{name}." if is_code else f"{path}{name}.", value))
+                known.append(value)
     return entries
+
+
+def _names_in(thing: Any) -> dict[str, Any]:
+    """The attributes, base classes and defaults of code, its variables in closure and module, and what these hold."""
+    kind = _kind_of(thing)
+    read: dict[str, Any] = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
+    for function in [] if _is_in_library(kind) else _functions_of(kind):
+        words = {*function.__code__.co_names, *function.__code__.co_consts}
+        for name, value in variables_of(function).items():
+            inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})  # such as settings
+            read |= {name: value, **{f"{name}.{word}": inside[word] for word in words & inside.keys()}}
+        read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    own = {} if kind is thing else {**getattr(thing, "__dict__", {}), **getattr(thing, "_modules", {})}
+    return read | {name: value for name, value in own.items() if name[0] != "_" and name != "training"}
 
 
 def _is_users_code(thing: Any) -> bool:
@@ -283,13 +282,11 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
         tolerance: the relative difference that numbers may have.
     """
     if _is_source(old) and _is_source(new):
-        was, now = (entry.get("numbers", {}) for entry in (old, new))
-        if changed := [key for key in now if key in was and repr(now[key]) != repr(was[key])]:  # repr: nan equals nan
-            return [f"{OTHER_CODE} {name}, {key} = {was[key]}, not {now[key]}" for key in changed]
-        if len({_syntax_tree(entry["source"]) for entry in (old, new)} - {None}) == 2:
-            return [f"{OTHER_CODE} {name}"]
-        was, now = (entry.get("uses", {}) for entry in (old, new))
-        return [phrase for key in now if key in was for phrase in compare(was[key], now[key], f"{name}, in {key}")]
+        if edits := _edits(f"{OTHER_CODE} {name}", old["source"], new["source"]):
+            return edits
+        was, now = (entry.get("reads", {}) for entry in (old, new))
+        shared_names = [key for key in now if key in was]
+        return [edit for key in shared_names for edit in _edits(f"{OTHER_CODE} {name}, {key}", was[key], now[key])]
     phrases: list[str] = []
     if isinstance(old, dict) and isinstance(new, dict):
         if name == "parameters" and old.keys() != new.keys():
@@ -315,6 +312,13 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
     for key, was, now in parts:
         phrases += compare(was, now, key, shared=shared, tolerance=tolerance)
     return phrases
+
+
+def _edits(name: str, was: Any, now: Any) -> list[str]:
+    """Describe the edit of a source or a number, if there is one."""
+    if isinstance(was, str | None) and isinstance(now, str | None):
+        return [name] if len({_syntax_tree(was), _syntax_tree(now)} - {None}) == 2 else []
+    return [] if repr(was) == repr(now) else [f"{name} = {was}, not {now}"]  # repr: nan equals nan
 
 
 def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
