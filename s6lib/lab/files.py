@@ -39,10 +39,12 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    with suppress(OSError):  # some file systems (CIFS, some FUSE) cannot sync a folder
-        os.fsync(folder)  # so that the rename survives a crash
-    os.close(folder)
+    with suppress(OSError):  # Windows cannot open a folder, and some file systems (CIFS, some FUSE) cannot sync one
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the rename survives a crash
+        finally:
+            os.close(folder)
 
 
 def write_results(folder: Path, about: dict[str, Any], results: dict[str, bytes]) -> None:
