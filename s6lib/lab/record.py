@@ -7,10 +7,10 @@ import os
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from types import CodeType
@@ -168,9 +168,9 @@ def _source(thing: Any) -> str | None:
         return None
     with suppress(Exception):  # Python finds a source, or it does not
         codes = {function.__code__ for function in _functions_of(thing)}
-        lines, _ = inspect.findsource(thing)
-        if codes <= set(_codes_in(compile(text := "".join(lines), "", "exec", dont_inherit=True))):
-            return _lambda_source(thing, text) or inspect.getsource(thing)
+        lines, first = inspect.findsource(thing)
+        if codes <= _codes_in(text := "".join(lines)):
+            return _lambda_source(thing, text) or "".join(inspect.getblock(lines[first:]))
     return None
 
 
@@ -187,11 +187,12 @@ def _lambda_source(thing: Any, text: str) -> str | None:
     return ast.get_source_segment(text, found[0]) if len(found) == 1 else None
 
 
-def _codes_in(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes_in(constant)
+@lru_cache(maxsize=8)  # each run of a study asks anew
+def _codes_in(text: str) -> set[CodeType]:
+    codes = [compile(text, "", "exec", dont_inherit=True)]
+    for code in codes:  # which grows
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(codes)
 
 
 # --- reading back ----------------------------------------------------------------------------------------------------
