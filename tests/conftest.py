@@ -153,10 +153,6 @@ def invent_run(folder: Path, accuracy: float) -> None:
     (folder / "run.json").touch()
 
 
-def is_view(operation):
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
-
-
 class Operations(TorchDispatchMode):
     """Names the operations that torch executes; counts those that compute, and those that copy to another device."""
 
@@ -171,6 +167,7 @@ class Operations(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         devices = {one.device.type for one in tree_leaves((args, kwargs, result)) if isinstance(one, torch.Tensor)}
         self.copied += len(devices) > 1
+        view = any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
         empty = operation.name().startswith(("aten::empty", "aten::new_empty"))
-        self.launched += len(devices) == 1 and not is_view(operation) and not empty
+        self.launched += len(devices) == 1 and not view and not empty
         return result

@@ -1,7 +1,8 @@
 """Steps recorded and launched, on a CPU: stand-ins do what a GPU would, and the bits are those of step by step.
 
-The stand-in for a CUDA graph keeps the operations of a step with the tensors that they read and write, undoes what they
-did, and later does these operations alone: no Python of the step, no new memory.
+The stand-in for a CUDA graph takes the step that it records, and keeps its operations with the tensors that they read
+and write. So its first launch, which follows at once, finds the step taken; later ones do these operations alone: no
+Python of the step, no new memory.
 """
 
 import gc
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import L1_BN, TINY, Operations, evaluation_on_few_digits, is_view, needs_fake_gpu
+from conftest import L1_BN, TINY, Operations, evaluation_on_few_digits, needs_fake_gpu
 from test_run import Stopped
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -41,49 +42,42 @@ RECORDED = {
     "frontier": Run(TWICE, SIZES[0], 1),
     "bottleneck": Run(replace(BOTTLENECK, epochs=2, train_images=288), L1_BN, 1),
 }
-relu = F.relu
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph: keeps operations, and what they write over."""
+    """Stands for torch.cuda.CUDAGraph."""
 
     recorded = launched = 0
+    error = None  # by which a recording breaks off
 
     def capture_begin(self, capture_error_mode):
         Graph.recorded += 1
-        self.operations, self.overwritten, self.drawn = [], [], torch.get_rng_state()
+        self.operations, self.taken = [], True
         self.__enter__()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         reads = operation.name() in ("aten::_local_scalar_dense", "aten::nonzero")
         if reads and args[0].dtype != torch.int64:  # the counter of a moving average, which is always on the CPU
             raise RuntimeError("operation not permitted when stream is capturing")
+        if Graph.error is not None and operation.name() == "aten::relu_":
+            raise Graph.error
         assert not gc.isenabled()
-        for argument, value in zip(operation._schema.arguments, args, strict=False):
-            unsaid = argument.name.startswith("running_")  # which native_batch_norm writes without saying so
-            if unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
-                self.overwritten += [(one, one.clone()) for one in tree_leaves(value) if isinstance(one, torch.Tensor)]
         result = operation(*args, **(kwargs or {}))
         self.operations.append((operation, args, kwargs or {}, result))
         return result
 
-    @torch.no_grad()
     def capture_end(self):
         self.__exit__(None, None, None)
-        for tensor, value in reversed(self.overwritten):
-            tensor.copy_(value)
-        torch.set_rng_state(self.drawn)
 
     @torch.no_grad()
     def replay(self):
         Graph.launched += 1
-        for operation, args, kwargs, result in self.operations:
-            if is_view(operation):
-                continue
+        for operation, args, kwargs, result in () if self.taken else self.operations:
             again = operation(*args, **kwargs)
             for place, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
                     place.copy_(value)
+        self.taken = False
 
 
 @pytest.fixture
@@ -159,15 +153,6 @@ def test_a_stopped_run_ends_like_one_that_was_not(gpu, tmp_path):
     assert stopped_twice(tmp_path) == trained(STOPPED)
 
 
-def failing_when_recorded(error):
-    def failing(*arguments, **settings):
-        if not gc.isenabled():
-            raise error
-        return relu(*arguments, **settings)
-
-    return failing
-
-
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, capfd, for_ever):
     """The epoch is trained again, and the run goes on step by step; before torch 2.12 later runs do too."""
@@ -175,7 +160,7 @@ def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, cap
     expected = step_by_step(run)
     monkeypatch.setattr(replay, "_BREAKS_FOR_EVER", for_ever)
     with monkeypatch.context() as patch:
-        patch.setattr(F, "relu", failing_when_recorded(RuntimeError("the capture broke off\nhere")))
+        patch.setattr(Graph, "error", RuntimeError("the capture broke off\nhere"))
         assert trained(run) == expected
     said = "training goes step by step, which is slow on a GPU: the capture broke off\n"
     assert (capfd.readouterr().err, Graph.recorded, Graph.launched) == (said, 1, 0)
@@ -186,7 +171,7 @@ def test_a_recording_that_breaks_off_leaves_training_right(gpu, monkeypatch, cap
 def test_stop_during_a_recording_ends_the_run_and_leaves_the_next_one_right(gpu, monkeypatch, tmp_path):
     run = Run(replace(SHORT, epochs=1), CONTROL, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(F, "relu", failing_when_recorded(KeyboardInterrupt()))
+        patch.setattr(Graph, "error", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train_run(run, tmp_path)
     assert gc.isenabled()
