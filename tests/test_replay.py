@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import L1_BN, TINY, Operations, evaluation_on_few_digits, needs_fake_gpu
+from conftest import L1_BN, TINY, Operations, needs_fake_gpu
 from test_run import Stopped
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -34,12 +34,12 @@ from s6lib.train import train_epoch
 
 FRONTIER, SIZES = read_study_file(str(PROJECT / "studies" / "frontier.py"))
 SHORT = replace(TINY, train_images=4 * 64 + 32)  # four batches, and a smaller one
-CYCLE = replace(FRONTIER, epochs=2, train_images=4 * 64 + 32)  # with a moving average, and a rate for each step
-STOPPED = Run(CYCLE, SIZES[0], 1)
-TWICE = replace(CYCLE, passes=2)  # the smaller batch comes again
+# With a moving average, and a rate for each step; and the smaller batch comes again.
+TWICE = replace(FRONTIER, epochs=2, train_images=4 * 64 + 32, passes=2)
+STOPPED = Run(TWICE, SIZES[0], 1)
 RECORDED = {
     "l1-l2-gbn": Run(SHORT, ALL_CONDITIONS["l1-l2-gbn"], 1),
-    "frontier": Run(TWICE, SIZES[0], 1),
+    "frontier": STOPPED,
     "bottleneck": Run(replace(BOTTLENECK, epochs=2, train_images=288), L1_BN, 1),
 }
 
@@ -81,7 +81,7 @@ class Graph(TorchDispatchMode):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, few_digits):
     """Runs on the CPU go as on a GPU, with torch's own dropout, and with the generator of the CPU."""
     records_steps = replay.records_steps
     monkeypatch.setattr(s6lib.lab.run, "records_steps", lambda device: records_steps(torch.device("cuda")))
@@ -89,24 +89,14 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     generator = SimpleNamespace(clone_state=torch.get_rng_state, graphsafe_set_state=torch.set_rng_state)
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(replay, "_broken", set())
-    for name in ("recorded", "launched"):
-        monkeypatch.setattr(Graph, name, 0)
-    with evaluation_on_few_digits():
-        yield
+    Graph.recorded = Graph.launched = 0
+    yield
     assert gc.isenabled()
 
 
 def trained(run, **how):
-    """A run, without its seconds, and with the learning rates in float32, as a recorded step reads them."""
-    result = train_run(run, **how)
-    rows = [{**row, "seconds": 0, "lr": float(torch.tensor(row["lr"]))} for row in result.history]
-    return rows, result.weights, result.predictions.tolist()
-
-
-def step_by_step(run, **how):
-    """The same without recorded steps; with the learning rates that float32 holds if they change within an epoch."""
+    """A run, without its seconds; learning rates that change within an epoch are those that a recorded step reads."""
     exact = Recipe.learning_rates
 
     def rounded(recipe, epoch):
@@ -114,12 +104,15 @@ def step_by_step(run, **how):
         return torch.tensor(rates, dtype=torch.float32).tolist() if len(set(rates)) > 1 else rates
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("S6LIB_RECORD", "0")
         patch.setattr(Recipe, "learning_rates", rounded)
-        before = Graph.recorded
-        result = trained(run, **how)
-    assert Graph.recorded == before
-    return result
+        result = train_run(run, **how)
+    return [{**row, "seconds": 0} for row in result.history], result.weights, result.predictions.tolist()
+
+
+def step_by_step(run, **how):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S6LIB_RECORD", "0")
+        return trained(run, **how)
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -132,8 +125,8 @@ def test_recorded_steps_train_to_the_bits_of_steps_as_they_are(name, gpu, capfd)
 
 
 def stopped_twice(folder, device="cpu"):
-    """That run, stopped in the middle of its second epoch, and again where it goes on: no recording is kept."""
-    original, stops = s6lib.lab.run.Setup.batches, iter([False] * (5 + 3) + [True, True])
+    """A run, stopped in the middle of its second epoch, and again where it goes on: no recording is kept."""
+    original, stops = s6lib.lab.run.Setup.batches, iter([False] * (10 + 3) + [True, True])
 
     def until(*arguments):
         for batch in original(*arguments):  # whether the training loop sees it or not
@@ -145,7 +138,7 @@ def stopped_twice(folder, device="cpu"):
         patch.setattr(s6lib.lab.run.Setup, "batches", until)
         for _ in range(2):
             with pytest.raises(Stopped):
-                train_run(STOPPED, folder, device)
+                trained(STOPPED, folder=folder, device=device)
     return trained(STOPPED, folder=folder, device=device)
 
 
@@ -205,10 +198,9 @@ def test_runs_on_a_gpu_share_a_stream_of_their_own(monkeypatch):
     assert used == ["stream 1"] * 2
 
 
-FAST = ("gbn", "l1-l2-bn", "width-14")  # of each recipe; the others differ from them in numbers alone
-STUDIES = [(recipe, condition) for recipe in RECIPES.values() for condition in ALL_CONDITIONS.values()]
-STUDIES += [(FRONTIER, condition) for condition in SIZES]
-CASES = [pytest.param(*study, marks=() if study[1].slug in FAST else pytest.mark.slow) for study in STUDIES]
+# One of each kind: the other conditions and sizes differ from these in numbers alone.
+CASES = [(recipe, ALL_CONDITIONS[slug]) for recipe in RECIPES.values() for slug in ("l1-l2-bn", "gbn", "gbn-16")]
+CASES += [(FRONTIER, SIZES[0])]
 
 
 @needs_fake_gpu
@@ -237,24 +229,23 @@ def test_a_step_copies_nothing_and_a_hundred_how_their_images_are_moved(recipe, 
     assert copied == [0, 2]
 
 
-def operations_of(condition, first, second):
-    model = build_model(replace(PLAIN, dropout=0.0), condition)  # on a CPU a mask takes operations of its own
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
-    train_epoch(model, [first], optimizer, penalty=condition.penalty_of)
-    with Operations() as operations:
-        train_epoch(model, [second], optimizer, penalty=condition.penalty_of)
-    return operations.launched
-
-
 def test_penalties_and_ghosts_add_no_more_operations_than_they_did(mnist):
     """On a GPU these networks wait for the launch of operations, so their number is their time.
 
     Two penalties: one addition for each of 22 parameters, and 17 more for all of them together. A ghost layer: 26 more
     than BatchNorm, of which 6 are the other three norms and their gradients.
     """
-    pair = list(batches(mnist[0].part(slice(128)), 64))
-    slugs = ("bn", "l1-bn", "l1-l2-bn", "gbn", "l1-l2-gbn")
-    bare, one, two, ghosts, two_and_ghosts = (operations_of(ALL_CONDITIONS[slug], *pair) for slug in slugs)
+    first, second = batches(mnist[0].part(slice(128)), 64)
+    launched = []
+    for slug in ("bn", "l1-bn", "l1-l2-bn", "gbn", "l1-l2-gbn"):
+        condition = ALL_CONDITIONS[slug]
+        model = build_model(replace(PLAIN, dropout=0.0), condition)  # on a CPU a mask takes operations of its own
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
+        train_epoch(model, [first], optimizer, penalty=condition.penalty_of)
+        with Operations() as operations:
+            train_epoch(model, [second], optimizer, penalty=condition.penalty_of)
+        launched.append(operations.launched)
+    bare, one, two, ghosts, two_and_ghosts = launched
     assert bare <= 110
     assert one - bare <= 30
     assert two - bare == two_and_ghosts - ghosts <= 39
