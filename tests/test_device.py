@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, ONCE
+from conftest import GBN, ONCE, commit_all
 from test_run import assert_same_run
 from torch import nn
 
@@ -72,25 +72,23 @@ NEWER = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason
 def test_float32_is_full_whichever_interface_has_asked_for_tf32(interface, monkeypatch, request):
     """And the older one can be read: torch refuses that if the two disagree."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    newer = [cudnn.conv, matmul] if hasattr(cudnn, "conv") else []
+
+    def state():
+        return [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
+
     if interface == "the newer":
         monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-    elif interface == "the older":
-        request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
-        torch.set_float32_matmul_precision("high")
-    elif interface == "both":
+    elif interface != "neither":
         request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
         torch.set_float32_matmul_precision("medium")
-        matmul.allow_tf32 = True
-    newer = [cudnn.conv, matmul] if hasattr(cudnn, "conv") else []
-    before = [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
+        if interface == "both":
+            matmul.allow_tf32 = True
+    before = state()
     with reproducible(CPU):
-        assert not cudnn.allow_tf32
+        assert state() == [False, True] + ["ieee"] * len(newer)
         assert not matmul.allow_tf32
-        assert cudnn.deterministic
-        assert all(operation.fp32_precision == "ieee" for operation in newer)
-    assert before == [cudnn.allow_tf32, cudnn.deterministic, *(operation.fp32_precision for operation in newer)]
-    if interface == "the older":
-        assert torch.get_float32_matmul_precision() == "high"
+    assert state() == before
 
 
 def test_every_generator_is_seeded_from_seed_and_epoch_alone():
@@ -106,20 +104,15 @@ def test_every_generator_is_seeded_from_seed_and_epoch_alone():
 
 
 def test_a_start_names_the_commit_of_a_clone_and_whether_it_was_changed(tmp_path, monkeypatch):
-    def git(*arguments):
-        identity = ["-c", "user.name=s6lib", "-c", "user.email=s6lib@localhost"]
-        return subprocess.check_output(["git", *identity, "-C", tmp_path, *arguments], text=True).strip()
-
     commit = s6lib.lab.device._commit.__wrapped__
     file = tmp_path / "s6lib" / "lab" / "device.py"
     file.parent.mkdir(parents=True)
     file.write_text("as committed")
     monkeypatch.setattr(s6lib.lab.device, "__file__", str(file))
     assert commit() is None  # no clone
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "First")
-    assert commit() == (head := git("rev-parse", "HEAD"))
+    commit_all(tmp_path)
+    head = subprocess.check_output(["git", "-C", tmp_path, "rev-parse", "HEAD"], text=True).strip()
+    assert commit() == head
     file.write_text("changed")
     assert commit() == f"{head} with changes"
     monkeypatch.setenv("PATH", "")

@@ -14,7 +14,7 @@ import colab
 import nbformat
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, commit_all
 from execute import execute
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -155,8 +155,7 @@ def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     for name in ("s6lib", "notebooks"):
         shutil.copytree(PROJECT / name, folder / name)
-    for command in ("init -q", "add .", "-c user.name=s6lib -c user.email=s6lib@localhost commit -q -m s6lib"):
-        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    commit_all(folder)
     return f"file://{folder}"
 
 
