@@ -13,10 +13,8 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.transforms.v2.functional as torchvision_functional
-from conftest import needs_fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses import FakeTensorMode
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import KMNIST, MNIST, FakeData, FashionMNIST
 from torchvision.transforms import v2
@@ -432,13 +430,3 @@ def test_noise_may_overshoot_in_a_few_pixels_and_an_image_may_be_black(mnist, tr
 def test_a_transform_of_another_kind_is_one_sentence(mnist, transform, said):
     with pytest.raises(SettingError, match=f"`transform` must .*{said}"):
         next(batches(mnist[0].part(slice(9)), 9, transform=transform))
-
-
-@needs_fake_gpu
-def test_images_are_changed_on_their_device():
-    """A GPU of which torch computes shapes and devices alone. Batches are followed there in test_replay.py."""
-    with FakeTensorMode(), torch.device("cuda"):
-        images, amounts = torch.zeros(9, 28, 28, dtype=torch.uint8), torch.ones(9)
-        changed = [function(images, amounts) for function in (rotate, adjust_brightness, adjust_contrast)]
-        changed += [normalise(images), affine(images, amounts, amounts, torch.ones(9, 2))]
-    assert {one.device.type for one in changed} == {"cuda"}
