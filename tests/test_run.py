@@ -1,7 +1,6 @@
 """One run, from its seed to its folder: what it starts from, how it goes on after a stop, and what it leaves."""
 
 import io
-import os
 import random
 import re
 import shutil
@@ -150,26 +149,6 @@ def test_held_out_images_are_judged(mnist):
     right = (torch.from_numpy(trained.predictions) == mnist[0].labels[50_000:50_500]).float().mean()
     assert trained.history[-1]["val_accuracy"] == pytest.approx(float(right))
     assert trained.predictions.dtype == np.uint8
-
-
-EVERY_WRITE = [pytest.param(n, marks=() if n in (1, 5, 8) else pytest.mark.slow) for n in range(1, 9)]
-
-
-@pytest.mark.parametrize("writes", EVERY_WRITE)
-def test_a_run_stopped_at_any_write_ends_as_if_never_stopped(undisturbed, tmp_path, monkeypatch, writes):
-    """The process ends in the middle of the n-th file that it writes; then the same run is asked for again."""
-    original, written = os.fsync, count(1)
-
-    def fsync(descriptor):
-        if next(written) == writes:
-            raise Stopped
-        original(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(Stopped):
-        train_run(Run(TINY, GBN, 1), tmp_path)
-    monkeypatch.undo()
-    assert_same_run(train_run(Run(TINY, GBN, 1), tmp_path), undisturbed)
 
 
 def test_a_damaged_checkpoint_falls_back_and_one_of_another_run_is_refused(undisturbed, tmp_path, capfd):

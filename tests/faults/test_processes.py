@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -110,19 +111,19 @@ def test_a_clock_that_jumps_back(undisturbed, tmp_path):
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-study_once = partial(run_study, ONCE, (GBN,), (1,), jobs=1, show_progress=False)
+short_study = partial(run_study, replace(ONCE, epochs=2), (GBN,), (1,), jobs=1, show_progress=False)
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
+def short(tmp_path_factory):
     with evaluation_on_few_digits():
-        return study_once(out=tmp_path_factory.mktemp("once"))
+        return short_study(out=tmp_path_factory.mktemp("short"))
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("nth", range(1, 7))
-def test_a_disk_that_is_full_at_any_write(once, tmp_path, monkeypatch, nth):
-    """One epoch writes six files: checkpoint, history, predictions, weights, history, run.json."""
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_a_disk_that_is_full_at_any_write(short, tmp_path, monkeypatch, nth):
+    """Two epochs write eight files: checkpoint and history twice, then predictions, weights, history, run.json."""
     sync, written = os.fsync, []
 
     def full(descriptor):
@@ -134,10 +135,10 @@ def test_a_disk_that_is_full_at_any_write(once, tmp_path, monkeypatch, nth):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunsFailed, match=r"GBN \(gbn\), seed 1: OSError: .*No space left on device"):
-        study_once(out=tmp_path)
+        short_study(out=tmp_path)
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("run.json"))
-    assert_same_study(study_once(out=tmp_path), once)
+    assert_same_study(short_study(out=tmp_path), short)
     assert len(written) > nth
 
 
