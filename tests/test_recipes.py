@@ -182,7 +182,7 @@ def test_numbers_of_numpy_are_numbers():
         ("rotation", float("inf")), ("jitter", -0.1), ("shift", -1), ("scale", 1.0), ("schedule", "cosines"),
         ("nesterov", 1), ("ema", 1.0), ("held_out", 1), ("passes", 0), ("draw_images", 1), ("data", "svhn"),
         ("loss", None), ("optimizer", "adam"), ("transform", 1), ("batch_transform", 1), ("decay_epochs", 0),
-        ("network", "PlainNet"), ("name", "a b"),
+        ("network", "PlainNet"), ("name", "a b"), ("name", "../plain"),
         ("data", type("Data", (list,), {"__call__": list, "__repr__": lambda _: "Data"})()),  # cannot be hashed
     ],
 )  # fmt: skip
@@ -200,7 +200,8 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        *(({"slug": slug}, "slug must be lower-case words") for slug in ("..", "a/b", "gbn\n", "A", "a-", "a_-b", 5)),
+        *(({"slug": slug}, "slug must be lower-case words") for slug in (".", "..", "/a", "a/b", "a\\b")),
+        *(({"slug": slug}, "slug must be lower-case words") for slug in ("gbn\n", "a\nb", "A", "a-", "a_-b", 5)),
         ({"slug": "a" * 201}, "slug must be lower-case words .* of 200 letters at most"),
         ({"slug": Enum("Slug", {"MINE": "mine"}, type=str).MINE}, "slug must be lower-case words"),
         *(({"slug": "", **more}, "needs a slug, as in 'mine'") for more in ({}, {"l1": 0.0}, {"penalty": lambda _: 0})),

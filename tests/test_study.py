@@ -124,7 +124,7 @@ def test_what_is_not_there_is_said_with_what_is(tiny_study, tmp_path):
         Study(tiny_study.folder, seeds=(9,))
     with pytest.raises(StudyError, match="there are: none"):
         Study(tmp_path, "plain")
-    for recipe in (1, "../plain", "Plain", ["plain"]):
+    for recipe in (1, "", ".", "..", "../plain", "/tmp", "Plain", ["plain"]):
         with pytest.raises(StudyError, match=r"no complete .* run of those .* \(there are: runs of plain\)"):
             Study(tiny_study.folder, recipe)
     for method in (tiny_study.model, tiny_study.predictions):

@@ -1,7 +1,5 @@
 """Damaged files and strangers' files: found and named, never run, never rewritten by reading."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from s6lib.data import DataError, load_mnist
 from s6lib.errors import DamagedFile, StudyError
 from s6lib.lab.files import RESULTS, serialise
 from s6lib.lab.launch import run_study
-from s6lib.recipes import Condition, Run
+from s6lib.recipes import Run
 from s6lib.study import Study
 
 
@@ -106,14 +104,3 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(StudyError, match="cannot write in"):
         run_study(TINY, (GBN,), (1,), tmp_path / "out", jobs=1, show_progress=False)
     assert mine.read_text() == "precious"
-
-
-@pytest.mark.parametrize("name", ["..", "../plain", "/tmp", "a/b", "", ".", "Plain", "a\\b", "a\nb"])
-def test_names_do_not_lead_out_of_the_folder(tiny_study, name):
-    with pytest.raises(ValueError, match="must be lower-case words"):
-        replace(TINY, name=name)
-    if name:  # without a slug, a condition may name itself
-        with pytest.raises(ValueError, match="must be lower-case words"):
-            Condition(name, "label")
-    with pytest.raises(StudyError, match=r"a recipe is a Recipe or its name|no complete"):
-        Study(tiny_study.folder, name)
