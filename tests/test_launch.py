@@ -193,13 +193,6 @@ def test_a_study_of_ones_own_runs_and_is_recorded_with_its_code(own_study):
         without_code.model("bn")
 
 
-def test_two_studies_at_once_are_as_alone(own_study, tmp_path):
-    with ThreadPoolExecutor(2) as executor:
-        both = executor.map(lambda seed: run_here(OWN, OWN_CONDITIONS[:2], seed, tmp_path / str(seed)), (1, 2))
-    for seed, study in enumerate(both, 1):
-        assert_same_study(study, Study(own_study.folder, OWN, OWN_CONDITIONS[:2], seed))
-
-
 @pytest.mark.parametrize("workers", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_study_of_ones_own_runs_elsewhere_as_here(own_study, tmp_path, workers):
     """Threads share the random generators, and the user's classes, which they leave as they are."""
