@@ -499,13 +499,6 @@ class TestConversion:
         with pytest.warns(UserWarning, match=r"left without ghost batches: the module itself \(LazyBatchNorm2d\) in "):
             GhostBatchNorm.convert(nn.LazyBatchNorm2d(), 4)
 
-    def test_convert_sync_batchnorm_takes_the_ghosts_away(self):
-        """As the docstring warns: torch asks a layer for nothing but what every BatchNorm has."""
-        ghost = randomised(GhostBatchNorm(3, 4))
-        converted = nn.SyncBatchNorm.convert_sync_batchnorm(ghost)
-        assert type(converted) is nn.SyncBatchNorm
-        assert same_buffers(converted, ghost)
-
 
 def run_page(word, model):
     """Run the one block of Python in docs/ghost_batch_norm.md that holds `word`, and return its names."""
