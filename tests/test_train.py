@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from s6lib.data import ImageDataset, batches, normalise
+from s6lib.data import ImageDataset, normalise
 from s6lib.recipes import BOTTLENECK, CONDITIONS, CONTROL, build_model
 from s6lib.train import evaluate, l1_l2_penalty, predict, predict_logits, train_epoch
 
@@ -91,15 +91,6 @@ def test_an_epoch_is_the_loop_by_hand_to_the_last_bit(name, some):
     assert trained == pytest.approx(expected, rel=1e-5)
     for weights, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[weights]), weights
-
-
-def test_batches_are_whatever_gives_images_and_labels(model, some):
-    """s6lib's, a DataLoader's, or a list's; each image counts once in the means."""
-    for parts in (batches(some, 64), DataLoader(Subset(some, range(100)), 64), [[normalise(some.images), some.labels]]):
-        loss, accuracy, penalty = train_epoch(model, parts, sgd(model), penalty=lambda model: 0.5)
-        assert 0 < loss < 100
-        assert 0 <= accuracy <= 1
-        assert penalty == 0.5
 
 
 def test_the_penalty_comes_after_the_logits(model, some):
