@@ -389,9 +389,8 @@ def test_what_recipes_draw_is_settled_and_comes_from_the_generator_alone(mnist, 
     "transform",
     [
         v2.RandomRotation(45), v2.RandomCrop(28, padding=4), v2.ColorJitter(0.5, 0.5),
-        v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.1)]),
+        lambda image: image / 255 + 0.1 * torch.randn(image.shape),  # noise may overshoot in a few pixels
     ],
-    ids=str,
 )  # fmt: skip
 def test_a_transform_is_drawn_for_each_image_of_a_batch(mnist, transform):
     ((images, _),) = batches(mnist[0].part(torch.zeros(64, dtype=torch.int64)), 64, transform=transform)
@@ -409,12 +408,7 @@ def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
     for images, numbers in batches(dataset, 20, transform=invert):
         assert torch.allclose(images, normalise(255 - dataset.images[numbers]), atol=1e-6)
     assert seen == {(torch.uint8, (1, 28, 28))}
-
-
-@pytest.mark.parametrize("transform", [lambda image: image / 255 + 0.1 * torch.randn(image.shape), torch.zeros_like])
-def test_noise_may_overshoot_in_a_few_pixels_and_an_image_may_be_black(mnist, transform):
-    images = mnist[0].part(slice(64))
-    assert len(list(batches(images, 64, transform=transform))) == 1
+    assert len(list(batches(dataset, 50, transform=torch.zeros_like))) == 1  # an image may be black
 
 
 @pytest.mark.parametrize(
