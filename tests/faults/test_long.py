@@ -1,4 +1,4 @@
-"""Long work, and how it shows: in a terminal and in Jupyter (and in a pipe: see `end` in processes.py)."""
+"""Long work, and how it shows in a terminal (in a pipe: see `end` in processes.py; in Jupyter: see test_errors.py)."""
 
 import os
 import re
@@ -6,9 +6,7 @@ import struct
 import subprocess
 import sys
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from processes import THOROUGH, end, started, wait_for, workers_of
 
 from s6lib.study import Study
@@ -57,20 +55,6 @@ def test_in_a_terminal_progress_is_bars(tmp_path):
     assert re.search(r"all runs: 100%\|█+\| 2/2", shown)
     assert re.search(r"GBN \(gbn\), seed 1: .*accuracy \d\d\.\d\d%", shown)
     assert "Traceback" not in shown
-
-
-def test_in_jupyter_progress_is_bars_and_nothing_goes_wrong(tmp_path):
-    source = (
-        "from dataclasses import replace\nfrom s6lib.recipes import CONDITIONS, PLAIN\n"
-        "from s6lib.lab.launch import run_study\n"
-        f"run_study(replace(PLAIN, epochs=1, train_images=64), CONDITIONS[3:4], (1,), {str(tmp_path)!r}, jobs=1);"
-    )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    NotebookClient(notebook, kernel_name="python3").execute()
-    (cell,) = notebook.cells
-    shown = [output for output in cell["outputs"] if output["output_type"] == "display_data"]
-    assert "application/vnd.jupyter.widget-view+json" in shown[0]["data"]
-    assert not [output for output in cell["outputs"] if output["output_type"] in ("stream", "error")]
 
 
 PEAKS = """\
