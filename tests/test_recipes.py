@@ -19,14 +19,6 @@ Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
 ADAM = Adam([nn.Parameter(torch.zeros(1))])  # its repr has many lines
 
 
-class Own(nn.Sequential):
-    def __init__(self, norm=nn.BatchNorm2d):
-        super().__init__(nn.Conv2d(1, 4, 3, 4), norm(4), nn.Flatten(), nn.Linear(4 * 7 * 7, 10))
-
-
-OWN = Recipe("own", Own, epochs=1, train_images=640)
-
-
 # --- the built-in ones -----------------------------------------------------------------------------------------------
 
 
@@ -86,7 +78,7 @@ def test_learning_rate_falls_tenfold_every_six_epochs():
 @example(1, 1, 1, 1)
 @example(1, 4, 1, 1)
 def test_one_cycle_and_cosine_are_torchs(schedule, epochs, images, batch, passes):
-    recipe = replace(OWN, epochs=epochs, train_images=images, batch_size=batch, passes=passes, schedule=schedule)
+    recipe = replace(PLAIN, epochs=epochs, train_images=images, batch_size=batch, passes=passes, schedule=schedule)
     ours = rates_of(recipe)
     assert len(ours) == epochs * passes * -(-images // batch)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.01)
@@ -103,7 +95,7 @@ def test_one_cycle_and_cosine_are_torchs(schedule, epochs, images, batch, passes
 
 
 def test_a_schedule_of_the_users_is_a_factor_of_the_learning_rate():
-    recipe = replace(OWN, epochs=2, train_images=128, schedule=lambda done: np.float64(1 - done))
+    recipe = replace(PLAIN, epochs=2, train_images=128, schedule=lambda done: np.float64(1 - done))
     assert rates_of(recipe) == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert set(rates_of(replace(recipe, schedule="constant"))) == {0.01}
     for bad in (lambda done: -1.0, lambda done: None, lambda done: float("nan"), lambda done: "1"):
@@ -117,8 +109,8 @@ def test_a_schedule_of_the_users_is_a_factor_of_the_learning_rate():
 def test_a_keyword_of_a_condition_changes_a_setting_of_the_recipe():
     wild = Condition("wild", dropout=0.5, batch_size=256, network=PlainNet, epochs=3, l1=1e-4)
     assert wild.changes == {"dropout": 0.5, "batch_size": 256, "network": PlainNet, "epochs": 3}
-    assert OWN.changed_by(wild) == replace(OWN, **wild.changes)
-    assert {layer.p for layer in build_model(OWN, wild).modules() if isinstance(layer, nn.Dropout)} == {0.5}
+    assert BOTTLENECK.changed_by(wild) == replace(BOTTLENECK, **wild.changes)
+    assert {layer.p for layer in build_model(BOTTLENECK, wild).modules() if isinstance(layer, nn.Dropout)} == {0.5}
     assert Condition("wild", changes=wild.changes, l1=1e-4) == wild
     assert Condition("wild", changes={"epochs": 2}, epochs=3).changes == {"epochs": 3}  # what is said last
 
@@ -150,12 +142,9 @@ def test_a_condition_names_itself_after_what_it_changes(changes, slug):
     assert Condition(**changes).slug == slug
 
 
-def test_a_norm_and_a_penalty_of_ones_own():
-    groups = Condition("groups", norm=lambda channels: nn.GroupNorm(2, channels))
-    kinds = [type(layer) for layer in build_model(OWN, groups).modules()]
-    assert nn.GroupNorm in kinds
-    assert nn.BatchNorm2d not in kinds
-    model = build_model(OWN, CONTROL)
+def test_a_penalty_of_ones_own_is_added():
+    """A norm of one's own is seen in test_launch.py."""
+    model = build_model(BOTTLENECK, CONTROL)
     weights = torch.cat([weight.flatten() for weight in model.parameters()])
     ones = Condition("ones", l1=2.0, l2=3.0, penalty=lambda model: torch.tensor(5.0))
     assert ones.penalty_of(model).item() == pytest.approx((2 * weights.abs().sum() + 3 * (weights**2).sum() + 5).item())
@@ -213,7 +202,7 @@ def test_with_held_out_images_50_000_are_left_to_train_on():
         ({"norm": 4}, "norm must"), ({"penalty": 1e-4}, "penalty must"),
         ({"norm": nn.BatchNorm2d(4)}, "give the class BatchNorm2d, not a BatchNorm2d already made"),
         ({"penalty": nn.L1Loss}, "penalty must be a function of the model: give an instance, L1Loss.*, not the class"),
-        ({"norm": Own, "num_splits": 4}, "norm must be left out where num_splits is given"),
+        ({"norm": nn.BatchNorm2d, "num_splits": 4}, "norm must be left out where num_splits is given"),
         *(({name: 1}, "must be a setting of the recipe, network, .*, not") for name in ("colour", "data", "held_out")),
         ({"changes": {"colour": 1}}, "must be a setting of the recipe"),
         ({"changes": 5}, "changes must be a mapping of settings to values, not 5"),
