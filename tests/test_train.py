@@ -1,6 +1,5 @@
 from copy import deepcopy
 from functools import partial
-from itertools import islice
 
 import pytest
 import torch
@@ -91,13 +90,6 @@ def test_an_epoch_is_the_loop_by_hand_to_the_last_bit(name, some):
     assert trained == pytest.approx(expected, rel=1e-5)
     for weights, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[weights]), weights
-
-
-def test_the_penalty_comes_after_the_logits(model, some):
-    called = []
-    model.register_forward_hook(lambda *_: called.append("logits"))
-    train_epoch(model, islice(cut(some), 2), sgd(model), penalty=lambda model: called.append("penalty") or 0.0)
-    assert called == ["logits", "penalty"] * 2
 
 
 def test_no_batches_or_a_loss_or_a_penalty_that_is_not_finite_are_one_sentence(model, some):
