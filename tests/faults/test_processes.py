@@ -142,17 +142,6 @@ def test_a_disk_that_is_full_at_any_write(short, tmp_path, monkeypatch, nth):
     assert len(written) > nth
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not THOROUGH, reason="much like the next, where a tmpfs can be mounted")
-def test_files_that_may_not_grow(undisturbed, tmp_path):
-    """A limit on the size of a file, in driver and workers: the system's own error at a real write."""
-    resource = pytest.importorskip("resource")
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (60 * 1024, resource.RLIM_INFINITY))
-    with started(tmp_path, preexec_fn=limit) as process:
-        assert end(process, 1).count("OSError: [Errno 27] File too large") == 2
-    assert_same_study(complete(tmp_path), undisturbed)
-
-
 def mounted(options: str, folder: Path, script: str) -> subprocess.CompletedProcess:
     """Run a shell script with a tmpfs on `folder`, in a mount namespace of its own."""
     folder.mkdir()
