@@ -34,10 +34,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("s6lib", deadline=None, report_multiple_bugs=False)
 settings.load_profile("s6lib")
 
-# torch 2.5 asks the driver before it makes fake tensors on a GPU.
-FAKES_GPUS = torch.cuda.is_available() or not torch.__version__.startswith("2.5.")
-needs_fake_gpu = pytest.mark.skipif(not FAKES_GPUS, reason="this torch fakes no GPU where there is none")
-
 # Two epochs on ten batches: seconds, and long enough for every part of a run.
 TINY = replace(PLAIN, epochs=2, train_images=640)
 ONCE = replace(TINY, epochs=1, train_images=64)
