@@ -71,7 +71,6 @@ def test_a_study_on_a_cluster_equals_the_local_one_though_a_worker_is_killed(clu
     assert_same_study(study, tiny_study)
     assert driver.pid not in set(study.about()["process"])
     assert not list(out.rglob("checkpoint*.pt"))
-    assert not list(out.glob(".study-*"))
 
 
 @pytest.mark.slow
@@ -119,7 +118,6 @@ def test_a_study_waits_for_workers_and_one_of_two_threads_gives_the_local_one(cl
     study = Study(tmp_path / "out")
     assert_same_study(study, tiny_study)
     assert study.about()["process"].nunique() == 1
-    assert driver.pid not in set(study.about()["process"])
 
 
 @pytest.mark.slow
