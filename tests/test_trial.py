@@ -419,6 +419,12 @@ def part_of_a_storage():
     return network
 
 
+def slope(model):
+    images = torch.ones(4, 1, 28, 28, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
+    return 1e-3 * gradient.square().sum()
+
+
 def transformer():
     return nn.Sequential(nn.Conv2d(1, 3, 1), VisionTransformer(28, 7, 2, 2, 16, 32, num_classes=10))
 
@@ -443,6 +449,7 @@ ALLOWED = {
     "CutMix": with_parts(batch_transform=v2.CutMix(num_classes=10)),
     "RandomErasing": with_parts(batch_transform=v2.RandomErasing(p=1.0)),
     "no penalty": with_penalty(lambda model: 0.0),
+    "a gradient penalty": with_penalty(slope),
     "a lock": with_penalty(lambda model, lock=LOCK: 1e-3 * model[0].weight.abs().sum()),
     "AdamW": with_parts(optimizer=partial(torch.optim.AdamW, weight_decay=0.1), ema=0.9),
 }

@@ -8,7 +8,7 @@ import math
 import sys
 import traceback
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -238,17 +238,22 @@ def _what_learns_nothing(setup: Setup, graphs: list[Any]) -> list[str]:
     """List the parameters that have had no gradient, and what has had one and is not trained."""
     idle = [path for path, one in setup.model.named_parameters() if one.requires_grad and one.grad is None]
     trained = {weights for group in setup.optimizer.param_groups for weights in group["params"]}
-    todo, nodes = [graph.grad_fn for graph in graphs], set()
-    while todo:
-        if (node := todo.pop()) is None or node in nodes:
-            continue
-        nodes.add(node)
-        todo += [one for one, _ in node.next_functions]
-    leaves = {node.variable for node in nodes if hasattr(node, "variable")}
-    if shapes := sorted({str(tuple(one.shape)) for one in leaves - trained}):
+    used = Counter(leaf for graph in graphs for leaf in _leaves(graph))
+    outside = {leaf for leaf, steps in used.items() if steps > 1} - trained  # an input to differentiate by is used once
+    if shapes := sorted({str(tuple(one.shape)) for one in outside}):
         remedy = "keep layers in an nn.ModuleList, and pass a loss with parameters as the nn.Module that it is"
         idle.append(f"tensors of shape {', '.join(shapes[:3])} outside the network ({remedy})")
     return idle
+
+
+def _leaves(graph: Tensor) -> set[Tensor]:
+    """The tensors to which a scalar has a gradient, and which come from no other."""
+    todo, nodes = [graph.grad_fn], set[Any]()
+    for node in todo:  # which grows
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [one for one, _ in node.next_functions]
+    return {node.variable for node in nodes if hasattr(node, "variable")}
 
 
 @cache
