@@ -187,7 +187,7 @@ def _pickles(run: Run, setup: Setup) -> dict[str, Any]:
     for name, part in {**run.parts, **({} if "loss" in setup.parts else {"loss": setup.loss})}.items():
         if not is_library(part) and name != "data":
             try:
-                pickles[name] = pack(part, [part])
+                _, pickles[name] = pack(part, [part]), pack(part, [part])  # the first leaves __slotnames__ on a class
             except Exception:  # it holds a lock, for example: the numbers that run.json records can be watched
                 pickles[name] = setting_entry(part)
     return pickles
