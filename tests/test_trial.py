@@ -419,14 +419,6 @@ def part_of_a_storage():
     return network
 
 
-class Strength:
-    def __init__(self):
-        self.weight = 1e-3
-
-
-STRENGTH = Strength()  # which nothing has pickled before
-
-
 def slope(model):
     images = torch.ones(4, 1, 28, 28, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
@@ -458,7 +450,6 @@ ALLOWED = {
     "RandomErasing": with_parts(batch_transform=v2.RandomErasing(p=1.0)),
     "no penalty": with_penalty(lambda model: 0.0),
     "a gradient penalty": with_penalty(slope),
-    "an object and its class": with_penalty(lambda model: (Strength and STRENGTH).weight * model[0].weight.abs().sum()),
     "a lock": with_penalty(lambda model, lock=LOCK: 1e-3 * model[0].weight.abs().sum()),
     "AdamW": with_parts(optimizer=partial(torch.optim.AdamW, weight_decay=0.1), ema=0.9),
 }
@@ -468,6 +459,30 @@ ALLOWED = {
 def test_what_is_sound_is_trained(allowed, capfd):
     steps_of(*ALLOWED[allowed])
     assert not capfd.readouterr().err
+
+
+MODULE = """
+import warnings
+
+class Strength:
+    weight = 1e-3
+
+STRENGTH = Strength()
+
+def penalty(model):
+    warnings.warn("a line that is printed once")
+    return STRENGTH.weight * model[0].weight.abs().sum()
+"""
+
+
+@pytest.mark.filterwarnings("ignore:a line")
+def test_a_module_may_keep_what_python_keeps_of_its_first_use(tmp_path, monkeypatch):
+    """The warnings that it has given; and __slotnames__ of a class, from the first time that an object is pickled."""
+    (tmp_path / "used_first_here.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import used_first_here
+
+    steps_of(*with_penalty(lambda model: used_first_here.penalty(model)))
 
 
 def test_what_learns_nothing_is_named_in_a_line(capfd):

@@ -205,6 +205,8 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
             if not standard and not is_installed(getattr(module, "__file__", None) or ""):
                 cloudpickle.register_pickle_by_value(module)
                 registered.callback(cloudpickle.unregister_pickle_by_value, module)
+                warned = vars(module).pop("__warningregistry__", {})  # which warnings it has given changes nothing
+                registered.callback(vars(module).update, __warningregistry__=warned)
         return cloudpickle.dumps(content)
 
 
