@@ -182,6 +182,19 @@ def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
     assert differences(*more) == differences(*more[::-1]) == said
 
 
+class Counting(nn.Module):
+    count = 0
+
+    def __init__(self):
+        super().__init__()
+        Counting.count += 1
+
+
+def test_a_class_is_known_by_its_source_though_it_counts():
+    entry = condition_entry(Condition("a", norm=lambda channels: Counting()))["norm"]
+    assert entry["reads"] == {"Counting": inspect.getsource(Counting)}
+
+
 def test_a_function_that_many_call_is_read_once():
     """Each of 40 pairs calls both of the pair below, which makes 2^40 ways down."""
     pair = "def f{0}(x): return f{1}(x) + g{1}(x)\ndef g{0}(x): return f{1}(x) - g{1}(x)\n"

@@ -504,6 +504,21 @@ def test_what_learns_nothing_is_named_in_a_line(capfd):
 
 # --- and through the whole library -----------------------------------------------------------------------------------
 
+BUILT = 0
+
+
+def test_a_network_that_counts_how_often_it_was_built_is_refused_before_training(tmp_path):
+    """What its code reads would be another number whenever it is asked for."""
+
+    def counted():
+        global BUILT
+        BUILT += 1
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    with pytest.raises(SettingError, match=r"changes when it is used \(other code in network, BUILT = 0, not 2\)"):
+        run_study(replace(NET, network=counted), CONTROL, out=tmp_path)
+
+
 STUDY_FILE = """
 import s6lib, torch
 from torch import nn

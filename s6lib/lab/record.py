@@ -107,6 +107,8 @@ def _names_in(thing: Any) -> dict[str, Any]:
         words = {*function.__code__.co_names, *function.__code__.co_consts}
         for name, value in variables_of(function).items():
             inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})  # such as settings
+            if _is_users_code(value) and _source(value):  # which says what it holds; a class may also count there
+                inside = {}
             read |= {name: value, **{f"{name}.{word}": inside[word] for word in words & inside.keys()}}
         read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
     own = {} if kind is thing else {**getattr(thing, "__dict__", {}), **getattr(thing, "_modules", {})}
