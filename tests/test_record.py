@@ -195,6 +195,12 @@ def test_a_class_is_known_by_its_source_though_it_counts():
     assert entry["reads"] == {"Counting": inspect.getsource(Counting)}
 
 
+def test_what_a_comprehension_reads_counts_and_an_attribute_with_the_name_of_a_variable_does_not():
+    typed = {"__name__": "a_prompt", "late": 0.3, "size": 28}
+    exec("def penalty(model): return sum(late * one.size for one in model)", typed)
+    assert condition_entry(Condition("a", penalty=typed["penalty"]))["penalty"]["reads"] == {"late": 0.3}
+
+
 def test_a_function_that_many_call_is_read_once():
     """Each of 40 pairs calls both of the pair below, which makes 2^40 ways down."""
     pair = "def f{0}(x): return f{1}(x) + g{1}(x)\ndef g{0}(x): return f{1}(x) - g{1}(x)\n"

@@ -1,6 +1,7 @@
 """What run.json says of a run, and whether a recorded run is the requested one."""
 
 import ast
+import dis
 import inspect
 import math
 import os
@@ -104,7 +105,7 @@ def _names_in(thing: Any) -> dict[str, Any]:
     kind = _kind_of(thing)
     read: dict[str, Any] = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
     for function in [] if _is_in_library(kind) else _functions_of(kind):
-        words = {*function.__code__.co_names, *function.__code__.co_consts}
+        words = {word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts)}
         for name, value in variables_of(function).items():
             inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})  # such as settings
             if _is_users_code(value) and _source(value):  # which says what it holds; a class may also count there
@@ -126,11 +127,15 @@ def _kind_of(thing: Any) -> Any:
 
 
 def variables_of(function: Any) -> dict[str, Any]:
-    """The variables of its closure and module that a function reads, but for those that are not set yet."""
-    with suppress(ValueError):
-        variables = inspect.getclosurevars(function)
-        return {**variables.globals, **variables.nonlocals}
-    return {}
+    """The variables of its module and closure that a function reads, but for those that are not set yet."""
+    module, code = function.__globals__, function.__code__
+    steps = [step for inner in _with_inner(code) for step in dis.get_instructions(inner)]
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    variables = {name: module[name] for name in sorted(names & module.keys())}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it is empty
+            variables[name] = cell.cell_contents
+    return variables
 
 
 def is_installed(file: str | None) -> bool:
@@ -191,10 +196,15 @@ def _lambda_source(thing: Any, text: str) -> str | None:
 
 @lru_cache(maxsize=8)  # each run of a study asks anew
 def _codes_in(text: str) -> set[CodeType]:
-    codes = [compile(text, "", "exec", dont_inherit=True)]
-    for code in codes:  # which grows
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(codes)
+    return set(_with_inner(compile(text, "", "exec", dont_inherit=True)))
+
+
+def _with_inner(code: CodeType) -> list[CodeType]:
+    """A code object, and those of the functions and comprehensions in it."""
+    codes = [code]
+    for one in codes:  # which grows
+        codes += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+    return codes
 
 
 # --- reading back ----------------------------------------------------------------------------------------------------
