@@ -371,6 +371,8 @@ def _transformed(images: Tensor, transform: Transform) -> Tensor:
     if wrong:
         kind = tuple(wrong[0].shape) if isinstance(wrong[0], Tensor) else type(wrong[0]).__name__
         raise SettingError(f"`transform` must turn an image (1, H, H) into one of the same size, not {kind}")
+    if len({one.dtype for one in results}) > 1:  # such as of RandomApply
+        results = [one if one.is_floating_point() else one / 255 for one in results]
     levels = torch.cat(results)
     far = (levels.float() - 0.5).abs()  # filters and noise overshoot a little, in a few pixels; Normalize moves most
     if levels.is_floating_point() and far.max() < 5 and (far > 0.75).float().mean() < 0.05:

@@ -397,6 +397,12 @@ def test_a_transform_is_drawn_for_each_image_of_a_batch(mnist, transform):
     assert len(images.flatten(1).unique(dim=0)) > 30
 
 
+def test_a_transform_may_make_floats_of_some_images(mnist):
+    half = v2.RandomApply([v2.ToDtype(torch.float32, scale=True)])
+    ((images, _),) = batches(mnist[0].part(torch.zeros(64, dtype=torch.int64)), 64, transform=half)
+    torch.testing.assert_close(images, normalise(mnist[0].images[:1]).expand(64, -1, -1, -1))
+
+
 @pytest.mark.parametrize("scale", [1, 255])
 def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
     dataset, seen = ImageDataset(mnist[0].images[:50], torch.arange(50), range(50)), set()
