@@ -89,9 +89,10 @@ class Study:
             slug, seed, condition = run.condition.slug, run.seed, given.get(run.condition.slug)
             self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
             self._about[slug, seed] = about
-            require_same(run.folder(self.folder), about, identity(self._run(slug, seed)))
+        asked = {slug: identity(self._run(slug)) for slug in self.conditions}
         first: dict[Any, list[int]] = {}
         for (slug, seed), about in self._about.items():
+            require_same(self._run(slug, seed).folder(self.folder), about, {**asked[slug], "seed": seed})
             sums = (about.get("first_steps") or {}).get("data", {}).get("checksums", [])
             settings = self._run(slug, seed).settings
             drawn = settings.train_images, seed if settings.draw_images else None

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -157,7 +156,7 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
             condition = conditions.get(folder.parent.name) or read_condition(about["condition"])
             require_same(folder, about, identity(Run(recipe, condition, about["seed"])))
             recorded.setdefault(folder.parent.name, (folder, about))
-    tried = []
+    tried: dict[str, dict[str, Any]] = {}
     for slug, condition in conditions.items():
         folder, about = recorded.get(slug, (out, {"seed": runs[0].seed}))
         run = Run(recipe, condition, about["seed"])
@@ -166,18 +165,17 @@ def _require_one_training(out: Path, runs: list[Run], data: Data) -> None:
                 set_up(run, data, CPU)
         known = identity(run)
         steps = None if run.is_built_in else first_steps(run, data)
-        if changed := compare(known, identity(run)):
+        entry = identity(run, steps)
+        if changed := compare(known, entry, shared=True):
             raise SettingError(f"{condition} changes when it is used ({changed[0]}): count in a buffer, not in Python")
         if "first_steps" in about:
-            require_same(folder, about, identity(run, steps))
-        tried.append((run, steps))
-    for (first, one), (second, other) in combinations(tried, 2):
-        renamed = Run(recipe, replace(second.condition, slug=first.condition.slug), first.seed)
-        if not differences(identity(first, one), identity(renamed, other)):
+            require_same(folder, about, entry)
+        tried[slug] = {**entry, "condition": {**entry["condition"], "slug": ""}, "seed": 0}
+    for (first, one), (second, other) in combinations(tried.items(), 2):
+        if not differences(one, other):
             print(
-                f"{first.condition.slug} and {second.condition.slug} train alike, as far as settings and first steps "
-                "show; if a lambda in a loop reads the loop's variable, give it a default, as in "
-                "`lambda model, weight=weight: ...`",
+                f"{first} and {second} train alike, as far as settings and first steps show; if a lambda in a loop "
+                "reads the loop's variable, give it a default, as in `lambda model, weight=weight: ...`",
                 file=sys.stderr,
                 flush=True,
             )

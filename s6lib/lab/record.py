@@ -174,11 +174,18 @@ def _source(thing: Any) -> str | None:
     if _is_in_library(thing):  # such as Tensor, of class weights
         return None
     with suppress(Exception):  # Python finds a source, or it does not
-        codes = {function.__code__ for function in _functions_of(thing)}
-        lines, first = inspect.findsource(thing)
-        if codes <= _codes_in(text := "".join(lines)):
+        functions = _functions_of(thing)
+        lines, first = inspect.findsource(functions[0] if functions else thing)
+        if {function.__code__ for function in functions} <= _codes_in(text := "".join(lines)):
+            if isinstance(thing, type):
+                return _class_source(thing, text)
             return _lambda_source(thing, text) or "".join(inspect.getblock(lines[first:]))
     return None
+
+
+@lru_cache(maxsize=256)  # Python searches the whole text, before version 3.13
+def _class_source(kind: type, text: str) -> str:
+    return inspect.getsource(kind)
 
 
 def _lambda_source(thing: Any, text: str) -> str | None:
@@ -329,9 +336,11 @@ def compare(old: Any, new: Any, name: str = "", *, shared: bool = False, toleran
 
 def _edits(name: str, was: Any, now: Any) -> list[str]:
     """Describe the edit of a source or a number, if there is one."""
+    if repr(was) == repr(now):  # nan equals nan
+        return []
     if isinstance(was, str | None) and isinstance(now, str | None):
         return [name] if len({_syntax_tree(was), _syntax_tree(now)} - {None}) == 2 else []
-    return [] if repr(was) == repr(now) else [f"{name} = {was}, not {now}"]  # repr: nan equals nan
+    return [f"{name} = {was}, not {now}"]
 
 
 def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
