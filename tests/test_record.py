@@ -2,9 +2,11 @@
 
 import inspect
 import sys
+from collections import namedtuple
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
+import numpy as np
 import pytest
 from test_run import Tutorial
 from torch import nn, ones, optim
@@ -180,6 +182,40 @@ def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
     said = ["other code in loss, with and without flood"]
     more = [{**requested(loss=partial(helper, **keywords)), "first_steps": STEPS} for keywords in ({}, {"flood": 1.0})]
     assert differences(*more) == differences(*more[::-1]) == said
+
+
+class Limit:
+    def __init__(self, most):
+        self.most = most
+
+    def penalty(self, model):
+        return self.most * self.share
+
+    @property
+    def share(self):
+        return LATE
+
+
+def scaled(factor):
+    return lambda function: wraps(function)(lambda model: factor * function(model))
+
+
+Point = namedtuple("Point", ["limit"])
+LIMIT, LIMITS, POINT = Limit(30.0), (30.0, np.float32(31.0)), Point(30.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "read"),
+    [
+        (LIMIT.penalty, {"most": 30.0, "Limit.LATE": 0.3}),
+        (lambda model: LIMIT.penalty(model), {"LIMIT.penalty.most": 30.0}),
+        (lambda model: LIMITS[0], {"LIMITS": [30.0, 31.0]}),
+        (lambda model: POINT.limit, {"POINT.limit": 30.0}),
+        (scaled(0.1)(deeper), {"factor": 0.1, "LATE": 0.3}),
+    ],
+)
+def test_numbers_of_objects_sequences_and_decorators_are_read(code, read):
+    assert condition_entry(Condition("a", penalty=code))["penalty"]["reads"].items() >= read.items()
 
 
 class Counting(nn.Module):

@@ -17,6 +17,7 @@ from pkgutil import resolve_name
 from types import CodeType
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from s6lib import models
@@ -91,29 +92,54 @@ def _reads(thing: Any) -> dict[str, Any]:
     entries, known, todo = dict[str, Any](), [_kind_of(thing)], [("", thing)]
     for path, one in todo:  # which grows
         for name, value in _names_in(one).items():
-            if type(as_python(value)) in (int, float, bool):
-                entries[path + name] = as_python(value)
-            elif ((is_code := _is_users_code(value)) or isinstance(value, nn.Module)) and value not in known:
+            is_code = _is_users_code(value) or (callable(value) and _is_users_code(type(value)))
+            if (numbers := _numbers_in(value)) is not None:
+                entries[path + name] = numbers
+            elif (is_code or isinstance(value, nn.Module)) and value not in known:
                 entries |= {name: _source(value)} if is_code else {}
                 todo.append((f"{name}." if is_code else f"{path}{name}.", value))
                 known.append(value)
     return entries
 
 
+def _numbers_in(value: Any) -> Any:
+    """A number, or a few in a list, a tuple or an array; None for anything else."""
+    if isinstance(value, np.ndarray) and value.size <= 100:
+        value = value.tolist()
+    if isinstance(value, list | tuple) and 0 < len(value) <= 100:
+        numbers = [_numbers_in(one) for one in value]
+        return None if None in numbers else numbers
+    return as_python(value) if type(as_python(value)) in (int, float, bool) else None
+
+
 def _names_in(thing: Any) -> dict[str, Any]:
     """The attributes, base classes and defaults of code, its variables in closure and module, and what these hold."""
     kind = _kind_of(thing)
     read: dict[str, Any] = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
-    for function in [] if _is_in_library(kind) else _functions_of(kind):
+    functions = [] if _is_in_library(kind) else _functions_of(kind)
+    for function in {**dict.fromkeys(functions), **dict.fromkeys(map(inspect.unwrap, functions))}:
+        if is_installed(function.__code__.co_filename):  # such as torch's around the step of an optimizer's class
+            continue
         words = {word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts)}
         for name, value in variables_of(function).items():
-            inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})  # such as settings
-            if _is_users_code(value) and _source(value):  # which says what it holds; a class may also count there
-                inside = {}
-            read |= {name: value, **{f"{name}.{word}": inside[word] for word in words & inside.keys()}}
+            read |= {name: value, **{f"{name}.{word}": one for word, one in _members(value, words).items()}}
         read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
-    own = {} if kind is thing else {**getattr(thing, "__dict__", {}), **getattr(thing, "_modules", {})}
+    owner = thing.__self__ if inspect.ismethod(thing) else thing
+    read |= {} if owner is thing else {type(owner).__name__: type(owner)}
+    own = {} if owner is kind else {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
     return read | {name: value for name, value in own.items() if name[0] != "_" and name != "training"}
+
+
+def _members(value: Any, words: set[Any]) -> dict[Any, Any]:
+    """What an object, such as one of settings, holds under these names; of code with a source, nothing more."""
+    if _is_users_code(value) and _source(value):  # a class may also count there
+        return {}
+    kind = type(value)
+    fields = {*getattr(kind, "_fields", ()), *getattr(kind, "__slots__", ())}  # of a named tuple, for example
+    methods = {word for word in words if isinstance(word, str) and inspect.isfunction(getattr(kind, word, None))}
+    inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    members = {word: getattr(value, word, None) for word in methods | (words & fields)}
+    return members | {word: inside[word] for word in words & inside.keys()}
 
 
 def _is_users_code(thing: Any) -> bool:
@@ -144,9 +170,10 @@ def is_installed(file: str | None) -> bool:
 
 
 def _functions_of(kind: Any) -> list[Any]:
-    """The methods of a class; of a function, itself, unwrapped, since torch wraps the step of an optimizer's class."""
-    members = vars(kind).values() if isinstance(kind, type) else [getattr(kind, "__func__", kind)]
-    return list(filter(inspect.isfunction, map(inspect.unwrap, filter(inspect.isfunction, members))))
+    """The methods and properties of a class; of a function, itself."""
+    members = vars(kind).values() if isinstance(kind, type) else [kind]
+    members = [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in members]
+    return list(filter(inspect.isfunction, members))
 
 
 def _is_in_library(thing: Any) -> bool:
@@ -174,7 +201,7 @@ def _source(thing: Any) -> str | None:
     if _is_in_library(thing):  # such as Tensor, of class weights
         return None
     with suppress(Exception):  # Python finds a source, or it does not
-        functions = _functions_of(thing)
+        functions = [inspect.unwrap(function) for function in _functions_of(thing)]
         lines, first = inspect.findsource(functions[0] if functions else thing)
         if {function.__code__ for function in functions} <= _codes_in(text := "".join(lines)):
             if isinstance(thing, type):
