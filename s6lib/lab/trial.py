@@ -33,8 +33,8 @@ STEPS = 3  # and one more, from a state that was saved and read back
 EVALUATED = 250  # number of test images
 _STATE = (
     "a number that it keeps in Python makes a run depend on the order of runs and on where it was stopped: keep it in "
-    "a buffer, or use the share of training done, as a schedule does (make caches in __init__, and keep activations on "
-    "their module)"
+    "a buffer, or use the share of training done, as a schedule does (make caches in __init__, keep activations on "
+    "their module, and draw random numbers from the global generators)"
 )
 _SEEDED = "draw random numbers from the global generators of torch, numpy or random, which each run seeds"
 
