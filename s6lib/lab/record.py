@@ -205,14 +205,18 @@ def _source(thing: Any) -> str | None:
         lines, first = inspect.findsource(functions[0] if functions else thing)
         if {function.__code__ for function in functions} <= _codes_in(text := "".join(lines)):
             if isinstance(thing, type):
-                return _class_source(thing, text)
+                return _class_source(thing.__name__, first + 1, text)
             return _lambda_source(thing, text) or "".join(inspect.getblock(lines[first:]))
     return None
 
 
-@lru_cache(maxsize=256)  # Python searches the whole text, before version 3.13
-def _class_source(kind: type, text: str) -> str:
-    return inspect.getsource(kind)
+@lru_cache(maxsize=256)  # it searches the whole text
+def _class_source(name: str, line: int, text: str) -> str:
+    """Return the source of the class of this name around a line; `inspect` finds none of a notebook's."""
+    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef) and node.name == name]
+    (found,) = (node for node in classes if node.lineno <= line <= (node.end_lineno or 0))
+    start = min([found.lineno, *(one.lineno for one in found.decorator_list)])
+    return "".join(text.splitlines(keepends=True)[start - 1 : found.end_lineno])
 
 
 def _lambda_source(thing: Any, text: str) -> str | None:
