@@ -8,13 +8,13 @@ import os
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ OTHER_CODE = "other code in"
 # Relative. Torch 2.5, 2.11 and 2.14 differ by up to 7e-6 in a loss and 6e-3 in a gradient, over 30 networks: where two
 # pixels of a pool nearly tie, or a ReLU is nearly at zero, the gradient jumps.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 2e-2
+
+Words = dict[Any, None]  # in the order in which they stand
 
 _LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
 _PLAIN_TYPES = (int, float, str, bool, type(None))
@@ -89,16 +91,18 @@ def setting_entry(value: Any) -> Any:
 
 def _reads(thing: Any) -> dict[str, Any]:
     """What the user's code reads, by name: numbers, and the sources of the user's other code, as far as it goes."""
-    entries, known, todo = dict[str, Any](), [_kind_of(thing)], [("", thing)]
-    for path, one in todo:  # which grows
-        for name, value in _names_in(one).items():
-            is_code = _is_users_code(value) or (callable(value) and _is_users_code(type(value)))
-            if (numbers := _numbers_in(value)) is not None:
-                entries[path + name] = numbers
-            elif (is_code or isinstance(value, nn.Module)) and value not in known:
-                entries |= {name: _source(value)} if is_code else {}
-                todo.append((f"{name}." if is_code else f"{path}{name}.", value))
-                known.append(value)
+    entries, seen = dict[str, Any](), {(id(_kind_of(thing)), 0)}
+    todo = [("", *one) for one in _names_in(thing)]
+    for path, name, value, words in todo:  # which grows
+        key = (id(value), 0 if _is_users_code(value) else id(words))
+        if (numbers := _numbers_in(value)) is not None:
+            entries[path + name] = numbers
+        elif key not in seen and _is_users_code(value):
+            entries[name] = _source(value)
+            todo += [(f"{name}.", *one) for one in _names_in(value)]
+        if key not in seen and entries.get(name) is None:  # code that has a source may also count there
+            todo += [(path, f"{name}.{word}", one, words) for word, one in _members(value, words).items()]
+        seen.add(key)
     return entries
 
 
@@ -106,50 +110,57 @@ def _numbers_in(value: Any) -> Any:
     """A number, or a few in a list, a tuple or an array; None for anything else."""
     if isinstance(value, np.ndarray) and value.size <= 100:
         value = value.tolist()
-    if isinstance(value, list | tuple) and 0 < len(value) <= 100:
+    if type(value) in (list, tuple) and 0 < len(value) <= 100:
         numbers = [_numbers_in(one) for one in value]
         return None if None in numbers else numbers
     return as_python(value) if type(as_python(value)) in (int, float, bool) else None
 
 
-def _names_in(thing: Any) -> dict[str, Any]:
-    """The attributes, base classes and defaults of code, its variables in closure and module, and what these hold."""
-    kind = _kind_of(thing)
-    read: dict[str, Any] = {base.__name__: base for base in getattr(kind, "__mro__", ())[1:]}
-    functions = [] if _is_in_library(kind) else _functions_of(kind)
-    for function in {**dict.fromkeys(functions), **dict.fromkeys(map(inspect.unwrap, functions))}:
-        if is_installed(function.__code__.co_filename):  # such as torch's around the step of an optimizer's class
-            continue
-        words = {word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts)}
-        for name, value in variables_of(function).items():
-            read |= {name: value, **{f"{name}.{word}": one for word, one in _members(value, words).items()}}
-        read |= {name: one.default for name, one in inspect.signature(function).parameters.items()}
+def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
+    """The bases, variables, defaults and attributes of code, each with the names that this code mentions."""
+    kind, mentioned = _kind_of(thing), dict[Any, None]()
+    names = [(base.__name__, base, mentioned) for base in getattr(kind, "__mro__", ())[1:]]
+    for function in _functions_of(kind):
+        words = _words_in(function)
+        defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+        names += [(name, value, words) for name, value in {**defaults, **variables_of(function)}.items()]
+        mentioned |= words
     owner = thing.__self__ if inspect.ismethod(thing) else thing
-    read |= {} if owner is thing else {type(owner).__name__: type(owner)}
-    own = {} if owner is kind else {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
-    return read | {name: value for name, value in own.items() if name[0] != "_" and name != "training"}
+    if owner is not kind:
+        attributes = {type(owner).__name__: type(owner), **_attributes_of(owner)}
+        names += [(name, value, mentioned) for name, value in attributes.items()]
+    return names
 
 
-def _members(value: Any, words: set[Any]) -> dict[Any, Any]:
-    """What an object, such as one of settings, holds under these names; of code with a source, nothing more."""
-    if _is_users_code(value) and _source(value):  # a class may also count there
-        return {}
-    kind = type(value)
-    fields = {*getattr(kind, "_fields", ()), *getattr(kind, "__slots__", ())}  # of a named tuple, for example
-    methods = {word for word in words if isinstance(word, str) and inspect.isfunction(getattr(kind, word, None))}
-    inside = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    members = {word: getattr(value, word, None) for word in methods | (words & fields)}
-    return members | {word: inside[word] for word in words & inside.keys()}
+def _attributes_of(owner: Any) -> dict[str, Any]:
+    attributes = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
+    return {name: value for name, value in attributes.items() if name[0] != "_" and name != "training"}
 
 
-def _is_users_code(thing: Any) -> bool:
-    """Return whether a thing is a function, or a class with methods, from no installed file."""
-    file = getattr(sys.modules.get(getattr(thing, "__module__", None) or ""), "__file__", None)
-    return bool(_functions_of(thing)) and not is_installed(file)
+def _members(value: Any, words: Words) -> dict[Any, Any]:
+    """What an object, such as one of settings, holds under these names, and under those that its methods mention."""
+    if isinstance(value, nn.Module):
+        return _attributes_of(value)
+    if type(value) in (list, tuple):
+        return dict(enumerate(value[:100]))
+    if isinstance(value, Mapping):
+        return {word: value[word] for word in words if word in value}
+    if not is_users(value if inspect.ismodule(value) or isinstance(value, type) else type(value)):
+        return {word: vars(value)[word] for word in words if word in getattr(value, "__dict__", {})}
+    members, todo = {}, list(map(str, words))
+    for word in todo:  # which grows
+        (function,) = _unwrap([inspect.getattr_static(value, word, None)])
+        if inspect.isfunction(function):
+            todo += [more for more in map(str, _words_in(function)) if more not in todo]
+        is_stored = inspect.ismemberdescriptor(function) or isinstance(value, tuple)  # of slots, or a named tuple
+        members[word] = getattr(value, word, None) if is_stored else function
+    return members
 
 
-def _kind_of(thing: Any) -> Any:
-    return thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+def _words_in(function: FunctionType) -> Words:
+    """The names and constants in a function, any of which may be that of an attribute or a key."""
+    words = (word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts))
+    return dict.fromkeys(word for word in words if isinstance(word, str | int))
 
 
 def variables_of(function: Any) -> dict[str, Any]:
@@ -169,11 +180,36 @@ def is_installed(file: str | None) -> bool:
     return any(library in (file or "") for library in _LIBRARIES)
 
 
-def _functions_of(kind: Any) -> list[Any]:
-    """The methods and properties of a class; of a function, itself."""
-    members = vars(kind).values() if isinstance(kind, type) else [kind]
-    members = [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in members]
-    return list(filter(inspect.isfunction, members))
+def is_users(thing: Any) -> bool:
+    """Return whether a module or class is the user's: neither Python's, nor of an installed file."""
+    name = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name.partition(".")[0] not in sys.stdlib_module_names and not is_installed(file)
+
+
+def _is_users_code(thing: Any) -> bool:
+    """Return whether a thing is a function or class of the user's, or can be called since its class is one."""
+    return callable(thing) and bool(_functions_of(_kind_of(thing)))
+
+
+def _kind_of(thing: Any) -> Any:
+    """A function or a class itself, the class of anything else."""
+    is_code = isinstance(thing, type) or inspect.isroutine(thing) or hasattr(thing, "cache_info")  # of lru_cache
+    return thing if is_code else type(thing)
+
+
+def _functions_of(kind: Any) -> list[FunctionType]:
+    """The user's methods and properties of a class; of a function, itself; and what these decorate."""
+    members = _unwrap(vars(kind).values() if isinstance(kind, type) else [kind])
+    for one in members:  # which grows
+        members += [one.__wrapped__] if callable(one) and hasattr(one, "__wrapped__") else []
+    functions = [one for one in members if inspect.isfunction(one) and not is_installed(one.__code__.co_filename)]
+    return [one for one in functions if one is kind or one.__code__.co_filename != "<string>"]  # as of dataclasses
+
+
+def _unwrap(members: Iterable[Any]) -> list[Any]:
+    """The functions inside properties and methods, and all else as it is."""
+    return [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in members]
 
 
 def _is_in_library(thing: Any) -> bool:
@@ -197,39 +233,33 @@ def has_user_code(run: Run) -> bool:
 
 def _source(thing: Any) -> str | None:
     """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
-    thing = _kind_of(thing)
-    if _is_in_library(thing):  # such as Tensor, of class weights
+    kind = _kind_of(thing)
+    if _is_in_library(kind):  # such as Tensor, of class weights
         return None
     with suppress(Exception):  # Python finds a source, or it does not
-        functions = [inspect.unwrap(function) for function in _functions_of(thing)]
-        lines, first = inspect.findsource(functions[0] if functions else thing)
-        if {function.__code__ for function in functions} <= _codes_in(text := "".join(lines)):
-            if isinstance(thing, type):
-                return _class_source(thing.__name__, first + 1, text)
-            return _lambda_source(thing, text) or "".join(inspect.getblock(lines[first:]))
+        codes = [one.__code__ for one in _functions_of(kind) if not hasattr(one, "__wrapped__")]
+        lines, line = inspect.findsource(codes[0] if codes else kind)
+        if set(codes) <= _codes_in(text := "".join(lines)):
+            name = kind.__name__ if isinstance(kind, type) else codes[0].co_name
+            return _definition(text, name, line + 1, codes[0] if codes else None)
     return None
 
 
 @lru_cache(maxsize=256)  # it searches the whole text
-def _class_source(name: str, line: int, text: str) -> str:
-    """Return the source of the class of this name around a line; `inspect` finds none of a notebook's."""
-    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef) and node.name == name]
-    (found,) = (node for node in classes if node.lineno <= line <= (node.end_lineno or 0))
-    start = min([found.lineno, *(one.lineno for one in found.decorator_list)])
-    return "".join(text.splitlines(keepends=True)[start - 1 : found.end_lineno])
-
-
-def _lambda_source(thing: Any, text: str) -> str | None:
-    """Return the source of a lambda without the rest of its lines, which may be no Python, or hold another lambda."""
-    code = getattr(thing, "__code__", None)
-    if code is None or code.co_name != "<lambda>":
-        return None
-    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Lambda)]
-    found = [node for node in found if node.lineno == code.co_firstlineno]
-    if len(found) > 1 and hasattr(code, "co_positions"):  # from Python 3.11 on
-        columns = {column for _, _, column, _ in code.co_positions() if column}
-        found = [node for node in found if node.body.col_offset in columns]
-    return ast.get_source_segment(text, found[0]) if len(found) == 1 else None
+def _definition(text: str, name: str, line: int, code: Any) -> str:
+    """Return the definition around a line of a text; `inspect` finds neither a notebook's class nor a lambda alone."""
+    nodes: list[Any] = [node for node in ast.walk(ast.parse(text)) if hasattr(node, "lineno")]
+    if name == "<lambda>":
+        found = [node for node in nodes if isinstance(node, ast.Lambda) and node.lineno == line]
+        if len(found) > 1:  # on one line; Python tells which from 3.11 on
+            columns = {column for _, _, column, _ in code.co_positions()}
+            found = [node for node in found if node.body.col_offset in columns]
+        (node,) = found
+        return ast.get_source_segment(text, node) or ""
+    nodes = [node for node in nodes if getattr(node, "name", "") == name and hasattr(node, "decorator_list")]
+    parts = [(min(one.lineno for one in (node, *node.decorator_list)), node.end_lineno) for node in nodes]
+    start, end = max(part for part in parts if part[0] <= line <= part[1])  # the innermost
+    return "".join(text.splitlines(keepends=True)[start - 1 : end])
 
 
 @lru_cache(maxsize=8)  # each run of a study asks anew
@@ -380,17 +410,13 @@ def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
 
 
 def _syntax_tree(source: str | None) -> str | None:
-    """The syntax tree of a function, a class or the only lambda in a source, as text; None if there is no such tree."""
-    with suppress(SyntaxError, IndexError):  # IndexError: there is no source
-        tree = ast.parse(textwrap.dedent(source or "").strip())
+    """The syntax tree of a source without docstrings, as text; None if there is no source, or it is not whole."""
+    with suppress(SyntaxError):
+        tree = ast.parse(textwrap.dedent(source or "?"))
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        if isinstance(tree.body[0], ast.FunctionDef | ast.ClassDef):
-            return ast.dump(tree)
-        lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
-        whole = getattr(tree.body[0], "value", None) in lambdas
-        return ast.dump(lambdas[0]) if whole or len(lambdas) == 1 else None
+        return ast.dump(tree)
     return None
 
 

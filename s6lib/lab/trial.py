@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_installed, is_library, setting_entry, variables_of
+from s6lib.lab.record import compare, is_installed, is_library, is_users, setting_entry, variables_of
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
 from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
@@ -201,8 +201,7 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
     names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
     with ExitStack() as registered:
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
-            standard = module.__name__.partition(".")[0] in sys.stdlib_module_names
-            if not standard and not is_installed(getattr(module, "__file__", None) or ""):
+            if is_users(module):
                 cloudpickle.register_pickle_by_value(module)
                 registered.callback(cloudpickle.unregister_pickle_by_value, module)
                 warned = vars(module).pop("__warningregistry__", {})  # which warnings it has given changes nothing
