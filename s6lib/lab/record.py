@@ -101,7 +101,8 @@ def _reads(thing: Any) -> dict[str, Any]:
             entries[name] = _source(value)
             todo += [(f"{name}.", *one) for one in _names_in(value)]
         if key not in seen and entries.get(name) is None:  # code that has a source may also count there
-            todo += [(path, f"{name}.{word}", one, words) for word, one in _members(value, words).items()]
+            with suppress(Exception):  # an object may raise anything when it is asked
+                todo += [(path, f"{name}.{word}", one, words) for word, one in _members(value, words).items()]
         seen.add(key)
     return entries
 
@@ -194,8 +195,7 @@ def _is_users_code(thing: Any) -> bool:
 
 def _kind_of(thing: Any) -> Any:
     """A function or a class itself, the class of anything else."""
-    is_code = isinstance(thing, type) or inspect.isroutine(thing) or hasattr(thing, "cache_info")  # of lru_cache
-    return thing if is_code else type(thing)
+    return thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
 
 
 def _functions_of(kind: Any) -> list[FunctionType]:
