@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, is_installed, is_library, is_users, setting_entry, variables_of
+from s6lib.lab.record import compare, identity, is_installed, is_library, is_users, setting_entry, variables_of
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
 from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
@@ -50,6 +50,7 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
     with its seed differ, a step fails, or it continues differently from a saved state.
     """
     with reproducible(CPU), error_prefix(f"{run.condition} cannot be trained"):
+        settings = identity(run)
         setup, second = set_up(run, data, CPU), set_up(run, data, CPU)
         built = serialise_weights(setup.model)
         setup.model.train()  # as in a step: what two networks share may have been left in evaluation mode
@@ -69,6 +70,8 @@ def first_steps(run: Run, data: Data) -> dict[str, Any]:
         before, after = before | attributes[0], _pickles(run, setup) | attributes[-1]
         if changed := [part for part in before if after.get(part, before[part]) != before[part]]:
             raise SettingError(f"`{changed[0]}` changes from step to step, and {_STATE}")
+        if moved := compare(settings, identity(run), shared=True):  # such as a class that counts its instances
+            raise SettingError(f"its settings change when they are used ({moved[0]}), and {_STATE}")
         if not all(map(torch.equal, again, batches[0])):
             raise SettingError(f"two first batches of one seed differ: {_SEEDED}")
         if idle := _what_learns_nothing(setup, graphs):
