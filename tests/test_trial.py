@@ -515,7 +515,9 @@ def test_a_network_that_counts_how_often_it_was_built_is_refused_before_training
         BUILT += 1
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
-    with pytest.raises(SettingError, match=r"settings change when they are used \(other code in network, BUILT = 0, not 2\)"):
+    with pytest.raises(
+        SettingError, match=r"settings change when they are used \(other code in network, BUILT = 0, not 2\)"
+    ):
         run_study(replace(NET, network=counted), CONTROL, out=tmp_path)
 
 
