@@ -1,13 +1,8 @@
 """What run.json says of a run's settings, and which differences make it another run."""
 
-import inspect
-import linecache
-import sys
-from collections import namedtuple
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial, wraps
+from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 from test_run import Tutorial
 from torch import nn, ones, optim
@@ -140,144 +135,17 @@ def test_the_syntax_tree_of_code_counts_where_it_can_be_had(source, edited, diff
     assert differences(with_source(source), with_source(edited)) == ["other code in penalty"] * differs
 
 
-class Settings:
-    epochs, weight = 5, 0.1
-
-
-SHARES, LATE = {"l1": 0.5, "l2": 0.5}, 0.3
-
-
-def deeper(model):
-    return LATE * (model.sum() if model.dim() else helper(model))
-
-
-def helper(model):  # the two call each other
-    return deeper(model)
-
-
-class Own(nn.Module):
-    def forward(self, model):
-        return Settings.weight * SHARES["l1"] * helper(model)
-
-
-class Derived(Own):
-    def __init__(self):
-        super().__init__()
-        self.smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
-
-
-def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
-    entry, derived = (condition_entry(Condition("a", penalty=kind()))["penalty"] for kind in (Own, Derived))
-    numbers = {"Settings.weight": 0.1, "SHARES.l1": 0.5, "deeper.LATE": 0.3}
-    assert entry["reads"] == numbers | {one.__name__: inspect.getsource(one) for one in (helper, deeper)}
-    assert derived["reads"].items() >= {"Own": inspect.getsource(Own), "smooth.label_smoothing": 0.1}.items()
-    assert {"helper", "deeper.LATE"} <= derived["reads"].keys()
+def test_an_edit_of_what_code_reads_counts_and_so_does_an_argument_that_one_lacks():
+    reads = {"deeper": "def deeper(model): return LATE", "deeper.LATE": 0.3}
     for change, said in (
         ({"deeper": "def deeper(model): return 0"}, "deeper"),
         ({"deeper.LATE": 1}, "deeper.LATE = 0.3, not 1"),
     ):
-        edited = {**entry, "reads": {**entry["reads"], **change}}
-        both = [{"condition": {"penalty": one}, "first_steps": STEPS} for one in (entry, edited)]
-        assert differences(*both) == [f"other code in penalty, {said}"]
-    said = ["other code in loss, with and without flood"]
-    more = [{**requested(loss=partial(helper, **keywords)), "first_steps": STEPS} for keywords in ({}, {"flood": 1.0})]
-    assert differences(*more) == differences(*more[::-1]) == said
-
-
-class Limit:
-    def __init__(self, most):
-        self.most = most
-
-    def penalty(self, model):
-        return self.most * self.share
-
-    @property
-    def share(self):
-        return LATE
-
-
-def scaled(factor):
-    return lambda function: wraps(function)(lambda model: factor * function(model))
-
-
-@dataclass(frozen=True)
-class Scaled:
-    weight: float
-
-    def __call__(self, model):
-        return self.weight * cached(1)
-
-
-@lru_cache
-def cached(size):
-    return LATE
-
-
-Point = namedtuple("Point", ["limit", "other"])
-LIMIT, LIMITS, POINT, ALL = Limit(30.0), (30.0, np.float32(31.0)), Point(30.0, 1.0), [deeper, helper]
-NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
-
-
-@pytest.mark.parametrize(
-    ("code", "read"),
-    [
-        (LIMIT.penalty, {"most": 30.0, "Limit.LATE": 0.3}),
-        (lambda model: LIMIT.penalty(model), {"LIMIT.most": 30.0, "LIMIT.share.LATE": 0.3}),
-        (lambda model: LIMITS[0], {"LIMITS": [30.0, 31.0]}),
-        (lambda model: POINT.limit, {"POINT.limit": 30.0}),
-        (scaled(0.1)(deeper), {"factor": 0.1, "LATE": 0.3}),
-        (lambda model: NESTED["loss"]["limit"].most, {"NESTED.loss.limit.most": 30.0}),
-        (lambda model: NESTED["loss"]["class"].weight, {"NESTED.loss.class.weight": 0.1}),
-        (lambda model: [one(model) for one in ALL], {"ALL.0.LATE": 0.3}),
-        (Scaled(0.1), {"weight": 0.1, "cached": inspect.getsource(cached), "cached.LATE": 0.3}),
-    ],
-)
-def test_what_objects_sequences_and_decorators_hold_is_read(code, read):
-    assert condition_entry(Condition("a", penalty=code))["penalty"]["reads"].items() >= read.items()
-
-
-CELL = """class Counting:
-    count = 0
-
-    def __init__(self):
-        Counting.count += 1
-"""
-
-
-def test_what_a_dataclass_adds_to_a_class_hides_no_source():
-    assert condition_entry(Condition("a", penalty=Scaled(0.1)))["penalty"]["source"] == inspect.getsource(Scaled)
-
-
-def test_a_class_of_a_notebook_is_known_by_its_source_though_it_counts(monkeypatch):
-    """`inspect` finds such a source by the lines of a method, and not by the class, whose module has no file."""
-    monkeypatch.setitem(linecache.cache, "a cell", (len(CELL), None, CELL.splitlines(keepends=True), "a cell"))
-    typed = {"__name__": "a_notebook"}
-    exec(compile(CELL + "norm = lambda channels: Counting()", "a cell", "exec"), typed)
-    assert condition_entry(Condition("a", norm=typed["norm"]))["norm"]["reads"] == {"Counting": CELL}
-
-
-def test_what_a_comprehension_reads_counts_and_an_attribute_with_the_name_of_a_variable_does_not():
-    typed = {"__name__": "a_prompt", "late": 0.3, "size": 28}
-    exec("def penalty(model): return sum(late * one.size for one in model)", typed)
-    assert condition_entry(Condition("a", penalty=typed["penalty"]))["penalty"]["reads"] == {"late": 0.3}
-
-
-def test_a_function_that_many_call_is_read_once():
-    """Each of 40 pairs calls both of the pair below, which makes 2^40 ways down."""
-    pair = "def f{0}(x): return f{1}(x) + g{1}(x)\ndef g{0}(x): return f{1}(x) - g{1}(x)\n"
-    typed = {"__name__": "a_prompt"}
-    exec("f0 = g0 = abs\n" + "".join(pair.format(number, number - 1) for number in range(1, 41)), typed)
-    assert len(condition_entry(Condition("a", penalty=typed["f40"]))["penalty"]["reads"]) == 78
-
-
-def test_a_lambda_is_known_by_its_own_source():
-    """Though its line is no Python, or holds another lambda: Python tells the two apart from 3.11 on."""
-    (alone,) = ((
-        lambda model: helper(model)),)  # fmt: skip
-    pair = (lambda model: 1), (lambda model: 2)
-    sources = [condition_entry(Condition("a", penalty=one))["penalty"]["source"] for one in (alone, *pair)]
-    assert sources[0] == "lambda model: helper(model)"
-    assert sources[1:] == ["lambda model: 1", "lambda model: 2"] or sys.version_info < (3, 11)
+        one, other = with_source(SOURCE), with_source(SOURCE)
+        one["condition"]["penalty"]["reads"], other["condition"]["penalty"]["reads"] = reads, {**reads, **change}
+        assert differences(one, other) == [f"other code in penalty, {said}"]
+    more = [{**requested(loss=partial(two_groups, **given)), "first_steps": STEPS} for given in ({}, {"flood": 1.0})]
+    assert differences(*more) == differences(*more[::-1]) == ["other code in loss, with and without flood"]
 
 
 def test_runs_of_before_are_read():
@@ -286,17 +154,3 @@ def test_runs_of_before_are_read():
     assert differences({**edited, "first_steps": {"evaluation": 1.0}}, asked) == []
     assert differences({**asked, "first_steps": {**STEPS, "learning rates": "b"}}, asked) == ["other learning rates"]
     assert differences({"condition": asked["condition"]}, asked) == ["no record of its first steps"]
-
-
-def test_a_source_that_is_not_what_runs_or_that_cannot_be_had_is_left_out(tmp_path, monkeypatch):
-    file = tmp_path / "edited_after_import.py"
-    file.write_text("def penalty(model):\n    return 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    import edited_after_import
-
-    assert "return 1" in condition_entry(Condition("a", penalty=edited_after_import.penalty))["penalty"]["source"]
-    file.write_text("def penalty(model):\n    return 2\n")
-    assert condition_entry(Condition("a", penalty=edited_after_import.penalty))["penalty"]["source"] is None
-    typed = {"__name__": "a_prompt"}
-    exec("def typed(channels): return channels", typed)
-    assert condition_entry(Condition("a", norm=typed["typed"]))["norm"] == {"name": "typed", "source": None}

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from s6lib.errors import SettingError
 from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
-from s6lib.lab.record import compare, identity, is_installed, is_library, is_users, setting_entry, variables_of
+from s6lib.lab.record import compare, identity, is_library, setting_entry
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
+from s6lib.lab.source import is_installed, is_users, variables_of
 from s6lib.recipes import Run, pieces
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
 

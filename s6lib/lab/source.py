@@ -1,0 +1,200 @@
+"""What the user's code is and reads: its source, the numbers that it uses, and the other code that it calls."""
+
+import ast
+import dis
+import inspect
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from pkgutil import resolve_name
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from s6lib.recipes import as_python
+
+Words = dict[Any, None]  # in the order in which they stand
+
+_LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
+
+
+def what_is_read(thing: Any) -> dict[str, Any]:
+    """What the user's code reads, by name: numbers, and the sources of the user's other code, as far as it goes."""
+    entries, seen = dict[str, Any](), {(id(_kind_of(thing)), 0)}
+    todo = [("", *one) for one in _names_in(thing)]
+    for path, name, value, words in todo:  # which grows
+        key = (id(value), 0 if _is_users_code(value) else id(words))
+        if (numbers := _numbers_in(value)) is not None:
+            entries[path + name] = numbers
+        elif key not in seen and _is_users_code(value):
+            entries[name] = source_of(value)
+            todo += [(f"{name}.", *one) for one in _names_in(value)]
+        if key not in seen and entries.get(name) is None:  # code that has a source may also count there
+            with suppress(Exception):  # an object may raise anything when it is asked
+                todo += [(path, f"{name}.{word}", one, words) for word, one in _members(value, words).items()]
+        seen.add(key)
+    return entries
+
+
+def _numbers_in(value: Any) -> Any:
+    """A number, or a few in a list, a tuple or an array; None for anything else."""
+    if isinstance(value, np.ndarray) and value.size <= 100:
+        value = value.tolist()
+    if type(value) in (list, tuple) and 0 < len(value) <= 100:
+        numbers = [_numbers_in(one) for one in value]
+        return None if None in numbers else numbers
+    return as_python(value) if type(as_python(value)) in (int, float, bool) else None
+
+
+def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
+    """The bases, variables, defaults and attributes of code, each with the names that this code mentions."""
+    kind, mentioned = _kind_of(thing), dict[Any, None]()
+    names = [(base.__name__, base, mentioned) for base in getattr(kind, "__mro__", ())[1:]]
+    for function in _functions_of(kind):
+        words = _words_in(function)
+        defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+        names += [(name, value, words) for name, value in {**defaults, **variables_of(function)}.items()]
+        mentioned |= words
+    owner = thing.__self__ if inspect.ismethod(thing) else thing
+    if owner is not kind:
+        attributes = {type(owner).__name__: type(owner), **_attributes_of(owner)}
+        names += [(name, value, mentioned) for name, value in attributes.items()]
+    return names
+
+
+def _attributes_of(owner: Any) -> dict[str, Any]:
+    attributes = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
+    return {name: value for name, value in attributes.items() if name[0] != "_" and name != "training"}
+
+
+def _members(value: Any, words: Words) -> dict[Any, Any]:
+    """What an object, such as one of settings, holds under these names, and under those that its methods mention."""
+    if isinstance(value, nn.Module):
+        return _attributes_of(value)
+    if type(value) in (list, tuple):
+        return dict(enumerate(value[:100]))
+    if isinstance(value, Mapping):
+        return {word: value[word] for word in words if word in value}
+    if not is_users(value if inspect.ismodule(value) or isinstance(value, type) else type(value)):
+        return {word: vars(value)[word] for word in words if word in getattr(value, "__dict__", {})}
+    members, todo = {}, list(map(str, words))
+    for word in todo:  # which grows
+        (function,) = _unwrap([inspect.getattr_static(value, word, None)])
+        if inspect.isfunction(function):
+            todo += [more for more in map(str, _words_in(function)) if more not in todo]
+        is_stored = inspect.ismemberdescriptor(function) or isinstance(value, tuple)  # of slots, or a named tuple
+        members[word] = getattr(value, word, None) if is_stored else function
+    return members
+
+
+def _words_in(function: FunctionType) -> Words:
+    """The names and constants in a function, any of which may be that of an attribute or a key."""
+    words = (word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts))
+    return dict.fromkeys(word for word in words if isinstance(word, str | int))
+
+
+def variables_of(function: Any) -> dict[str, Any]:
+    """The variables of its module and closure that a function reads, but for those that are not set yet."""
+    module, code = function.__globals__, function.__code__
+    steps = [step for inner in _with_inner(code) for step in dis.get_instructions(inner)]
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    variables = {name: module[name] for name in sorted(names & module.keys())}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it is empty
+            variables[name] = cell.cell_contents
+    return variables
+
+
+def is_installed(file: str | None) -> bool:
+    """Return whether a file is Python's, s6lib's or an installed package's, which a worker has too."""
+    return any(library in (file or "") for library in _LIBRARIES)
+
+
+def is_users(thing: Any) -> bool:
+    """Return whether a module or class is the user's: neither Python's, nor of an installed file."""
+    name = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name.partition(".")[0] not in sys.stdlib_module_names and not is_installed(file)
+
+
+def _is_users_code(thing: Any) -> bool:
+    """Return whether a thing is a function or class of the user's, or can be called since its class is one."""
+    return callable(thing) and bool(_functions_of(_kind_of(thing)))
+
+
+def _kind_of(thing: Any) -> Any:
+    """A function or a class itself, the class of anything else."""
+    return thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+
+
+def _functions_of(kind: Any) -> list[FunctionType]:
+    """The user's methods and properties of a class; of a function, itself; and what these decorate."""
+    members = _unwrap(vars(kind).values() if isinstance(kind, type) else [kind])
+    for one in members:  # which grows
+        members += [one.__wrapped__] if callable(one) and hasattr(one, "__wrapped__") else []
+    functions = [one for one in members if inspect.isfunction(one) and not is_installed(one.__code__.co_filename)]
+    return [one for one in functions if one is kind or one.__code__.co_filename != "<string>"]  # as of dataclasses
+
+
+def _unwrap(members: Iterable[Any]) -> list[Any]:
+    """The functions inside properties and methods, and all else as it is."""
+    return [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in members]
+
+
+def is_in_library(thing: Any) -> bool:
+    """Return whether a class or function can be found by its name in s6lib, torch or torchvision."""
+    module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
+    if module.partition(".")[0] in ("s6lib", "torch", "torchvision"):
+        with suppress(AttributeError, ValueError):  # ValueError: a name with <locals>
+            return resolve_name(f"{module}:{name}") is thing
+    return False
+
+
+def source_of(thing: Any) -> str | None:
+    """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
+    kind = _kind_of(thing)
+    if is_in_library(kind):  # such as Tensor, of class weights
+        return None
+    with suppress(Exception):  # Python finds a source, or it does not
+        codes = [one.__code__ for one in _functions_of(kind) if not hasattr(one, "__wrapped__")]
+        lines, line = inspect.findsource(codes[0] if codes else kind)
+        if set(codes) <= _codes_in(text := "".join(lines)):
+            name = kind.__name__ if isinstance(kind, type) else codes[0].co_name
+            return _definition(text, name, line + 1, codes[0] if codes else None)
+    return None
+
+
+@lru_cache(maxsize=256)  # it searches the whole text
+def _definition(text: str, name: str, line: int, code: Any) -> str:
+    """Return the definition around a line of a text; `inspect` finds neither a notebook's class nor a lambda alone."""
+    nodes: list[Any] = [node for node in ast.walk(ast.parse(text)) if hasattr(node, "lineno")]
+    if name == "<lambda>":
+        found = [node for node in nodes if isinstance(node, ast.Lambda) and node.lineno == line]
+        if len(found) > 1:  # on one line; Python tells which from 3.11 on
+            columns = {column for _, _, column, _ in code.co_positions()}
+            found = [node for node in found if node.body.col_offset in columns]
+        (node,) = found
+        return ast.get_source_segment(text, node) or ""
+    nodes = [node for node in nodes if getattr(node, "name", "") == name and hasattr(node, "decorator_list")]
+    parts = [(min(one.lineno for one in (node, *node.decorator_list)), node.end_lineno) for node in nodes]
+    start, end = max(part for part in parts if part[0] <= line <= part[1])  # the innermost
+    return "".join(text.splitlines(keepends=True)[start - 1 : end])
+
+
+@lru_cache(maxsize=8)  # each run of a study asks anew
+def _codes_in(text: str) -> set[CodeType]:
+    return set(_with_inner(compile(text, "", "exec", dont_inherit=True)))
+
+
+def _with_inner(code: CodeType) -> list[CodeType]:
+    """A code object, and those of the functions and comprehensions in it."""
+    codes = [code]
+    for one in codes:  # which grows
+        codes += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+    return codes

@@ -1,0 +1,157 @@
+"""What is read of the user's code: its source, the numbers that it uses, and the other code that it calls."""
+
+import inspect
+import linecache
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+
+import numpy as np
+import pytest
+from torch import nn
+
+from s6lib.lab.source import source_of, what_is_read
+
+
+class Settings:
+    epochs, weight = 5, 0.1
+
+
+SHARES, LATE = {"l1": 0.5, "l2": 0.5}, 0.3
+
+
+def deeper(model):
+    return LATE * (model.sum() if model.dim() else helper(model))
+
+
+def helper(model):  # the two call each other
+    return deeper(model)
+
+
+class Own(nn.Module):
+    def forward(self, model):
+        return Settings.weight * SHARES["l1"] * helper(model)
+
+
+class Derived(Own):
+    def __init__(self):
+        super().__init__()
+        self.smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+
+def test_what_code_reads_and_derives_from_counts_though_it_stands_elsewhere():
+    numbers = {"Settings.weight": 0.1, "SHARES.l1": 0.5, "deeper.LATE": 0.3}
+    assert what_is_read(Own()) == numbers | {one.__name__: inspect.getsource(one) for one in (helper, deeper)}
+    derived = what_is_read(Derived())
+    assert derived.items() >= {"Own": inspect.getsource(Own), "smooth.label_smoothing": 0.1}.items()
+    assert {"helper", "deeper.LATE"} <= derived.keys()
+
+
+class Limit:
+    def __init__(self, most):
+        self.most = most
+
+    def penalty(self, model):
+        return self.most * self.share
+
+    @property
+    def share(self):
+        return LATE
+
+
+def scaled(factor):
+    return lambda function: wraps(function)(lambda model: factor * function(model))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    weight: float
+
+    def __call__(self, model):
+        return self.weight * cached(1)
+
+
+@lru_cache
+def cached(size):
+    return LATE
+
+
+Point = namedtuple("Point", ["limit", "other"])
+LIMIT, LIMITS, POINT, ALL = Limit(30.0), (30.0, np.float32(31.0)), Point(30.0, 1.0), [deeper, helper]
+NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
+
+
+@pytest.mark.parametrize(
+    ("code", "read"),
+    [
+        (LIMIT.penalty, {"most": 30.0, "Limit.LATE": 0.3}),
+        (lambda model: LIMIT.penalty(model), {"LIMIT.most": 30.0, "LIMIT.share.LATE": 0.3}),
+        (lambda model: LIMITS[0], {"LIMITS": [30.0, 31.0]}),
+        (lambda model: POINT.limit, {"POINT.limit": 30.0}),
+        (scaled(0.1)(deeper), {"factor": 0.1, "LATE": 0.3}),
+        (lambda model: NESTED["loss"]["limit"].most, {"NESTED.loss.limit.most": 30.0}),
+        (lambda model: NESTED["loss"]["class"].weight, {"NESTED.loss.class.weight": 0.1}),
+        (lambda model: [one(model) for one in ALL], {"ALL.0.LATE": 0.3}),
+        (Scaled(0.1), {"weight": 0.1, "cached": inspect.getsource(cached), "cached.LATE": 0.3}),
+    ],
+)
+def test_what_objects_sequences_and_decorators_hold_is_read(code, read):
+    assert what_is_read(code).items() >= read.items()
+
+
+def test_what_a_dataclass_adds_to_a_class_hides_no_source():
+    assert source_of(Scaled(0.1)) == inspect.getsource(Scaled)
+
+
+CELL = """class Counting:
+    count = 0
+
+    def __init__(self):
+        Counting.count += 1
+"""
+
+
+def test_a_class_of_a_notebook_is_known_by_its_source_though_it_counts(monkeypatch):
+    """`inspect` finds such a source by the lines of a method, and not by the class, whose module has no file."""
+    monkeypatch.setitem(linecache.cache, "a cell", (len(CELL), None, CELL.splitlines(keepends=True), "a cell"))
+    typed = {"__name__": "a_notebook"}
+    exec(compile(CELL + "norm = lambda channels: Counting()", "a cell", "exec"), typed)
+    assert what_is_read(typed["norm"]) == {"Counting": CELL}
+
+
+def test_what_a_comprehension_reads_counts_and_an_attribute_with_the_name_of_a_variable_does_not():
+    typed = {"__name__": "a_prompt", "late": 0.3, "size": 28}
+    exec("def penalty(model): return sum(late * one.size for one in model)", typed)
+    assert what_is_read(typed["penalty"]) == {"late": 0.3}
+
+
+def test_a_function_that_many_call_is_read_once():
+    """Each of 40 pairs calls both of the pair below, which makes 2^40 ways down."""
+    pair = "def f{0}(x): return f{1}(x) + g{1}(x)\ndef g{0}(x): return f{1}(x) - g{1}(x)\n"
+    typed = {"__name__": "a_prompt"}
+    exec("f0 = g0 = abs\n" + "".join(pair.format(number, number - 1) for number in range(1, 41)), typed)
+    assert len(what_is_read(typed["f40"])) == 78
+
+
+def test_a_lambda_is_known_by_its_own_source():
+    """Though its line is no Python, or holds another lambda: Python tells the two apart from 3.11 on."""
+    (alone,) = ((
+        lambda model: helper(model)),)  # fmt: skip
+    pair = (lambda model: 1), (lambda model: 2)
+    assert source_of(alone) == "lambda model: helper(model)"
+    assert list(map(source_of, pair)) == ["lambda model: 1", "lambda model: 2"] or sys.version_info < (3, 11)
+
+
+def test_a_source_that_is_not_what_runs_or_that_cannot_be_had_is_left_out(tmp_path, monkeypatch):
+    file = tmp_path / "edited_after_import.py"
+    file.write_text("def penalty(model):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import edited_after_import
+
+    assert "return 1" in source_of(edited_after_import.penalty)
+    file.write_text("def penalty(model):\n    return 2\n")
+    assert source_of(edited_after_import.penalty) is None
+    typed = {"__name__": "a_prompt"}
+    exec("def typed(channels): return channels", typed)
+    assert source_of(typed["typed"]) is None
