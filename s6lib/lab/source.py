@@ -1,4 +1,4 @@
-"""What the user's code is and reads: its source, the numbers that it uses, and the other code that it calls."""
+"""The user's code: its source, the numbers and the other code that it reads, and how it travels to a worker."""
 
 import ast
 import dis
@@ -7,17 +7,18 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
 from types import CodeType, FunctionType
 from typing import Any
 
+import cloudpickle
 import numpy as np
 from torch import nn
 
-from s6lib.recipes import as_python
+from s6lib.recipes import as_python, pieces
 
 Words = dict[Any, None]  # in the order in which they stand
 
@@ -29,16 +30,20 @@ def what_is_read(thing: Any) -> dict[str, Any]:
     entries, seen = dict[str, Any](), {(id(_kind_of(thing)), 0)}
     todo = [("", *one) for one in _names_in(thing)]
     for path, name, value, words in todo:  # which grows
-        key = (id(value), 0 if _is_users_code(value) else id(words))
         if (numbers := _numbers_in(value)) is not None:
             entries[path + name] = numbers
-        elif key not in seen and _is_users_code(value):
-            entries[name] = source_of(value)
+            continue
+        source, is_code = None, _is_users_code(value)
+        key = (id(value), 0 if is_code else id(words))
+        if key in seen:
+            continue
+        seen.add(key)
+        if is_code:
+            entries[name] = source = source_of(value)
             todo += [(f"{name}.", *one) for one in _names_in(value)]
-        if key not in seen and entries.get(name) is None:  # code that has a source may also count there
+        if source is None:  # a class that has a source may also count there
             with suppress(Exception):  # an object may raise anything when it is asked
                 todo += [(path, f"{name}.{word}", one, words) for word, one in _members(value, words).items()]
-        seen.add(key)
     return entries
 
 
@@ -59,7 +64,7 @@ def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
     for function in _functions_of(kind):
         words = _words_in(function)
         defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
-        names += [(name, value, words) for name, value in {**defaults, **variables_of(function)}.items()]
+        names += [(name, value, words) for name, value in {**defaults, **_variables_of(function)}.items()]
         mentioned |= words
     owner = thing.__self__ if inspect.ismethod(thing) else thing
     if owner is not kind:
@@ -81,7 +86,7 @@ def _members(value: Any, words: Words) -> dict[Any, Any]:
         return dict(enumerate(value[:100]))
     if isinstance(value, Mapping):
         return {word: value[word] for word in words if word in value}
-    if not is_users(value if inspect.ismodule(value) or isinstance(value, type) else type(value)):
+    if not _is_users(value if inspect.ismodule(value) or isinstance(value, type) else type(value)):
         return {word: vars(value)[word] for word in words if word in getattr(value, "__dict__", {})}
     members, todo = {}, list(map(str, words))
     for word in todo:  # which grows
@@ -99,7 +104,7 @@ def _words_in(function: FunctionType) -> Words:
     return dict.fromkeys(word for word in words if isinstance(word, str | int))
 
 
-def variables_of(function: Any) -> dict[str, Any]:
+def _variables_of(function: Any) -> dict[str, Any]:
     """The variables of its module and closure that a function reads, but for those that are not set yet."""
     module, code = function.__globals__, function.__code__
     steps = [step for inner in _with_inner(code) for step in dis.get_instructions(inner)]
@@ -116,7 +121,7 @@ def is_installed(file: str | None) -> bool:
     return any(library in (file or "") for library in _LIBRARIES)
 
 
-def is_users(thing: Any) -> bool:
+def _is_users(thing: Any) -> bool:
     """Return whether a module or class is the user's: neither Python's, nor of an installed file."""
     name = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None) or ""
     file = getattr(sys.modules.get(name), "__file__", None)
@@ -198,3 +203,19 @@ def _with_inner(code: CodeType) -> list[CodeType]:
     for one in codes:  # which grows
         codes += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
     return codes
+
+
+def pack(content: Any, parts: Iterable[Any]) -> bytes:
+    """Pickle something for any process with s6lib, with the user's code in `parts`, be it in a file or a notebook."""
+    used = [piece for part in parts for piece in pieces(part)]
+    for function in filter(inspect.isfunction, list(used)):  # and what it calls, perhaps from another file
+        used += _variables_of(function).values()
+    names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
+    with ExitStack() as registered:
+        for module in (sys.modules[name] for name in names & sys.modules.keys()):
+            if _is_users(module):
+                cloudpickle.register_pickle_by_value(module)
+                registered.callback(cloudpickle.unregister_pickle_by_value, module)
+                warned = vars(module).pop("__warningregistry__", {})  # which warnings it has given changes nothing
+                registered.callback(vars(module).update, __warningregistry__=warned)
+        return cloudpickle.dumps(content)

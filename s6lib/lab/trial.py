@@ -1,7 +1,6 @@
 """The trial of a run with the user's code: its first steps, which also identify it, and a check for hidden state."""
 
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -9,13 +8,12 @@ import sys
 import traceback
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,8 +24,8 @@ from s6lib.lab.device import CPU, reproducible, seed_everything
 from s6lib.lab.files import serialise
 from s6lib.lab.record import compare, identity, is_library, setting_entry
 from s6lib.lab.run import Data, Setup, serialise_weights, set_up
-from s6lib.lab.source import is_installed, is_users, variables_of
-from s6lib.recipes import Run, pieces
+from s6lib.lab.source import is_installed, pack
+from s6lib.recipes import Run
 from s6lib.train import l1_l2_penalty, predict_logits, train_epoch
 
 STEPS = 3  # and one more, from a state that was saved and read back
@@ -195,22 +193,6 @@ def _pickles(run: Run, setup: Setup) -> dict[str, Any]:
             except Exception:  # it holds a lock, for example: the numbers that run.json records can be watched
                 pickles[name] = setting_entry(part)
     return pickles
-
-
-def pack(content: Any, parts: Iterable[Any]) -> bytes:
-    """Pickle something for any process with s6lib, with the user's code in `parts`, be it in a file or a notebook."""
-    used = [piece for part in parts for piece in pieces(part)]
-    for function in filter(inspect.isfunction, list(used)):  # and what it calls, perhaps from another file
-        used += variables_of(function).values()
-    names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
-    with ExitStack() as registered:
-        for module in (sys.modules[name] for name in names & sys.modules.keys()):
-            if is_users(module):
-                cloudpickle.register_pickle_by_value(module)
-                registered.callback(cloudpickle.unregister_pickle_by_value, module)
-                warned = vars(module).pop("__warningregistry__", {})  # which warnings it has given changes nothing
-                registered.callback(vars(module).update, __warningregistry__=warned)
-        return cloudpickle.dumps(content)
 
 
 def _attributes(setup: Setup) -> dict[str, Any]:

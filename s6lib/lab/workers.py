@@ -24,7 +24,8 @@ from s6lib.errors import RunError, S6Error, StudyError
 from s6lib.lab.device import CPU, reproducible
 from s6lib.lab.record import has_user_code
 from s6lib.lab.run import RunResult, train_run
-from s6lib.lab.trial import first_steps, pack
+from s6lib.lab.source import pack
+from s6lib.lab.trial import first_steps
 from s6lib.recipes import Run, load_images
 
 Outcome = RunResult | str  # of a run: its result, or the reason why it failed
