@@ -153,7 +153,6 @@ random = np.random.default_rng(0)
 X, Y = random.integers(0, 256, (40, 12, 12), dtype=np.uint8), random.integers(0, 10, 40)
 NAMES = [f"class {number}" for number in range(10)]
 SERIES = pd.Series(Y)
-KEPT = SERIES[SERIES.ne(Y[0])]
 FIXED = X.copy()
 FIXED.setflags(write=False)
 
@@ -162,10 +161,8 @@ FIXED.setflags(write=False)
     ("images", "labels"),
     [
         (X, Y), (torch.tensor(X), torch.tensor(Y)), (list(X), list(Y)), (list(torch.tensor(X)), Y.tolist()),
-        (X[:, ::-1], Y[::-1]), (np.rot90(X, axes=(1, 2)), Y), (X.transpose(0, 2, 1), Y), (X[::2], Y[::2]),
-        (np.broadcast_to(X[:1], X.shape), Y), (X, Y.astype(">i4")), (X, Y.astype(np.uint16)), (X, Y.astype(np.uint8)),
-        (X, SERIES), (X[KEPT.index], KEPT), (X, SERIES.sample(frac=1, random_state=1)), (X, SERIES.astype("category")),
-        (X, Y > 4), (X[:, :1, :1], Y), (FIXED, Y),
+        (X[:, ::-1], Y[::-1]), (np.broadcast_to(X[:1], X.shape), Y), (X, Y.astype(">i4")), (X, Y.astype(np.uint16)),
+        (X, SERIES.sample(frac=1, random_state=1)), (X, SERIES.astype("category")), (X, Y > 4), (FIXED, Y),
     ],
 )  # fmt: skip
 def test_arrays_of_any_layout_are_kept_as_they_are(images, labels):
@@ -385,31 +382,20 @@ def test_what_recipes_draw_is_settled_and_comes_from_the_generator_alone(mnist, 
     assert (difference > 1e-5).sum() <= 4 * 150
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        v2.RandomRotation(45), v2.RandomCrop(28, padding=4), v2.ColorJitter(0.5, 0.5),
-        lambda image: image / 255 + 0.1 * torch.randn(image.shape),  # noise may overshoot in a few pixels
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("transform", [v2.RandomRotation(45), lambda image: image / 255 + 0.1 * torch.randn(28, 28)])
 def test_a_transform_is_drawn_for_each_image_of_a_batch(mnist, transform):
+    """Noise may overshoot in a few pixels."""
     ((images, _),) = batches(mnist[0].part(torch.zeros(64, dtype=torch.int64)), 64, transform=transform)
     assert len(images.flatten(1).unique(dim=0)) > 30
 
 
-def test_a_transform_may_make_floats_of_some_images(mnist):
-    half = v2.RandomApply([v2.ToDtype(torch.float32, scale=True)])
-    ((images, _),) = batches(mnist[0].part(torch.zeros(64, dtype=torch.int64)), 64, transform=half)
-    torch.testing.assert_close(images, normalise(mnist[0].images[:1]).expand(64, -1, -1, -1))
-
-
-@pytest.mark.parametrize("scale", [1, 255])
-def test_a_transform_gets_one_image_before_normalisation(mnist, scale):
+@pytest.mark.parametrize("floats", [0.0, 0.5, 1.0])
+def test_a_transform_gets_one_image_before_normalisation_and_may_make_floats_of_some(mnist, floats):
     dataset, seen = ImageDataset(mnist[0].images[:50], torch.arange(50), range(50)), set()
 
     def invert(image):
         seen.add((image.dtype, image.shape))
-        return (255 - image) / 255 * 1.0000001 if scale == 255 else 255 - image  # and rounding may overshoot
+        return (255 - image) / 255 * 1.0000001 if torch.rand(()) < floats else 255 - image  # and rounding may overshoot
 
     for images, numbers in batches(dataset, 20, transform=invert):
         assert torch.allclose(images, normalise(255 - dataset.images[numbers]), atol=1e-6)
