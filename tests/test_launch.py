@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GBN, L1_BN, ONCE, TINY
 from filelock import FileLock
-from test_run import SQUARES, Stopped, train_watched
+from test_run import SQUARES
 from test_study import assert_same_study
 from torch import nn
 
@@ -236,12 +236,3 @@ def test_a_stop_before_training_says_how_to_go_on(tmp_path, monkeypatch, where):
     monkeypatch.setattr(f"s6lib.lab.launch.{where}", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match="every finished epoch is kept: run the cell again to go on"):
         run_here(OWN, CONTROL, 1, tmp_path)
-
-
-def test_a_stopped_run_of_ones_own_goes_on(own_study, tmp_path):
-    wild = OWN_CONDITIONS[3]  # of two epochs; stopped in its second
-    run = Run(OWN, wild, 1)
-    steps = read_about(run.folder(own_study.folder))["first_steps"]
-    with pytest.raises(Stopped):
-        train_watched(run, run.folder(tmp_path), 4, steps)
-    assert_same_study(run_here(OWN, wild, 1, tmp_path), Study(own_study.folder, OWN, wild, 1))
