@@ -120,20 +120,15 @@ def with_data(last_label):
     return Recipe("net", partial(flat, 144, 3), data=data, batch_size=4), CONTROL
 
 
-def with_decay(decay):
-    return with_parts(optimizer=lambda p, lr: torch.optim.AdamW([{"params": p, "weight_decay": decay}], lr=lr))
-
-
 EDITS = {
     "a penalty": (lambda lam: with_penalty(lambda model: lam * model[0].weight.abs().sum()), 1e-4, 1.05e-4),
     "a learning rate by 1%": (lambda rate: with_parts(learning_rate=rate), 0.01, 0.0101),
     "the momentum of BatchNorm": (with_momentum, 0.1, 0.01),
     "a branch for evaluation": (with_eval_branch, 1.0, 1.5),
-    "warm restarts": (with_schedule, lambda done: 1.0, lambda done: 1.0 if done * 20 % 1 < 1e-6 else 0.5),
     "a later drop": (lambda drop: with_schedule(lambda done: 1.0 if done < drop else 0.1), 0.51, 0.54),
     "a cooldown": (lambda end: late(lambda done: end), 1.0, 0.0),
     "one label of the data": (with_data, 0, 1),
-    "the weight decay of an optimizer": (with_decay, 0.05, 0.0501),
+    "a weight decay": (lambda a: with_parts(optimizer=partial(torch.optim.AdamW, weight_decay=a)), 0.05, 0.05001),
     "a transform": (lambda a: with_parts(transform=lambda x: (x * a).byte()), 0.9, 0.91),
     "a batch transform": (lambda a: with_parts(network=Flat, batch_transform=lambda x, y: (a * x, y)), 0.9, 0.91),
     "a loss": (lambda a: with_parts(loss=lambda x, y: F.cross_entropy(x, y, label_smoothing=a)), 0.1, 0.11),
