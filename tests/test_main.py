@@ -55,7 +55,6 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
     for command, message in {
         "run --epochs 0": "epochs must be a whole number from 1, not 0",
         "run --seeds -1": "a seed must be a whole number from 0, not -1",
-        "run --jobs two": "invalid int value: 'two'",
         "walk": "invalid choice: 'walk'",
         "report": "arguments are required: DIR",
         "run --cluster dask://a/b:1": "'dask://a/b:1' is not of the form dask://HOST:PORT",
