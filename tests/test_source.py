@@ -1,17 +1,21 @@
-"""What is read of the user's code: its source, the numbers that it uses, and the other code that it calls."""
+"""What is read of the user's code, and how it travels."""
 
 import inspect
 import linecache
+import pickle
 import sys
+import types
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from pathlib import Path
 
 import numpy as np
 import pytest
 from torch import nn
 
-from s6lib.lab.source import source_of, what_is_read
+import s6lib
+from s6lib.lab.source import pack, source_of, what_is_read
 
 
 class Settings:
@@ -155,3 +159,20 @@ def test_a_source_that_is_not_what_runs_or_that_cannot_be_had_is_left_out(tmp_pa
     typed = {"__name__": "a_prompt"}
     exec("def typed(channels): return channels", typed)
     assert source_of(typed["typed"]) is None
+
+
+def calling(penalty):
+    return lambda model: penalty(model)
+
+
+def test_code_that_a_worker_cannot_import_is_sent_to_it(monkeypatch):
+    """That of a module without a file, and of a file whose name begins as s6lib's folder does."""
+    for file in (None, f"{Path(s6lib.__file__).parent}_ideas.py"):
+        module = types.ModuleType("ideas")
+        exec("def penalty(model): return 0.0", vars(module))
+        if file:
+            module.__file__ = file
+        monkeypatch.setitem(sys.modules, "ideas", module)
+        contents = [pack(code, [code]) for code in (module.penalty, calling(module.penalty))]
+        monkeypatch.delitem(sys.modules, "ideas")
+        assert [pickle.loads(content)(None) for content in contents] == [0.0, 0.0]

@@ -2,14 +2,11 @@
 
 import copy
 import math
-import pickle
 import re
 import sys
 import threading
-import types
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +25,7 @@ from s6lib.__main__ import read_study_file
 from s6lib.errors import SettingError, StudyError
 from s6lib.lab.launch import run_study
 from s6lib.lab.record import compare
-from s6lib.lab.trial import first_steps, pack
+from s6lib.lab.trial import first_steps
 from s6lib.recipes import ALL_CONDITIONS, CONTROL, Condition, Recipe, Run, load_images
 from s6lib.study import Study
 
@@ -147,23 +144,6 @@ def test_a_gradient_may_jump_where_a_loss_may_not():
     assert compare(steps(1.0, 1.0), steps(1.0002, 1.0)) == ["loss = 1, not 1.0002"]
     assert compare(steps(1.0, 1.0), steps(1.0, 1.05)) == ["gradient = 1, not 1.05"]
     assert compare(steps(math.nan, 1.0), steps(math.nan, 1.0)) == []
-
-
-def calling(penalty):
-    return lambda model: penalty(model)
-
-
-def test_code_that_a_worker_cannot_import_is_sent_to_it(monkeypatch):
-    """That of a module without a file, and of a file whose name begins as s6lib's folder does."""
-    for file in (None, f"{Path(s6lib.__file__).parent}_ideas.py"):
-        module = types.ModuleType("ideas")
-        exec("def penalty(model): return 0.0", vars(module))
-        if file:
-            module.__file__ = file
-        monkeypatch.setitem(sys.modules, "ideas", module)
-        contents = [pack(code, [code]) for code in (module.penalty, calling(module.penalty))]
-        monkeypatch.delitem(sys.modules, "ideas")
-        assert [pickle.loads(content)(None) for content in contents] == [0.0, 0.0]
 
 
 # --- what cannot be trained ------------------------------------------------------------------------------------------
