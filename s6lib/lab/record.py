@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from s6lib import models
 from s6lib.errors import SettingError, StudyError
-from s6lib.lab.source import is_in_library, source_of, what_is_read
+from s6lib.lab.source import source_of, what_is_read
 from s6lib.recipes import Condition, Recipe, Run, name_of, pieces
 
 _CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
@@ -66,10 +67,10 @@ def setting_entry(value: Any) -> Any:
     if isinstance(value, partial):
         arguments = setting_entry({**dict(enumerate(value.args)), **value.keywords})
         return {"name": name_of(value.func), "partial": setting_entry(value.func), "arguments": arguments}
-    if is_in_library(value):
+    if _is_in_library(value):
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
-    if callable(value) and is_in_library(type(value)):
+    if callable(value) and _is_in_library(type(value)):
         attributes = {**vars(value), **vars(value).get("_modules", {})}
         settings = {name: setting_entry(one) for name, one in attributes.items() if name[0] != "_"}
         return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": settings}
@@ -77,9 +78,18 @@ def setting_entry(value: Any) -> Any:
     return {"name": name_of(value), "source": source_of(value)} | ({"reads": reads} if reads else {})
 
 
+def _is_in_library(thing: Any) -> bool:
+    """Return whether a class or function can be found by its name in s6lib, torch or torchvision."""
+    module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
+    if module.partition(".")[0] in ("s6lib", "torch", "torchvision"):
+        with suppress(AttributeError, ValueError):  # ValueError: a name with <locals>
+            return resolve_name(f"{module}:{name}") is thing
+    return False
+
+
 def is_library(setting: Any) -> bool:
     """Return whether a setting contains no code of the user's, so that its entry in run.json defines it."""
-    return all(isinstance(piece, _PLAIN_TYPES) or is_in_library(piece) for piece in pieces(setting))
+    return all(isinstance(piece, _PLAIN_TYPES) or _is_in_library(piece) for piece in pieces(setting))
 
 
 def has_user_code(run: Run) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
-from pkgutil import resolve_name
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -152,19 +151,10 @@ def _unwrap(members: Iterable[Any]) -> list[Any]:
     return [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in members]
 
 
-def is_in_library(thing: Any) -> bool:
-    """Return whether a class or function can be found by its name in s6lib, torch or torchvision."""
-    module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", None) or ""
-    if module.partition(".")[0] in ("s6lib", "torch", "torchvision"):
-        with suppress(AttributeError, ValueError):  # ValueError: a name with <locals>
-            return resolve_name(f"{module}:{name}") is thing
-    return False
-
-
 def source_of(thing: Any) -> str | None:
     """Return the source of a function or class, or None if Python cannot find it or its file has been edited."""
     kind = _kind_of(thing)
-    if is_in_library(kind):  # such as Tensor, of class weights
+    if not _is_users(kind):  # such as Tensor, of class weights
         return None
     with suppress(Exception):  # Python finds a source, or it does not
         codes = [one.__code__ for one in _functions_of(kind) if not hasattr(one, "__wrapped__")]
