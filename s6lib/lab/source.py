@@ -89,11 +89,11 @@ def _members(value: Any, words: Words) -> dict[Any, Any]:
         return {word: vars(value)[word] for word in words if word in getattr(value, "__dict__", {})}
     members, todo = {}, list(map(str, words))
     for word in todo:  # which grows
-        (function,) = _unwrap([inspect.getattr_static(value, word, None)])
-        if inspect.isfunction(function):
-            todo += [more for more in map(str, _words_in(function)) if more not in todo]
-        is_stored = inspect.ismemberdescriptor(function) or isinstance(value, tuple)  # of slots, or a named tuple
-        members[word] = getattr(value, word, None) if is_stored else function
+        (member,) = _unwrap([inspect.getattr_static(value, word, None)])
+        if inspect.isfunction(member):
+            todo += [more for more in map(str, _words_in(member)) if more not in todo]
+        is_stored = inspect.ismemberdescriptor(member) or isinstance(value, tuple)  # of slots, or a named tuple
+        members[word] = getattr(value, word, None) if is_stored else member
     return members
 
 
@@ -121,7 +121,7 @@ def is_installed(file: str | None) -> bool:
 
 
 def _is_users(thing: Any) -> bool:
-    """Return whether a module or class is the user's: neither Python's, nor of an installed file."""
+    """Return whether a module, class or function is the user's: neither Python's, nor of an installed file."""
     name = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None) or ""
     file = getattr(sys.modules.get(name), "__file__", None)
     return name.partition(".")[0] not in sys.stdlib_module_names and not is_installed(file)
