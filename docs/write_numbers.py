@@ -98,14 +98,6 @@ def answer_table() -> str:
     return table("| | n | mean | 95%, seeds | 90%, seeds | 90%, seeds and images | p, Holm | conclusion |", rows)
 
 
-def said(question: str) -> str:
-    """The sentence on G, P or E that docs/preregistration.md prescribes."""
-    if question in answers().index:
-        return answers()["said"][question]
-    apart = [pair for pair, said in answers()["said"].iloc[2:].items() if said != "within 0.05 points"]
-    return f"not shown to be within 0.05 points: {', '.join(apart)}" if apart else "all within 0.05 points"
-
-
 def pruned(slug: str) -> str:
     """Accuracy after pruning, on every twentieth test image: the mean and the range of ten seeds, in percent."""
     some = load_mnist()[1].part(slice(None, None, 20))
@@ -253,7 +245,7 @@ def power_table() -> str:
 
 
 TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, network_table)
-NUMBERS = (said, pruned, difference, worth, worth_answers, longer)
+NUMBERS = (pruned, difference, worth, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
     "gain_table": lambda: by_size(
