@@ -13,19 +13,18 @@ from functools import cache, partial
 from typing import Any
 
 import few_images as few
-import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
 
-from s6lib import preregistered_when, statistics
+from s6lib import preregistered, preregistered_when, statistics
 from s6lib.data import PROJECT, load_mnist
-from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read
 from s6lib.recipes import CONDITIONS, CONTROL
 from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
-from lesson_tables import pruning_curve, shares_by_network, variance_sources, worth_analysis, worth_by_size
+import lesson_tables
+from lesson_tables import worth_analysis
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -62,46 +61,37 @@ def study(*conditions: str, recipe: str = "plain", seeds: range | None = None, p
     return Study(RESULTS / part, recipe, conditions or None, seeds)
 
 
-@cache
-def answers() -> pd.DataFrame:
-    """The preregistered answers, by question. In `answer`, G is what GBN costs; here, above 0 is always a gain.
-
-    `both` is the standard error of the mean for new seeds and new test images.
-    """
-    factorial, penalties = (FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS)
-    rows = answer(read(RESULTS, *factorial), read(RESULTS, *penalties))
-    gain, cost = ["mean", "low_95", "high_95", "low_90", "high_90"], ["mean", "high_95", "low_95", "high_90", "low_90"]
-    rows.loc[0, gain] = -rows.loc[0, cost].to_numpy(dtype=float)
-    (bn, penalised, gbn, penalised_gbn), (l1, l2, both) = right(*factorial), right(*penalties)
-    g, p = (gbn + penalised_gbn - bn - penalised) / 2, (penalised + penalised_gbn - bn - gbn) / 2
-    sources = [variance_sources(difference) for difference in (g, p, l1 - l2, both - l1, both - l2)]
-    return rows.assign(
-        both=[one["both"] for one in sources], question=rows["question"].str.replace(" - ", " minus ")
-    ).set_index("question")
-
-
-def right(conditions: Iterable[str], seeds: range) -> list[np.ndarray]:
-    """Return whether each run is right on each test image: float (seeds, images), an array per condition."""
+def right(conditions: Iterable[str], seeds: range) -> pd.DataFrame:
+    """Return whether each run is right on each test image: one row per seed and image, one column per condition."""
     runs, labels = study(*conditions, seeds=seeds), load_mnist()[1].labels.numpy()
-    return [np.stack([runs.predictions(slug, seed) == labels for seed in seeds]).astype(float) for slug in conditions]
+    return pd.DataFrame({slug: lesson_tables.right_predictions(runs, slug, labels).stack() for slug in conditions})
 
 
 def answer_table() -> str:
+    """The preregistered answers. In the analysis, G is what GBN costs; here, above 0 is always a gain."""
     names = {"G": "G: GBN (4 ghosts) in place of BN", "P": "P: L1 + L2 in place of no penalty"}
+    factorial = preregistered.FACTORIAL, preregistered.FACTORIAL_SEEDS
+    penalties = preregistered.PENALTIES, preregistered.PENALTY_SEEDS
+    contrasts = {**preregistered.contrasts(right(*factorial)), **preregistered.penalty_differences(right(*penalties))}
+    answers = preregistered.answer(*(preregistered.read(RESULTS, *runs) for runs in (factorial, penalties)))
     rows = []
-    for row in answers().itertuples():
-        wide, narrow = interval((row.low_95, row.high_95)), interval((row.low_90, row.high_90))
-        freedom = (row.n - 1) * (row.both / (row.sd / row.n**0.5)) ** 4  # Satterthwaite's, of seeds alone n - 1
-        images = interval(scipy.stats.t.interval(0.9, freedom, row.mean, row.both))
-        name = names.get(row.Index, f"E: {row.Index}")
-        rows.append((name, row.n, number(row.mean, sign="+"), wide, narrow, images, p_value(row.p_holm), row.said))
+    for row in answers.itertuples():
+        by_image = 100 * contrasts[row.question].unstack()  # undoes that contrasts are in hundredths of a test digit
+        both = lesson_tables.variance_sources(by_image)["both"]
+        freedom = (row.n - 1) * (both / (row.sd / row.n**0.5)) ** 4  # Satterthwaite's, of seeds alone n - 1
+        images = scipy.stats.t.interval(0.9, freedom, row.mean, both)
+        sign = -1 if row.question == "G" else 1
+        ends = ((row.low_95, row.high_95), (row.low_90, row.high_90), images)
+        intervals = [interval(sorted(sign * end for end in pair)) for pair in ends]
+        name, mean = names.get(row.question, f"E: {row.question}"), number(sign * row.mean, sign="+")
+        rows.append((name.replace(" - ", " minus "), row.n, mean, *intervals, p_value(row.p_holm), row.said))
     return table("| | n | mean | 95%, seeds | 90%, seeds | 90%, seeds and images | p, Holm | conclusion |", rows)
 
 
 def pruned(slug: str) -> str:
     """Accuracy after pruning, on every twentieth test image: the mean and the range of ten seeds, in percent."""
     some = load_mnist()[1].part(slice(None, None, 20))
-    right = 100 * pruning_curve(study(slug, seeds=TEN_SEEDS), some, [0.7])["accuracy"]
+    right = 100 * lesson_tables.pruning_curve(study(slug, seeds=TEN_SEEDS), some, [0.7])["accuracy"]
     return f"{right.mean():.0f}% ({right.min():.0f} to {right.max():.0f}%)"
 
 
@@ -178,7 +168,7 @@ def question_table() -> str:
     return table("| | | mean (95% interval), p after Holm | conclusion |", rows)
 
 
-worths = cache(worth_by_size)
+worths = cache(lesson_tables.worth_by_size)
 
 
 def share_cell(row: Any) -> str:
@@ -206,7 +196,7 @@ def worth_table() -> str:
 def network_table() -> str:
     """Question 9 of the third study."""
     header = ["", "training labels", "images", *(few.NAMES[name] for name in worth_analysis.ON_BOTH)]
-    cells = shares_by_network().groupby(["network", "labels", "size"], sort=False)
+    cells = lesson_tables.shares_by_network().groupby(["network", "labels", "size"], sort=False)
     rows = ((*cell[:2], f"{cell[2]:,}", *shares.apply(share_cell, axis=1)) for cell, shares in cells)
     return table(f"| {' | '.join(header)} |", rows)
 
@@ -258,7 +248,9 @@ VALUES: dict[str, Callable[..., str]] = {
     "worth-ends": partial(worth, low="worth_low", high="worth_high"),
     "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
-    "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)[0])['both']:.2f}",
+    "bn-margin": lambda: number(
+        1.96 * lesson_tables.variance_sources(right(["bn"], preregistered.FACTORIAL_SEEDS)["bn"].unstack())["both"], 2
+    ),
     "six": lambda name: six()[name],
     "clean": lambda images, column: f"{few.clean().query(f'images == {images}')[column].mean():.2f}",
     "recurrence": lambda slug: f"{few.recurrence(slug):.0%}",

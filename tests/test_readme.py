@@ -11,7 +11,7 @@ import torch
 import write_numbers as numbers
 from s6lib.__main__ import read_study_file
 from s6lib.data import PROJECT
-from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
+from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS, answer, read
 from s6lib.recipes import PLAIN
 from s6lib.statistics import paired_comparisons
 from s6lib.study import Study, recipes_in
@@ -59,7 +59,8 @@ def test_an_interval_tells_on_which_side_of_zero_an_end_is():
 
 
 def test_the_claims_about_the_preregistered_runs_hold():
-    answers = numbers.answers()
+    asked = ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
+    answers = answer(*(read(numbers.RESULTS, *runs) for runs in asked)).set_index("question")
     assert answers["said"].tolist() == 2 * ["no difference of 0.05 points or more"] + 3 * ["within 0.05 points"]
     assert answers["low_95"]["G"] > 0 or answers["high_95"]["G"] < 0
     assert answers["p"]["G"] <= 0.05 < answers["p_holm"]["G"]  # so Holm's correction matters
@@ -73,8 +74,7 @@ def test_the_claims_about_the_preregistered_runs_hold():
     headlines = 2 * [("no difference of 0.05 points or more", str(many))] + [("all within 0.05 points", str(few))]
     assert re.findall(r"\*\*([^*]+)\*\* \(n = (\d+)", FIRST) == headlines
     runs = pd.concat(
-        Study(PROJECT / "results", "plain", conditions, seeds).about()
-        for conditions, seeds in ((FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS))
+        Study(numbers.RESULTS, "plain", conditions, seeds).about() for conditions, seeds in asked
     ).drop_duplicates(["condition", "seed"])
     assert f"These are {len(runs)} runs" in RESULTS
     assert set(runs["processor"]) == {"AMD EPYC (AVX512)"}
@@ -169,7 +169,7 @@ def test_the_claims_about_steps_networks_and_wrong_labels_hold():
     assert all(longer[f"{name}, 300 images"].startswith("removes more") for name in analysis.LONGER)
     worth = {row["subject"]: row["mean"] for row in analysis.second_network(folder)}
     assert all(1 < worth[f"{name}, 10,000 images"] < 1.2 for name in four[1:])
-    table = numbers.shares_by_network()
+    table = numbers.lesson_tables.shares_by_network()
     (_, plain), (_, mlp) = table[table["labels"] != "right labels"].groupby("network", sort=False)
     assert mlp.query("size == 10_000")["share"].between(33, 51.5).all()
     assert mlp.query("size == 10_000")["p"].max() <= 0.05
