@@ -8,7 +8,7 @@ only for some numbers. A line of a paragraph must not begin with a marker: Markd
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -55,15 +55,9 @@ def table(header: str, rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(["", header, rule, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""])
 
 
-@cache
-def study(*conditions: str, recipe: str = "plain", seeds: range | None = None, part: str = "") -> Study:
-    """Open published runs, by default of all seeds; `part` is a folder in results/."""
-    return Study(RESULTS / part, recipe, conditions or None, seeds)
-
-
-def right(conditions: Iterable[str], seeds: range) -> pd.DataFrame:
+def right(conditions: Sequence[str], seeds: range) -> pd.DataFrame:
     """Return whether each run is right on each test image: one row per seed and image, one column per condition."""
-    runs, labels = study(*conditions, seeds=seeds), load_mnist()[1].labels.numpy()
+    runs, labels = Study(RESULTS, "plain", conditions, seeds), load_mnist()[1].labels.numpy()
     return pd.DataFrame({slug: lesson_tables.right_predictions(runs, slug, labels).stack() for slug in conditions})
 
 
@@ -91,14 +85,14 @@ def answer_table() -> str:
 def pruned(slug: str) -> str:
     """Accuracy after pruning, on every twentieth test image: the mean and the range of ten seeds, in percent."""
     some = load_mnist()[1].part(slice(None, None, 20))
-    right = 100 * lesson_tables.pruning_curve(study(slug, seeds=TEN_SEEDS), some, [0.7])["accuracy"]
+    right = 100 * lesson_tables.pruning_curve(Study(RESULTS, "plain", slug, TEN_SEEDS), some, [0.7])["accuracy"]
     return f"{right.mean():.0f}% ({right.min():.0f} to {right.max():.0f}%)"
 
 
 @cache
 def six() -> dict[str, str]:
     """Numbers about ten seeds of six conditions."""
-    outcomes = study(*SIX, seeds=TEN_SEEDS).outcomes()
+    outcomes = Study(RESULTS, "plain", SIX, TEN_SEEDS).outcomes()
     sd, pairs = statistics.run_sd(outcomes), statistics.paired_comparisons(outcomes)
     return {
         "largest": f"{pairs['difference'].abs().max():.2f}",
@@ -112,14 +106,15 @@ def six() -> dict[str, str]:
 
 def difference(first: str, second: str, first_seed: str, last_seed: str) -> str:
     """The mean of first minus second, with its interval and n."""
-    runs = study(first, second, seeds=range(int(first_seed), int(last_seed) + 1))
+    runs = Study(RESULTS, "plain", (first, second), range(int(first_seed), int(last_seed) + 1))
     row = statistics.paired_comparisons(runs.outcomes()).iloc[0]
     return f"{number(row['difference'])} points (95% interval {interval((row['low'], row['high']))}, n = {row['n']})"
 
 
 def summary_table(which: str) -> str:
     """Ten seeds of "six" conditions, or of the networks of the "frontier"."""
-    runs = study(*SIX, seeds=TEN_SEEDS) if which == "six" else study(recipe="frontier", part="epochs-25")
+    six, frontier = (RESULTS, "plain", SIX, TEN_SEEDS), (RESULTS / "epochs-25", "frontier")
+    runs = Study(*(six if which == "six" else frontier))
     rows = []
     for row in statistics.condition_statistics(runs.outcomes()).itertuples():
         ends = interval((row.low, row.high), 2, "")

@@ -96,15 +96,15 @@ def test_the_claims_about_ten_seeds_of_six_conditions_hold():
     seeds = [set(Study(PROJECT / "results", "plain", slug).seeds) for slug in numbers.SIX]
     before = set(range(1, min(FACTORIAL_SEEDS)))
     assert set.intersection(*seeds) & before == set(numbers.TEN_SEEDS)  # all there are
-    pairs = paired_comparisons(numbers.study(*numbers.SIX, seeds=numbers.TEN_SEEDS).outcomes())
+    pairs = paired_comparisons(Study(numbers.RESULTS, "plain", numbers.SIX, numbers.TEN_SEEDS).outcomes())
     largest = pairs.loc[pairs["difference"].abs().idxmax()]
     assert (len(pairs), largest["first"], largest["second"]) == (15, "l2-bn", "gbn")
     assert pairs["p_holm"].min() > 0.05
-    new = paired_comparisons(numbers.study("l2-bn", "gbn", seeds=range(11, 21)).outcomes()).iloc[0]
+    new = paired_comparisons(Study(numbers.RESULTS, "plain", ("l2-bn", "gbn"), range(11, 21)).outcomes()).iloc[0]
     assert 0 < new["difference"] < largest["difference"]
     assert new["p"] > 0.05
-    bottleneck = numbers.study(*numbers.SIX, recipe="bottleneck").outcomes()
-    plain = numbers.study(*numbers.SIX, seeds=numbers.TEN_SEEDS).outcomes()
+    bottleneck = Study(numbers.RESULTS, "bottleneck", numbers.SIX).outcomes()
+    plain = Study(numbers.RESULTS, "plain", numbers.SIX, numbers.TEN_SEEDS).outcomes()
     assert len(bottleneck) == 3
     assert list(bottleneck.mean().sort_values().index) != list(plain.mean().sort_values().index)
 
@@ -114,10 +114,10 @@ def test_the_claims_about_the_frontier_hold():
     notebook = (PROJECT / "notebooks" / "08_frontier.ipynb").read_text()
     assert "significant after the correction: none" in notebook
     assert "confirmed" in notebook
-    networks = numbers.study(recipe="frontier", part="epochs-25").outcomes()
+    networks = Study(numbers.RESULTS / "epochs-25", "frontier").outcomes()
     assert networks.shape == (10, 5)
     for change, seeds in (("average", range(1, 11)), ("one-cycle", range(6, 11))):
-        assert paired_comparisons(numbers.study(change, "bn", seeds=seeds).outcomes())["low"].item() > 0
+        assert paired_comparisons(Study(numbers.RESULTS, "plain", (change, "bn"), seeds).outcomes())["low"].item() > 0
 
 
 def test_the_claims_about_fewer_images_hold():
