@@ -37,9 +37,8 @@ def number(value: float, digits: int = 3, sign: str = "") -> str:
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def interval(ends: Iterable[float], digits: int = 3, sign: str = "+") -> str:
+def interval(low: float, high: float, digits: int = 3, sign: str = "+") -> str:
     """Format an interval, with another decimal where rounding would hide on which side of zero an end is."""
-    low, high = ends
     if 0 in (round(low, digits), round(high, digits)):
         digits += 1
     return f"{number(low, digits, sign)} to {number(high, digits, sign)}"
@@ -76,7 +75,7 @@ def answer_table() -> str:
         images = scipy.stats.t.interval(0.9, freedom, row.mean, both)
         sign = -1 if row.question == "G" else 1
         ends = ((row.low_95, row.high_95), (row.low_90, row.high_90), images)
-        intervals = [interval(sorted(sign * end for end in pair)) for pair in ends]
+        intervals = [interval(*sorted(sign * end for end in pair)) for pair in ends]
         name, mean = names.get(row.question, f"E: {row.question}"), number(sign * row.mean, sign="+")
         rows.append((name.replace(" - ", " minus "), row.n, mean, *intervals, p_value(row.p_holm), row.said))
     return table("| | n | mean | 95%, seeds | 90%, seeds | 90%, seeds and images | p, Holm | conclusion |", rows)
@@ -108,7 +107,7 @@ def difference(first: str, second: str, first_seed: str, last_seed: str) -> str:
     """The mean of first minus second, with its interval and n."""
     runs = Study(RESULTS, "plain", (first, second), range(int(first_seed), int(last_seed) + 1))
     row = statistics.paired_comparisons(runs.outcomes()).iloc[0]
-    return f"{number(row['difference'])} points (95% interval {interval((row['low'], row['high']))}, n = {row['n']})"
+    return f"{number(row['difference'])} points (95% interval {interval(row['low'], row['high'])}, n = {row['n']})"
 
 
 def summary_table(which: str) -> str:
@@ -117,7 +116,7 @@ def summary_table(which: str) -> str:
     runs = Study(*(six if which == "six" else frontier))
     rows = []
     for row in statistics.condition_statistics(runs.outcomes()).itertuples():
-        ends = interval((row.low, row.high), 2, "")
+        ends = interval(row.low, row.high, 2, "")
         rows.append((runs.labels[row.condition], row.n, f"{row.mean:.3f}", f"{row.sd:.3f}", ends))
     return table("| | n | mean, % | SD | 95% interval of the mean |", rows)
 
@@ -135,7 +134,7 @@ def accuracy(errors: Any) -> str:
 
 def gain_cell(size: int, slug: str) -> str:
     gained = few.gains(size)[slug]
-    return f"{number(gained.mean(), 2, '+')} ({interval(statistics.mean_interval(gained), 2)})"
+    return f"{number(gained.mean(), 2, '+')} ({interval(*statistics.mean_interval(gained), 2)})"
 
 
 def size_table() -> str:
@@ -149,7 +148,7 @@ def tested(row: Any) -> str:
     """The numbers of an answer; those to question 3 have none."""
     if not hasattr(row, "p_holm"):
         return ""
-    return f"{number(row.mean, 2, '+')} ({interval((row.low, row.high), 2)}), n = {row.n}, {p_value(row.p_holm)}"
+    return f"{number(row.mean, 2, '+')} ({interval(row.low, row.high, 2)}), n = {row.n}, {p_value(row.p_holm)}"
 
 
 def question_table() -> str:
@@ -169,13 +168,13 @@ worths = cache(lesson_tables.worth_by_size)
 def share_cell(row: Any) -> str:
     """The share of errors removed, bold where it differs from 0 after Holm's correction."""
     bold = "**" if row["p"] <= 0.05 else ""
-    return f"{bold}{number(row['share'], 0)}%{bold} ({interval((row['share_low'], row['share_high']), 0, '')})"
+    return f"{bold}{number(row['share'], 0)}%{bold} ({interval(row['share_low'], row['share_high'], 0, '')})"
 
 
 def worth_cell(size: int, slug: str) -> str:
     """The share of errors removed, and the worth."""
     row = worths().loc[(slug, size)]
-    times = interval((row["worth_low"], row["worth_high"]), 2, "")
+    times = interval(row["worth_low"], row["worth_high"], 2, "")
     return share_cell(row) + ("" if math.isnan(row["worth"]) else f"; {row['worth']:.2f} ({times})")
 
 

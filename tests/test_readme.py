@@ -51,8 +51,8 @@ def test_an_unknown_or_unclosed_marker_is_named():
 
 
 def test_an_interval_tells_on_which_side_of_zero_an_end_is():
-    assert numbers.interval((-0.0018, 0.265), 2) == "\N{MINUS SIGN}0.002 to +0.265"
-    assert numbers.interval((0.018, 0.265), 2) == "+0.02 to +0.27"
+    assert numbers.interval(-0.0018, 0.265, 2) == "\N{MINUS SIGN}0.002 to +0.265"
+    assert numbers.interval(0.018, 0.265, 2) == "+0.02 to +0.27"
 
 
 # What the pages say in words holds only for some numbers:
