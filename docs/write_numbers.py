@@ -88,9 +88,8 @@ def pruned(slug: str) -> str:
     return f"{right.mean():.0f}% ({right.min():.0f} to {right.max():.0f}%)"
 
 
-@cache
-def six() -> dict[str, str]:
-    """Numbers about ten seeds of six conditions."""
+def six(name: str) -> str:
+    """One of several numbers about ten seeds of six conditions."""
     outcomes = Study(RESULTS, "plain", SIX, TEN_SEEDS).outcomes()
     sd, pairs = statistics.run_sd(outcomes), statistics.paired_comparisons(outcomes)
     return {
@@ -100,7 +99,7 @@ def six() -> dict[str, str]:
         "sd": f"{sd:.3f}",
         "two-runs": f"{100 * 1.128 * sd:.0f}",  # the mean range of two and of five normal values, in SDs
         "five-runs": f"{100 * 2.326 * sd:.0f}",
-    }
+    }[name]
 
 
 def difference(first: str, second: str, first_seed: str, last_seed: str) -> str:
@@ -229,7 +228,7 @@ def power_table() -> str:
 
 
 TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, network_table)
-NUMBERS = (pruned, difference, worth, worth_answers, longer)
+NUMBERS = (pruned, six, difference, worth, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
     "gain_table": lambda: by_size(
@@ -245,7 +244,6 @@ VALUES: dict[str, Callable[..., str]] = {
     "bn-margin": lambda: number(
         1.96 * lesson_tables.variance_sources(right(["bn"], preregistered.FACTORIAL_SEEDS)["bn"].unstack())["both"], 2
     ),
-    "six": lambda name: six()[name],
     "clean": lambda images, column: f"{few.clean().query(f'images == {images}')[column].mean():.2f}",
     "recurrence": lambda slug: f"{few.recurrence(slug):.0%}",
 }
