@@ -30,6 +30,7 @@ PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
 SIX = tuple(condition.slug for condition in (*CONDITIONS, CONTROL))
 TEN_SEEDS = range(1, 11)
+worths = cache(lesson_tables.worth_by_size)
 
 
 def number(value: float, digits: int = 3, sign: str = "") -> str:
@@ -120,10 +121,10 @@ def summary_table(which: str) -> str:
     return table("| | n | mean, % | SD | 95% interval of the mean |", rows)
 
 
-def by_size(cell: Callable[[int, str], str], *more: Iterable[object]) -> str:
-    """A table with a row for each regulariser and a column for each number of images."""
-    rows = [[name, *(cell(size, slug) for size in few.SIZES)] for slug, name in few.NAMES.items()]
-    return table(f"| alone | {' | '.join(f'{size:,} images' for size in few.SIZES)} |", [*rows, *more])
+def by_size(sizes: Sequence[int], cell: Callable[[int, str], str], *last: object) -> str:
+    """A table with a row for each regulariser, a column for each number of images, and another last row."""
+    rows = [[name, *(cell(size, slug) for size in sizes)] for slug, name in few.NAMES.items()]
+    return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", [*rows, last])
 
 
 def accuracy(errors: Any) -> str:
@@ -134,6 +135,11 @@ def accuracy(errors: Any) -> str:
 def gain_cell(size: int, slug: str) -> str:
     gained = few.gains(size)[slug]
     return f"{number(gained.mean(), 2, '+')} ({interval(*statistics.mean_interval(gained), 2)})"
+
+
+def gain_table() -> str:
+    without = (accuracy(few.errors(size)["nothing"]) for size in few.SIZES)
+    return by_size(few.SIZES, gain_cell, "*accuracy without*", *without)
 
 
 def size_table() -> str:
@@ -161,9 +167,6 @@ def question_table() -> str:
     return table("| | | mean (95% interval), p after Holm | conclusion |", rows)
 
 
-worths = cache(lesson_tables.worth_by_size)
-
-
 def share_cell(row: Any) -> str:
     """The share of errors removed, bold where it differs from 0 after Holm's correction."""
     bold = "**" if row["p"] <= 0.05 else ""
@@ -180,10 +183,8 @@ def worth_cell(size: int, slug: str) -> str:
 def worth_table() -> str:
     """Questions 1, 2 and 6 of the third study, and the errors without a regulariser."""
     sizes = (*worth_analysis.REGULARISED, worth_analysis.ALL)
-    rows = [[label, *(worth_cell(size, slug) for size in sizes)] for slug, label in few.NAMES.items()]
     without = (f"{error:.2f}%" for error in worths().loc["nothing"].loc[list(sizes), "error"])
-    rows.append(["*wrong without, geometric mean*", *without])
-    return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", rows)
+    return by_size(sizes, worth_cell, "*wrong without, geometric mean*", *without)
 
 
 def network_table() -> str:
@@ -227,13 +228,10 @@ def power_table() -> str:
     return table("| images | SD of a gain, planned | as it came out | finds, planned | as it came out |", rows)
 
 
-TABLES = (answer_table, summary_table, size_table, question_table, power_table, worth_table, network_table)
+TABLES = (answer_table, summary_table, gain_table, size_table, question_table, power_table, worth_table, network_table)
 NUMBERS = (pruned, six, difference, worth, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
-    "gain_table": lambda: by_size(
-        gain_cell, ["*accuracy without*", *(accuracy(few.errors(size)["nothing"]) for size in few.SIZES)]
-    ),
     "nothing": lambda size: accuracy(worth_analysis.errors(RESULTS / "worth", "plain", f"{size}-nothing")),
     "worth_answer": lambda question, *subject: next(
         row["said"] for row in said_of_worth(question) if row["subject"] == " ".join(subject)
