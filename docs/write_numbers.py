@@ -132,14 +132,15 @@ def accuracy(errors: Any) -> str:
     return f"{100 - errors.mean():.1f}% (n = {len(errors)})"
 
 
-def gain_cell(size: int, slug: str) -> str:
-    gained = few.gains(size)[slug]
-    return f"{number(gained.mean(), 2, '+')} ({interval(*statistics.mean_interval(gained), 2)})"
+def gain(row: Any) -> str:
+    """The mean of a gain, in points, with its interval."""
+    return f"{number(row['mean'], 2, '+')} ({interval(row['low'], row['high'], 2)})"
 
 
 def gain_table() -> str:
+    gains = {size: statistics.condition_statistics(few.gains(size)).set_index("condition") for size in few.SIZES}
     without = (accuracy(few.errors(size)["nothing"]) for size in few.SIZES)
-    return by_size(few.SIZES, gain_cell, "*accuracy without*", *without)
+    return by_size(few.SIZES, lambda size, slug: gain(gains[size].loc[slug]), "*accuracy without*", *without)
 
 
 def size_table() -> str:
@@ -149,21 +150,15 @@ def size_table() -> str:
     return table("| training images | n | accuracy on these, % | on test images, % | gap, points |", rows)
 
 
-def tested(row: Any) -> str:
-    """The numbers of an answer; those to question 3 have none."""
-    if not hasattr(row, "p_holm"):
-        return ""
-    return f"{number(row.mean, 2, '+')} ({interval(row.low, row.high, 2)}), n = {row.n}, {p_value(row.p_holm)}"
-
-
 def question_table() -> str:
-    """The preregistered answers, but that to question 6, which the trials give."""
+    """The preregistered answers, to question 3 without means; that to question 6 is given by the trials."""
     names = {"l1-exercise": "L1 0.0002", "l2-exercise": "L2 0.0001", "digits": "images"} | few.NAMES
     rows = []
     for question, ask in zip((1, 2, 3, 4, 5, 7), preregistered_when.QUESTIONS, strict=True):
-        for row in ask(few.WHEN).itertuples():
-            subject = re.sub("l[12]-exercise|digits|^[a-z0-9]+$", lambda found: names[found[0]], row.subject)
-            rows.append((question, subject, tested(row), row.said.replace("digits", "images")))
+        for row in ask(few.WHEN).to_dict("records"):
+            subject = re.sub("l[12]-exercise|digits|^[a-z0-9]+$", lambda found: names[found[0]], row["subject"])
+            mean = f"{gain(row)}, n = {row['n']}, {p_value(row['p_holm'])}" if "mean" in row else ""
+            rows.append((question, subject, mean, row["said"].replace("digits", "images")))
     return table("| | | mean (95% interval), p after Holm | conclusion |", rows)
 
 
