@@ -24,7 +24,7 @@ from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 import lesson_tables
-from lesson_tables import worth_analysis
+from lesson_tables import WORTH, worth_analysis
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -192,21 +192,16 @@ def network_table() -> str:
 
 def longer(size: str, name: str) -> str:
     """The share of errors that a regulariser removes with four times the steps."""
-    shares = worth_analysis.read_log_ratio(RESULTS / "worth", int(size), name, suffix=worth_analysis.LONG)
+    shares = worth_analysis.read_log_ratio(WORTH, int(size), name, suffix=worth_analysis.LONG)
     share, low, high = map(worth_analysis.share, (shares.mean(), *worth_analysis.mean_interval(shares)))
     return f"{share:.0f}% ({low:.0f} to {high:.0f}%)"
-
-
-def said_of_worth(question: str) -> list[dict[str, Any]]:
-    """What the third study's analysis says on a question, by subject."""
-    return worth_analysis.QUESTIONS[int(question) - 1](RESULTS / "worth")
 
 
 def worth_answers(*questions: str) -> str:
     """The sentences on other questions of the third study."""
     rows = []
     for question in questions:
-        for row in said_of_worth(question):
+        for row in worth_analysis.QUESTIONS[int(question) - 1](WORTH):
             subject = re.sub(r"^\w+", lambda name: few.NAMES.get(name[0], name[0]), row["subject"])
             rows.append((question, subject, row["n"], p_value(row.get("p_holm", math.nan)), row["said"]))
     return table("| | | n | p, Holm | answer |", rows)
@@ -227,10 +222,8 @@ TABLES = (answer_table, summary_table, gain_table, size_table, question_table, p
 NUMBERS = (pruned, six, difference, worth, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
-    "nothing": lambda size: accuracy(worth_analysis.errors(RESULTS / "worth", "plain", f"{size}-nothing")),
-    "worth_answer": lambda question, *subject: next(
-        row["said"] for row in said_of_worth(question) if row["subject"] == " ".join(subject)
-    ),
+    "nothing": lambda size: accuracy(worth_analysis.errors(WORTH, "plain", f"{size}-nothing")),
+    "mlp-worth": lambda size, name: worth_analysis.describe_data(WORTH, "mlp", [int(size)], [name])[0]["said"],
     "worth-ends": partial(worth, low="worth_low", high="worth_high"),
     "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
