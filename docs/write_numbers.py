@@ -19,12 +19,13 @@ import torch
 
 from s6lib import preregistered, preregistered_when, statistics
 from s6lib.data import PROJECT, load_mnist
+from s6lib.preregistered import FACTORIAL, FACTORIAL_SEEDS, PENALTIES, PENALTY_SEEDS
 from s6lib.recipes import CONDITIONS, CONTROL
 from s6lib.study import Study
 
 sys.path.insert(0, str(PROJECT / "notebooks"))
 import lesson_tables
-from lesson_tables import WORTH, worth_analysis
+from lesson_tables import WORTH, variance_sources, worth_analysis
 
 PAGES = (PROJECT / "README.md", PROJECT / "docs" / "results.md")
 RESULTS = PROJECT / "results"
@@ -64,14 +65,12 @@ def right(conditions: Sequence[str], seeds: range) -> pd.DataFrame:
 def answer_table() -> str:
     """The preregistered answers. In the analysis, G is what GBN costs; here, above 0 is always a gain."""
     names = {"G": "G: GBN (4 ghosts) in place of BN", "P": "P: L1 + L2 in place of no penalty"}
-    factorial = preregistered.FACTORIAL, preregistered.FACTORIAL_SEEDS
-    penalties = preregistered.PENALTIES, preregistered.PENALTY_SEEDS
+    factorial, penalties = (FACTORIAL, FACTORIAL_SEEDS), (PENALTIES, PENALTY_SEEDS)
     contrasts = {**preregistered.contrasts(right(*factorial)), **preregistered.penalty_differences(right(*penalties))}
     answers = preregistered.answer(*(preregistered.read(RESULTS, *runs) for runs in (factorial, penalties)))
     rows = []
     for row in answers.itertuples():
-        by_image = 100 * contrasts[row.question].unstack()  # undoes that contrasts are in hundredths of a test digit
-        both = lesson_tables.variance_sources(by_image)["both"]
+        both = variance_sources(100 * contrasts[row.question].unstack())["both"]  # contrasts divide counts by 100
         freedom = (row.n - 1) * (both / (row.sd / row.n**0.5)) ** 4  # Satterthwaite's, of seeds alone n - 1
         images = scipy.stats.t.interval(0.9, freedom, row.mean, both)
         sign = -1 if row.question == "G" else 1
@@ -110,10 +109,8 @@ def difference(first: str, second: str, first_seed: str, last_seed: str) -> str:
     return f"{number(row['difference'])} points (95% interval {interval(row['low'], row['high'])}, n = {row['n']})"
 
 
-def summary_table(which: str) -> str:
-    """Ten seeds of "six" conditions, or of the networks of the "frontier"."""
-    six, frontier = (RESULTS, "plain", SIX, TEN_SEEDS), (RESULTS / "epochs-25", "frontier")
-    runs = Study(*(six if which == "six" else frontier))
+def summary_table(runs: Study) -> str:
+    """The accuracy of each condition: n, mean, SD, and the interval of the mean."""
     rows = []
     for row in statistics.condition_statistics(runs.outcomes()).itertuples():
         ends = interval(row.low, row.high, 2, "")
@@ -184,10 +181,10 @@ def worth_table() -> str:
 
 def network_table() -> str:
     """Question 9 of the third study."""
-    header = ["", "training labels", "images", *(few.NAMES[name] for name in worth_analysis.ON_BOTH)]
+    names = " | ".join(few.NAMES[name] for name in worth_analysis.ON_BOTH)
     cells = lesson_tables.shares_by_network().groupby(["network", "labels", "size"], sort=False)
     rows = ((*cell[:2], f"{cell[2]:,}", *shares.apply(share_cell, axis=1)) for cell, shares in cells)
-    return table(f"| {' | '.join(header)} |", rows)
+    return table(f"|  | training labels | images | {names} |", rows)
 
 
 def longer(size: str, name: str) -> str:
@@ -218,18 +215,18 @@ def power_table() -> str:
     return table("| images | SD of a gain, planned | as it came out | finds, planned | as it came out |", rows)
 
 
-TABLES = (answer_table, summary_table, gain_table, size_table, question_table, power_table, worth_table, network_table)
+TABLES = (answer_table, gain_table, size_table, question_table, power_table, worth_table, network_table)
 NUMBERS = (pruned, six, difference, worth, worth_answers, longer)
 VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
+    "six_table": lambda: summary_table(Study(RESULTS, "plain", SIX, TEN_SEEDS)),
+    "frontier_table": lambda: summary_table(Study(RESULTS / "epochs-25", "frontier")),
     "nothing": lambda size: accuracy(worth_analysis.errors(WORTH, "plain", f"{size}-nothing")),
     "mlp-worth": lambda size, name: worth_analysis.describe_data(WORTH, "mlp", [int(size)], [name])[0]["said"],
     "worth-ends": partial(worth, low="worth_low", high="worth_high"),
     "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
-    "bn-margin": lambda: number(
-        1.96 * lesson_tables.variance_sources(right(["bn"], preregistered.FACTORIAL_SEEDS)["bn"].unstack())["both"], 2
-    ),
+    "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)['bn'].unstack())['both']:.2f}",
     "clean": lambda images, column: f"{few.clean().query(f'images == {images}')[column].mean():.2f}",
     "recurrence": lambda slug: f"{few.recurrence(slug):.0%}",
 }
