@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import Any
 
 import few_images as few
 import pandas as pd
@@ -124,19 +123,15 @@ def by_size(sizes: Sequence[int], cell: Callable[[int, str], str], *last: object
     return table(f"| alone | {' | '.join(f'{size:,} images' for size in sizes)} |", [*rows, last])
 
 
-def accuracy(errors: Any) -> str:
-    """The mean accuracy of runs, from their errors in percent, and the number of seeds."""
-    return f"{100 - errors.mean():.1f}% (n = {len(errors)})"
-
-
-def gain(row: Any) -> str:
+def gain(row: pd.Series) -> str:
     """The mean of a gain, in points, with its interval."""
     return f"{number(row['mean'], 2, '+')} ({interval(row['low'], row['high'], 2)})"
 
 
 def gain_table() -> str:
     gains = {size: statistics.condition_statistics(few.gains(size)).set_index("condition") for size in few.SIZES}
-    without = (accuracy(few.errors(size)["nothing"]) for size in few.SIZES)
+    errors = (few.errors(size)["nothing"] for size in few.SIZES)
+    without = (f"{100 - wrong.mean():.1f}% (n = {len(wrong)})" for wrong in errors)
     return by_size(few.SIZES, lambda size, slug: gain(gains[size].loc[slug]), "*accuracy without*", *without)
 
 
@@ -152,14 +147,14 @@ def question_table() -> str:
     names = {"l1-exercise": "L1 0.0002", "l2-exercise": "L2 0.0001", "digits": "images"} | few.NAMES
     rows = []
     for question, ask in zip((1, 2, 3, 4, 5, 7), preregistered_when.QUESTIONS, strict=True):
-        for row in ask(few.WHEN).to_dict("records"):
+        for _, row in ask(few.WHEN).iterrows():
             subject = re.sub("l[12]-exercise|digits|^[a-z0-9]+$", lambda found: names[found[0]], row["subject"])
             mean = f"{gain(row)}, n = {row['n']}, {p_value(row['p_holm'])}" if "mean" in row else ""
             rows.append((question, subject, mean, row["said"].replace("digits", "images")))
     return table("| | | mean (95% interval), p after Holm | conclusion |", rows)
 
 
-def share_cell(row: Any) -> str:
+def share_cell(row: pd.Series) -> str:
     """The share of errors removed, bold where it differs from 0 after Holm's correction."""
     bold = "**" if row["p"] <= 0.05 else ""
     return f"{bold}{number(row['share'], 0)}%{bold} ({interval(row['share_low'], row['share_high'], 0, '')})"
@@ -221,7 +216,7 @@ VALUES: dict[str, Callable[..., str]] = {
     **{function.__name__: function for function in (*TABLES, *NUMBERS)},
     "six_table": lambda: summary_table(Study(RESULTS, "plain", SIX, TEN_SEEDS)),
     "frontier_table": lambda: summary_table(Study(RESULTS / "epochs-25", "frontier")),
-    "nothing": lambda size: accuracy(worth_analysis.errors(WORTH, "plain", f"{size}-nothing")),
+    "nothing": lambda size: f"{100 - worth_analysis.errors(WORTH, 'plain', f'{size}-nothing').mean():.1f}%",
     "mlp-worth": lambda size, name: worth_analysis.describe_data(WORTH, "mlp", [int(size)], [name])[0]["said"],
     "worth-ends": partial(worth, low="worth_low", high="worth_high"),
     "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",

@@ -161,6 +161,7 @@ def test_the_claims_about_the_worth_of_regularisers_hold():
 def test_the_claims_about_steps_networks_and_wrong_labels_hold():
     """Of README, docs/results.md and notebook 06."""
     folder, analysis, four = numbers.RESULTS / "worth", numbers.worth_analysis, list(numbers.worth_analysis.ON_BOTH)
+    assert f"(n = {len(analysis.SEEDS)}) of the test images right" in FIRST
     longer = {row["subject"]: row["said"] for row in analysis.longer(folder)}
     assert longer["more steps, 300 images"].startswith("not shown")
     assert longer["more steps, 10,000 images"].startswith("removes 13%")
