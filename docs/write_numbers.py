@@ -199,10 +199,10 @@ def worth_answers(*questions: str) -> str:
     return table("| | | n | p, Holm | answer |", rows)
 
 
-def worth(size: str, *names: str, low: str = "worth", high: str = "worth") -> str:
+def worth(size: str, *names: str, columns: Sequence[str] = ("worth",)) -> str:
     """How many times the images a regulariser is worth on so many, or the range of several."""
-    least, most = (worths().loc[[(name, int(size)) for name in names], end] for end in (low, high))
-    return " to ".join(f"{factor:.1f}" for factor in sorted({least.min(), most.max()}))
+    factors = worths().loc[[(name, int(size)) for name in names], [*columns]].to_numpy()
+    return " to ".join(f"{factor:.1f}" for factor in sorted({factors.min(), factors.max()}))
 
 
 def power_table() -> str:
@@ -218,7 +218,7 @@ VALUES: dict[str, Callable[..., str]] = {
     "frontier_table": lambda: summary_table(Study(RESULTS / "epochs-25", "frontier")),
     "nothing": lambda size: f"{100 - worth_analysis.errors(WORTH, 'plain', f'{size}-nothing').mean():.1f}%",
     "mlp-worth": lambda size, name: worth_analysis.describe_data(WORTH, "mlp", [int(size)], [name])[0]["said"],
-    "worth-ends": partial(worth, low="worth_low", high="worth_high"),
+    "worth-ends": partial(worth, columns=("worth_low", "worth_high")),
     "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
     "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)['bn'].unstack())['both']:.2f}",
