@@ -56,9 +56,9 @@ def table(header: str, rows: Iterable[Iterable[object]]) -> str:
 
 
 def right(conditions: Sequence[str], seeds: range) -> pd.DataFrame:
-    """Return whether each run is right on each test image: one row per seed and image, one column per condition."""
+    """Return whether each run is right on each test image: one row per image and seed, one column per condition."""
     runs, labels = Study(RESULTS, "plain", conditions, seeds), load_mnist()[1].labels.numpy()
-    return pd.DataFrame({slug: lesson_tables.right_predictions(runs, slug, labels).stack() for slug in conditions})
+    return pd.DataFrame({slug: lesson_tables.right_predictions(runs, slug, labels).unstack() for slug in conditions})
 
 
 def answer_table() -> str:
@@ -69,7 +69,7 @@ def answer_table() -> str:
     answers = preregistered.answer(*(preregistered.read(RESULTS, *runs) for runs in (factorial, penalties)))
     rows = []
     for row in answers.itertuples():
-        both = variance_sources(100 * contrasts[row.question].unstack())["both"]  # contrasts divide counts by 100
+        both = variance_sources(100 * contrasts[row.question].unstack(0))["both"]  # contrasts divide counts by 100
         freedom = (row.n - 1) * (both / (row.sd / row.n**0.5)) ** 4  # Satterthwaite's, of seeds alone n - 1
         images = scipy.stats.t.interval(0.9, freedom, row.mean, both)
         sign = -1 if row.question == "G" else 1
@@ -221,7 +221,7 @@ VALUES: dict[str, Callable[..., str]] = {
     "worth-ends": partial(worth, columns=("worth_low", "worth_high")),
     "shares": lambda size, name: f"{few.share_removed(int(size), name)[0]:.0f}%",
     "minutes": lambda *sizes: f"{few.minutes(*map(int, sizes)):.0f}",
-    "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)['bn'].unstack())['both']:.2f}",
+    "bn-margin": lambda: f"{1.96 * variance_sources(right(['bn'], FACTORIAL_SEEDS)['bn'].unstack(0))['both']:.2f}",
     "clean": lambda images, column: f"{few.clean().query(f'images == {images}')[column].mean():.2f}",
     "recurrence": lambda slug: f"{few.recurrence(slug):.0%}",
 }
