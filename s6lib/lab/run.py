@@ -21,7 +21,7 @@ from s6lib.lab.files import is_complete, read_checkpoint, serialise, write_check
 from s6lib.lab.record import COLUMNS, differences, identity, is_library
 from s6lib.lab.replay import records_steps, train_recorded
 from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images, pieces
-from s6lib.train import Training, memory_format, predict_logits, score, train_epoch
+from s6lib.train import Training, memory_format, predict, predict_logits, score, train_epoch
 
 History = list[dict[str, float]]
 Data = tuple[ImageDataset, ImageDataset]
@@ -190,28 +190,23 @@ def train_run(
         setup = set_up(run, load_images(run.recipe.data, run.recipe.held_out), device)
         history, machines = _resume(folder, run, steps, setup)
         machines.append(machine(device))
-        logits = None
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
-            row, logits = _epoch(run, epoch, setup)
-            history.append(row)
+            history.append(_epoch(run, epoch, setup))
             if folder is not None and not is_complete(folder):
                 state = {**identity(run, steps), "history": history, "machines": machines}
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
-        if logits is None:  # the run was stopped after its last epoch
-            logits = predict_logits(setup.final_model, setup.test)
-        predictions = logits.argmax(1).to("cpu", torch.uint8).numpy()
+        predictions = predict(setup.final_model, setup.test).to("cpu", torch.uint8).numpy()
         return RunResult(steps, history, serialise_weights(setup.final_model), predictions, machines)
 
 
-def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor]:
-    """Train an epoch; return its row of the history, and the logits of the test images."""
+def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
+    """Train and evaluate an epoch; return its row of the history."""
     start = time.perf_counter()
     try:
         training = _train(run, epoch, setup)
         seconds = time.perf_counter() - start
-        logits = predict_logits(setup.final_model, setup.test)
-        test = score(logits, setup.test.labels)
+        test = score(predict_logits(setup.final_model, setup.test), setup.test.labels)
         if not np.isfinite(test.loss):  # the last step's update was too large
             raise FloatingPointError
     except FloatingPointError:
@@ -219,7 +214,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> tuple[dict[str, float], Tensor
             f"{run}: the loss is not finite at epoch {epoch}; lower the learning rate or the penalties"
         ) from None
     rate = setup.rate_of(setup.optimizer.param_groups[0], setup.settings.learning_rates(epoch)[0])
-    return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True)), logits
+    return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True))
 
 
 def _train(run: Run, epoch: int, setup: Setup) -> Training:
