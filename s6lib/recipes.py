@@ -125,8 +125,7 @@ def name_of(thing: Any) -> str:
 
 def _word(value: Any) -> str:
     if isinstance(value, partial):
-        named = (f"{name}-{_word(one)}" for name, one in value.keywords.items())
-        return "-".join([_word(value.func), *map(_word, value.args), *named])
+        value = [value.func, *value.args, *value.keywords.items()]
     if isinstance(value, list | tuple):
         return "-".join(map(_word, value))
     if callable(value):
@@ -136,7 +135,7 @@ def _word(value: Any) -> str:
 
 def _slug_from(settings: Mapping[str, Any]) -> str:
     """Make a name from settings, such as l1-0.006 or optimizer-adamw-learning_rate-0.001."""
-    slug = "-".join(f"{name}-{_word(value)}" for name, value in settings.items()).lower()
+    slug = _word(list(settings.items())).lower()
     if not re.fullmatch(SLUG, slug):
         raise SettingError("a condition that changes nothing, or has code without a name, needs a slug, as in 'mine'")
     return slug
