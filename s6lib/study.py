@@ -83,12 +83,10 @@ class Study:
                 "run_study or python -m s6lib run"
             )
         self.recipe = recipe if isinstance(recipe, Recipe) else records[0][0].recipe
-        self.conditions: dict[str, Condition] = {}
-        self._about: dict[tuple[str, int], dict[str, Any]] = {}
-        for run, about in records:
-            slug, seed, condition = run.condition.slug, run.seed, given.get(run.condition.slug)
-            self.conditions.setdefault(slug, condition if isinstance(condition, Condition) else run.condition)
-            self._about[slug, seed] = about
+        self.conditions = {run.condition.slug: run.condition for run, _ in records}
+        chosen = [one for one in given.values() if isinstance(one, Condition) and one.slug in self.conditions]
+        self.conditions |= {one.slug: one for one in chosen}
+        self._about = {(run.condition.slug, run.seed): about for run, about in records}
         asked = {slug: identity(self._run(slug)) for slug in self.conditions}
         first: dict[Any, list[int]] = {}
         for (slug, seed), about in self._about.items():
