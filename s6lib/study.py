@@ -63,18 +63,14 @@ class Study:
         name = names[0] if recipe is None else getattr(recipe, "name", recipe)
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
-        named = [] if conditions is None else conditions
-        given = {getattr(condition, "slug", condition): condition for condition in named}
+        given = {getattr(one, "slug", one): one for one in ([] if conditions is None else conditions)}
         wanted = set(seeds) if isinstance(seeds, Iterable) else {seeds}
 
         paths = [path for path in run_folders(self.folder / name) if is_complete(path)] if name in names else []
         order = [*given, *ALL_CONDITIONS, *(path.parent.name for path in paths)]
         paths.sort(key=lambda path: (order.index(path.parent.name), _seed_of(path)))
-        records = [
-            _read_run(path)
-            for path in paths
-            if (conditions is None or path.parent.name in given) and (seeds is None or _seed_of(path) in wanted)
-        ]
+        named = [path for path in paths if conditions is None or path.parent.name in given]
+        records = [_read_run(path) for path in named if seeds is None or _seed_of(path) in wanted]
         if not records:
             others = (f"runs of {name}" for name in names)
             there = ", ".join(dict.fromkeys(path.parent.name for path in paths) or others) or "none"
