@@ -201,10 +201,20 @@ def train_run(
 
 
 def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
-    """Train and evaluate an epoch; return its row of the history."""
+    """Train and evaluate an epoch; return its row of the history.
+
+    On a GPU, steps are recorded if the run is wholly the library's.
+    """
     start = time.perf_counter()
+    device, rates = setup.train.labels.device, setup.settings.learning_rates(epoch)
+
+    def train(watch: Callable[[Iterator], Iterator] = iter) -> Training:
+        seen = watch(setup.batches(epoch, seed_everything(run.seed, epoch, device)))
+        return train_epoch(setup.model, seen, setup.optimizer, setup.loss, run.condition.penalty_of)
+
     try:
-        training = _train(run, epoch, setup)
+        recorded = run.is_built_in and records_steps(device)
+        training = train_recorded(train, setup.parts, rates, device) if recorded else train()
         seconds = time.perf_counter() - start
         test = score(predict_logits(setup.final_model, setup.test), setup.test.labels)
         if not np.isfinite(test.loss):  # the last step's update was too large
@@ -213,22 +223,8 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
         raise RunError(
             f"{run}: the loss is not finite at epoch {epoch}; lower the learning rate or the penalties"
         ) from None
-    rate = setup.rate_of(setup.optimizer.param_groups[0], setup.settings.learning_rates(epoch)[0])
+    rate = setup.rate_of(setup.optimizer.param_groups[0], rates[0])
     return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True))
-
-
-def _train(run: Run, epoch: int, setup: Setup) -> Training:
-    """Train an epoch, with recorded steps on a GPU if the run is wholly the library's."""
-    device = setup.train.labels.device
-
-    def train(watch: Callable[[Iterator], Iterator] = iter) -> Training:
-        generator = seed_everything(run.seed, epoch, device)
-        seen = watch(setup.batches(epoch, generator))
-        return train_epoch(setup.model, seen, setup.optimizer, setup.loss, run.condition.penalty_of)
-
-    if not run.is_built_in or not records_steps(device):
-        return train()
-    return train_recorded(train, setup.parts, setup.settings.learning_rates(epoch), device)
 
 
 def save_run(folder: Path, run: Run, result: RunResult) -> None:
