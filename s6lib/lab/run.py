@@ -188,8 +188,10 @@ def train_run(
     device = torch.device(device)
     with reproducible(device):
         setup = set_up(run, load_images(run.recipe.data, run.recipe.held_out), device)
-        history, machines = _resume(folder, run, steps, setup)
-        machines.append(machine(device))
+        # A run that seemed lost and was sent out again may still be in training when the second attempt has finished:
+        # it then leaves the complete folder alone.
+        resumed = {} if folder is None or is_complete(folder) else _resume(folder, run, steps, setup)
+        history, machines = resumed.get("history", []), [*resumed.get("machines", []), machine(device)]
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
             history.append(_epoch(run, epoch, setup))
             if folder is not None and not is_complete(folder):
@@ -240,20 +242,12 @@ def save_run(folder: Path, run: Run, result: RunResult) -> None:
     write_results(folder, about, results)
 
 
-def _resume(
-    folder: Path | None, run: Run, steps: dict[str, Any] | None, setup: Setup
-) -> tuple[History, list[dict[str, Any]]]:
-    """Restore the setup from the checkpoint in `folder`, if there is one; return the run's history and machines.
-
-    A run that seemed lost and was sent out again may still be in training when the second attempt has finished: it then
-    leaves the complete folder alone.
-    """
-    if folder is None or is_complete(folder):
-        return [], []
+def _resume(folder: Path, run: Run, steps: dict[str, Any] | None, setup: Setup) -> dict[str, Any]:
+    """Restore the setup from the checkpoint in `folder`, and return the checkpoint; {} if there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is None:
-        return [], []
+        return {}
     if differences(checkpoint, identity(run, steps)):
         raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
     for name, part in setup.parts.items():
@@ -261,7 +255,7 @@ def _resume(
     for group in setup.optimizer.param_groups:
         group["lr"] = float(group["lr"])  # a recorded step has kept it as a tensor
     write_whole(folder / "history.csv", _history_csv(checkpoint["history"]))
-    return checkpoint["history"], checkpoint.get("machines", [])
+    return checkpoint
 
 
 def _history_csv(history: History) -> bytes:
