@@ -118,14 +118,8 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
 
 def _on_device(loss: Any, device: torch.device) -> Any:
     """Copy a loss, with its tensors, such as class weights, on a device."""
-    if isinstance(loss, nn.Module | Tensor):
-        return deepcopy(loss).to(device)
-    if isinstance(loss, partial):
-        named = {name: _on_device(one, device) for name, one in loss.keywords.items()}
-        return partial(loss.func, *(_on_device(one, device) for one in loss.args), **named)
-    if type(loss) in (list, tuple):
-        return type(loss)(_on_device(one, device) for one in loss)
-    return loss
+    moved = {id(one): deepcopy(one).to(device) if isinstance(one, nn.Module | Tensor) else one for one in pieces(loss)}
+    return deepcopy(loss, moved)  # which takes the place of what it would copy
 
 
 def _modules_in(loss: Loss) -> nn.ModuleList:
