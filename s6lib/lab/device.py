@@ -156,10 +156,8 @@ def _commit() -> str | None:
     clone = Path(__file__).parents[2]
     if not (clone / ".git").exists():
         return None
-    command = ["git", "-C", str(clone), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # leave the index alone: others may be at work there
+    command = ["git", "--no-optional-locks"]  # which leaves the index alone: others may be at work there
+    command += ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(
-            command, stderr=subprocess.DEVNULL, text=True, timeout=5, env=environment
-        ).strip()
+        return subprocess.check_output(command, cwd=clone, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
     return None
