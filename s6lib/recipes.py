@@ -133,14 +133,6 @@ def _word(value: Any) -> str:
     return re.sub(r"e[+]?(-?)0*", r"e\1", f"{value:g}") if type(value) is float else str(value)
 
 
-def _slug_from(settings: Mapping[str, Any]) -> str:
-    """Make a name from settings, such as l1-0.006 or optimizer-adamw-learning_rate-0.001."""
-    slug = _word(list(settings.items())).lower()
-    if not re.fullmatch(SLUG, slug):
-        raise SettingError("a condition that changes nothing, or has code without a name, needs a slug, as in 'mine'")
-    return slug
-
-
 class _Settings:
     def __init_subclass__(cls) -> None:
         if cls.__module__ != __name__:
@@ -204,11 +196,13 @@ class Condition(_Settings):
             idle = name in ("momentum", "nesterov") and changes.get("optimizer") is not None
             _require(not idle, name, "given to the optimizer itself", changes[name])
         _require_sound(own | changes)
-        slug = slug or _slug_from({name: value for name, value in own.items() if value} | changes)
+        if not slug:  # make one, such as l1-0.006 or optimizer-adamw-learning_rate-0.001
+            slug = _word([*({name: value for name, value in own.items() if value} | changes).items()]).lower()
+            if not re.fullmatch(SLUG, slug):
+                raise SettingError("a condition that changes nothing, or has unnamed code, needs a slug, as in 'mine'")
         vars(self).update({"slug": slug, "label": label or slug, **own, "changes": changes})
         _require_sound({"slug": slug, "label": self.label})
-        if num_splits is not None:
-            _require(norm is None, "norm", "left out where num_splits is given", norm)
+        _require(num_splits is None or norm is None, "norm", "left out where num_splits is given", norm)
 
     def __str__(self) -> str:
         return self.slug if self.label == self.slug else f"{self.label} ({self.slug})"
