@@ -64,13 +64,13 @@ class Study:
         if isinstance(conditions, Condition | str):
             conditions = [conditions]
         given = {getattr(one, "slug", one): one for one in ([] if conditions is None else conditions)}
-        wanted = set(seeds) if isinstance(seeds, Iterable) else {seeds}
+        wanted = {f"seed-{seed}" for seed in (seeds if isinstance(seeds, Iterable) else [seeds])}
 
         paths = [path for path in run_folders(self.folder / name) if is_complete(path)] if name in names else []
         order = [*given, *ALL_CONDITIONS, *(path.parent.name for path in paths)]
-        paths.sort(key=lambda path: (order.index(path.parent.name), _seed_of(path)))
+        paths.sort(key=lambda path: (order.index(path.parent.name), len(path.name), path.name))  # seed-9, then seed-10
         named = [path for path in paths if conditions is None or path.parent.name in given]
-        records = [_read_run(path) for path in named if seeds is None or _seed_of(path) in wanted]
+        records = [_read_run(path) for path in named if seeds is None or path.name in wanted]
         if not records:
             others = (f"runs of {name}" for name in names)
             there = ", ".join(dict.fromkeys(path.parent.name for path in paths) or others) or "none"
@@ -86,10 +86,10 @@ class Study:
         asked = {slug: identity(self._run(slug)) for slug in self.conditions}
         first: dict[Any, list[int]] = {}
         for (slug, seed), about in self._about.items():
-            require_same(self._run(slug, seed).folder(self.folder), about, {**asked[slug], "seed": seed})
+            run = self._run(slug, seed)
+            require_same(run.folder(self.folder), about, {**asked[slug], "seed": seed})
             sums = (about.get("first_steps") or {}).get("data", {}).get("checksums", [])
-            settings = self._run(slug, seed).settings
-            drawn = settings.train_images, seed if settings.draw_images else None
+            drawn = run.settings.train_images, seed if run.settings.draw_images else None
             for part, found in ((drawn, sums[:2]), ("test", sums[2:])):
                 if found and first.setdefault(part, found) != found:
                     raise StudyError(
@@ -119,8 +119,8 @@ class Study:
 
         The last epoch is the result. The best epoch is chosen on the test images, so its accuracy is too high.
         """
-        runs = self._history.set_index("epoch").groupby(["condition", "seed"], sort=False)
-        table = runs.agg(
+        runs = self._history.set_index("epoch").groupby(["condition", "seed"], sort=False, as_index=False)
+        return runs.agg(
             label=("label", "last"),
             test_accuracy=("test_accuracy", "last"),
             test_loss=("test_loss", "last"),
@@ -129,7 +129,6 @@ class Study:
             train_accuracy=("train_accuracy", "last"),
             seconds=("seconds", "sum"),
         )
-        return table.reset_index()
 
     def outcomes(self) -> pd.DataFrame:
         """Test accuracy at the last epoch in percent: one row per seed, one column per condition.
@@ -216,10 +215,6 @@ class Study:
         except Exception:  # a dozen kinds, depending on what the file is
             path = run.folder(self.folder) / name
             raise DamagedFile(f"{path} is not {kind}, and is not trusted") from None
-
-
-def _seed_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("seed-"))
 
 
 def _read_run(folder: Path) -> tuple[Run, dict[str, Any]]:
