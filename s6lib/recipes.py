@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain
@@ -100,13 +101,9 @@ def short(value: Any) -> str:
 
 def as_python(value: Any) -> Any:
     """Turn a number of numpy, for example from np.logspace, into a number of Python, in a partial too."""
-    if isinstance(value, partial):
-        numbers = any(isinstance(one, np.generic) for one in pieces(value))
-        named = {name: as_python(one) for name, one in value.keywords.items()}
-        return partial(value.func, *map(as_python, value.args), **named) if numbers else value
-    if type(value) is tuple:
-        return tuple(map(as_python, value))
-    return value.item() if isinstance(value, np.generic) else value
+    parts = pieces(value) if isinstance(value, partial | tuple) else [value]
+    known = {id(one): one.item() if isinstance(one, np.generic) else one for one in parts}
+    return deepcopy(value, known) if any(isinstance(one, np.generic) for one in parts) else value
 
 
 def pieces(setting: Any) -> list[Any]:
