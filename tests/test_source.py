@@ -161,18 +161,30 @@ def test_a_source_that_is_not_what_runs_or_that_cannot_be_had_is_left_out(tmp_pa
     assert source_of(typed["typed"]) is None
 
 
+PENALTIES = """
+from functools import lru_cache
+
+def penalty(model): return zero(1)
+
+@lru_cache
+def zero(size): return 0.0
+
+cached = lru_cache(maxsize=None)(penalty)
+"""
+
+
 def calling(penalty):
     return lambda model: penalty(model)
 
 
 def test_code_that_a_worker_cannot_import_is_sent_to_it(monkeypatch):
-    """That of a module without a file, and of a file whose name begins as s6lib's folder does."""
+    """That of a module without a file, and of a file whose name begins as s6lib's folder does; cached or not."""
     for file in (None, f"{Path(s6lib.__file__).parent}_ideas.py"):
         module = types.ModuleType("ideas")
-        exec("def penalty(model): return 0.0", vars(module))
+        exec(PENALTIES, vars(module))
         if file:
             module.__file__ = file
         monkeypatch.setitem(sys.modules, "ideas", module)
-        contents = [pack(code, [code]) for code in (module.penalty, calling(module.penalty))]
+        contents = [pack(code, [code]) for code in (module.penalty, calling(module.cached), module.cached)]
         monkeypatch.delitem(sys.modules, "ideas")
-        assert [pickle.loads(content)(None) for content in contents] == [0.0, 0.0]
+        assert [pickle.loads(content)(None) for content in contents] == [0.0, 0.0, 0.0]

@@ -1,6 +1,7 @@
 """The user's code: its source, the numbers and the other code that it reads, and how it travels to a worker."""
 
 import ast
+import copyreg
 import dis
 import inspect
 import os
@@ -19,6 +20,7 @@ from torch import nn
 
 from s6lib.recipes import as_python, pieces
 
+_CACHED: Any = type(lru_cache(abs))
 Words = dict[Any, None]  # in the order in which they stand
 
 _LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
@@ -202,6 +204,9 @@ def pack(content: Any, parts: Iterable[Any]) -> bytes:
         used += _variables_of(function).values()
     names = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
     with ExitStack() as registered:
+        # Or it would be sought by its name in the worker.
+        copyreg.pickle(_CACHED, lambda cached: (lru_cache, (cached.__wrapped__,)))
+        registered.callback(copyreg.dispatch_table.pop, _CACHED, None)
         for module in (sys.modules[name] for name in names & sys.modules.keys()):
             if _is_users(module):
                 cloudpickle.register_pickle_by_value(module)
