@@ -7,7 +7,7 @@ import sys
 import types
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,7 @@ def cached(size):
 
 Point = namedtuple("Point", ["limit", "other"])
 LIMIT, LIMITS, POINT, ALL = Limit(30.0), (30.0, np.float32(31.0)), Point(30.0, 1.0), [deeper, helper]
+PART, EPOCHS = partial(scaled, factor=0.1), {21, 20}
 NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
 
 
@@ -97,6 +98,9 @@ NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
         (lambda model: NESTED["loss"]["limit"].most, {"NESTED.loss.limit.most": 30.0}),
         (lambda model: NESTED["loss"]["class"].weight, {"NESTED.loss.class.weight": 0.1}),
         (lambda model: [one(model) for one in ALL], {"ALL.0.LATE": 0.3}),
+        (lambda model: PART(model), {"PART.factor": 0.1, "PART.func": inspect.getsource(scaled)}),
+        (lambda model: 20 in EPOCHS, {"EPOCHS": [20, 21]}),
+        (lambda model, kind="l2": SHARES[kind], {"SHARES.l2": 0.5}),
         (Scaled(0.1), {"weight": 0.1, "cached": inspect.getsource(cached), "cached.LATE": 0.3}),
     ],
 )

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -49,9 +49,11 @@ def what_is_read(thing: Any) -> dict[str, Any]:
 
 
 def _numbers_in(value: Any) -> Any:
-    """A number, or a few in a list, a tuple or an array; None for anything else."""
+    """A number, or a few in a list, a tuple, a set, a range or an array; None for anything else."""
     if isinstance(value, np.ndarray) and value.size <= 100:
         value = value.tolist()
+    if isinstance(value, set | frozenset | range) and len(value) <= 100:
+        value = sorted(value, key=repr)
     if type(value) in (list, tuple) and 0 < len(value) <= 100:
         numbers = [_numbers_in(one) for one in value]
         return None if None in numbers else numbers
@@ -64,8 +66,10 @@ def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
     names = [(base.__name__, base, mentioned) for base in getattr(kind, "__mro__", ())[1:]]
     for function in _functions_of(kind):
         words = _words_in(function)
-        defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
-        names += [(name, value, words) for name, value in {**defaults, **_variables_of(function)}.items()]
+        variables = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+        variables |= _variables_of(function)
+        words |= dict.fromkeys(value for value in variables.values() if isinstance(value, str))  # keys, too
+        names += [(name, value, words) for name, value in variables.items()]
         mentioned |= words
     owner = thing.__self__ if inspect.ismethod(thing) else thing
     if owner is not kind:
@@ -85,6 +89,8 @@ def _members(value: Any, words: Words) -> dict[Any, Any]:
         return _attributes_of(value)
     if type(value) in (list, tuple):
         return dict(enumerate(value[:100]))
+    if isinstance(value, partial):
+        return {"func": value.func, **dict(enumerate(value.args)), **value.keywords}
     if isinstance(value, Mapping):
         return {word: value[word] for word in words if word in value}
     if not _is_users(value if inspect.ismodule(value) or isinstance(value, type) else type(value)):
