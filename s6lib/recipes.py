@@ -103,7 +103,7 @@ def as_python(value: Any) -> Any:
     """Turn a number of numpy, for example from np.logspace, into a number of Python, in a partial too."""
     parts = pieces(value) if isinstance(value, partial | tuple) else [value]
     known = {id(one): one.item() if isinstance(one, np.generic) else one for one in parts}
-    # A deep copy takes what it knows as it is.
+    # deepcopy keeps what its memo holds.
     return deepcopy(value, known) if any(isinstance(one, np.generic) for one in parts) else value
 
 

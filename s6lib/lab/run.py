@@ -119,7 +119,7 @@ def set_up(run: Run, data: Data, device: torch.device) -> Setup:
 def _on_device(loss: Any, device: torch.device) -> Any:
     """Copy a loss, with its tensors, such as class weights, on a device."""
     moved = {id(one): deepcopy(one).to(device) if isinstance(one, nn.Module | Tensor) else one for one in pieces(loss)}
-    return deepcopy(loss, moved)  # a deep copy takes what it knows as it is
+    return deepcopy(loss, moved)  # which keeps what its memo holds
 
 
 def _modules_in(loss: Loss) -> nn.ModuleList:

@@ -73,12 +73,12 @@ def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
         mentioned |= words
     owner = thing.__self__ if inspect.ismethod(thing) else thing
     if owner is not kind:
-        attributes = {type(owner).__name__: type(owner), **_attributes_of(owner)}
+        attributes = {type(owner).__name__: type(owner), **_public_attributes(owner)}
         names += [(name, value, mentioned) for name, value in attributes.items()]
     return names
 
 
-def _attributes_of(owner: Any) -> dict[str, Any]:
+def _public_attributes(owner: Any) -> dict[str, Any]:
     attributes = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
     return {name: value for name, value in attributes.items() if name[0] != "_" and name != "training"}
 
@@ -86,7 +86,7 @@ def _attributes_of(owner: Any) -> dict[str, Any]:
 def _members(value: Any, words: Words) -> dict[Any, Any]:
     """What an object, such as one of settings, holds under these names, and under those that its methods mention."""
     if isinstance(value, nn.Module):
-        return _attributes_of(value)
+        return _public_attributes(value)
     if type(value) in (list, tuple):
         return dict(enumerate(value[:100]))
     if isinstance(value, partial):
@@ -97,7 +97,7 @@ def _members(value: Any, words: Words) -> dict[Any, Any]:
         return {word: vars(value)[word] for word in words if word in getattr(value, "__dict__", {})}
     members, todo = {}, list(map(str, words))
     for word in todo:  # which grows
-        (member,) = _unwrap([inspect.getattr_static(value, word, None)])
+        member = _unwrap(inspect.getattr_static(value, word, None))
         if inspect.isfunction(member):
             todo += [more for more in map(str, _words_in(member)) if more not in todo]
         is_stored = inspect.ismemberdescriptor(member) or isinstance(value, tuple)  # of slots, or a named tuple
@@ -147,16 +147,16 @@ def _kind_of(thing: Any) -> Any:
 
 def _functions_of(kind: Any) -> list[FunctionType]:
     """The user's methods and properties of a class; of a function, itself; and what these decorate."""
-    members = _unwrap(vars(kind).values() if isinstance(kind, type) else [kind])
+    members = list(map(_unwrap, vars(kind).values() if isinstance(kind, type) else [kind]))
     for one in members:  # which grows
         members += [one.__wrapped__] if callable(one) and hasattr(one, "__wrapped__") else []
     functions = [one for one in members if inspect.isfunction(one) and not is_installed(one.__code__.co_filename)]
     return [one for one in functions if one is kind or one.__code__.co_filename != "<string>"]  # as of dataclasses
 
 
-def _unwrap(members: Iterable[Any]) -> list[Any]:
-    """The functions inside properties and methods, and all else as it is."""
-    return [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in members]
+def _unwrap(member: Any) -> Any:
+    """The function inside a property or a method; anything else as it is."""
+    return member.fget if isinstance(member, property) else getattr(member, "__func__", member)
 
 
 def source_of(thing: Any) -> str | None:
