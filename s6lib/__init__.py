@@ -20,31 +20,21 @@ The machinery in `lab`, which a reader of the notebooks need not open: `launch` 
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from s6lib.data import Augmentation, ImageDataset, batches, load_mnist
-    from s6lib.errors import S6Error
-    from s6lib.lab.launch import run_study
-    from s6lib.models import BottleneckNet, PlainNet, SeparableNet
-    from s6lib.norm import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
-    from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe
-    from s6lib.study import Study
-    from s6lib.train import evaluate, l1_l2_penalty, predict, train_epoch
+from s6lib.data import Augmentation, ImageDataset, batches, load_mnist
+from s6lib.errors import S6Error
+from s6lib.lab.launch import run_study
+from s6lib.models import BottleneckNet, PlainNet, SeparableNet
+from s6lib.norm import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from s6lib.recipes import ALL_CONDITIONS, BOTTLENECK, CONDITIONS, CONTROL, PLAIN, Condition, Recipe
+from s6lib.study import Study
+from s6lib.train import evaluate, l1_l2_penalty, predict, train_epoch
 
-_HOMES = {
-    "data": "Augmentation ImageDataset batches load_mnist",
-    "errors": "S6Error",
-    "lab.launch": "run_study",
-    "models": "BottleneckNet PlainNet SeparableNet",
-    "norm": "GhostBatchNorm GhostBatchNorm1d GhostBatchNorm2d GhostBatchNorm3d",
-    "recipes": "ALL_CONDITIONS BOTTLENECK CONDITIONS CONTROL PLAIN Condition Recipe",
-    "study": "Study",
-    "train": "evaluate l1_l2_penalty predict train_epoch",
-}
-_NAMES = {name: module for module, names in _HOMES.items() for name in names.split()}
-_MODULES = ("analysis", "data", "errors", "models", "norm", "plots", "recipes", "statistics", "study", "train")
-__all__ = [*sorted(_NAMES), *_MODULES]
+__all__ = ["ALL_CONDITIONS", "BOTTLENECK", "CONDITIONS", "CONTROL", "PLAIN", "S6Error"]
+__all__ += ["Augmentation", "BottleneckNet", "Condition", "ImageDataset", "PlainNet", "Recipe", "SeparableNet", "Study"]
+__all__ += ["GhostBatchNorm", "GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
+__all__ += ["batches", "evaluate", "l1_l2_penalty", "load_mnist", "predict", "run_study", "train_epoch"]
 
 try:
     __version__ = version("s6lib")
@@ -52,14 +42,8 @@ except PackageNotFoundError:  # on the path, but not installed
     __version__ = "unknown"
 
 
-def __getattr__(name: str) -> Any:
-    """Import a name on first use: importing torch takes seconds, and `--help` does not need it."""
-    if name in _MODULES:
+def __getattr__(name: str) -> ModuleType:
+    """Import on first use what takes seconds to import and what training does not need."""
+    if name in ("analysis", "plots", "statistics"):
         return import_module(f"s6lib.{name}")
-    if name in _NAMES:
-        return getattr(import_module(f"s6lib.{_NAMES[name]}"), name)
     raise AttributeError(f"module 's6lib' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from s6lib import analysis, plots
 from s6lib.errors import RunsFailed, S6Error, StudyError
-
-if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
-    from s6lib.recipes import Condition, Recipe
-    from s6lib.study import Study
+from s6lib.lab.launch import run_study
+from s6lib.lab.workers import dask_executor
+from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES, Condition, Recipe, name_of
+from s6lib.statistics import condition_statistics, paired_comparisons
+from s6lib.study import Study, recipes_in
 
 DESCRIPTION = """\
 Train a 10k-parameter network on MNIST under five conditions (L1, L2, both, Ghost BatchNorm, all three) and compare.
@@ -30,7 +32,6 @@ Train a 10k-parameter network on MNIST under five conditions (L1, L2, both, Ghos
 
 Give the same command again to resume a stopped run from its last complete epoch.
 """
-SLUGS = "l1-bn, l2-bn, l1-l2-bn, gbn, l1-l2-gbn, bn, gbn-2, gbn-8, gbn-16, gbn-32"  # importing them takes seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,10 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train (the default), then report")
     add, recipe = run.add_argument, run.add_mutually_exclusive_group()
     recipe.add_argument("--study", metavar="FILE.py", help="a file that defines your own RECIPE and CONDITIONS")
-    recipe.add_argument(
-        "--recipe", choices=("plain", "bottleneck"), default="plain", help="the network (default: plain)"
-    )
-    which = f"which to train: {SLUGS} (default: the first five), or those of your study file"
+    recipe.add_argument("--recipe", choices=RECIPES, default="plain", help="the network (default: plain)")
+    which = f"which to train: {', '.join(ALL_CONDITIONS)} (default: the first five), or those of your study file"
     add("--conditions", nargs="+", metavar="SLUG", help=which)
     add("--seeds", nargs="+", type=int, default=[1], metavar="K", help="one run each (default: 1)")
     add("--epochs", type=int, metavar="N", help="passes over the training images (default: 25)")
@@ -74,10 +73,8 @@ def _scheduler_address(address: str) -> str:
     return address.replace("dask", "tcp", 1)
 
 
-def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
+def read_study_file(file: str) -> tuple[Recipe, list[Condition]]:
     """Return RECIPE and CONDITIONS of a study file. Raises StudyError if it cannot be read or does not define them."""
-    from s6lib.recipes import Condition, Recipe
-
     path = Path(file)
     # A prefix, so that a file called random.py does not replace Python's module.
     spec = importlib.util.spec_from_file_location("s6lib_study_" + re.sub(r"\W", "_", path.stem), path)
@@ -98,10 +95,6 @@ def read_study_file(file: str) -> tuple["Recipe", list["Condition"]]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from s6lib.lab.launch import run_study
-    from s6lib.lab.workers import dask_executor
-    from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES
-
     recipe, conditions, choices = RECIPES[arguments.recipe], list(CONDITIONS), ALL_CONDITIONS
     if arguments.study is not None:
         recipe, conditions = read_study_file(arguments.study)
@@ -119,8 +112,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report_all(arguments: argparse.Namespace) -> None:
-    from s6lib.study import Study, recipes_in
-
     if arguments.study is not None:
         studies = [Study(arguments.dir, *read_study_file(arguments.study))]
     else:
@@ -129,22 +120,18 @@ def _report_all(arguments: argparse.Namespace) -> None:
         _report(study, arguments.images)
 
 
-def _report(study: "Study", images: str | None = None) -> None:
+def _report(study: Study, images: str | None = None) -> None:
     """Print the tables of a study and draw its figures: curves, a model's errors and, with two seeds, comparisons."""
-    from s6lib import plots
-    from s6lib.analysis import misclassified, result_table
-    from s6lib.recipes import name_of
-
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
-    print(f"{title} ({name})\n{result_table(study).to_string(index=False)}\n")
+    print(f"{title} ({name})\n{analysis.result_table(study).to_string(index=False)}\n")
     title += " (held-out images)" if study.recipe.held_out else ""
     figures = {"accuracy": plots.plot_accuracy(history, title), "loss": plots.plot_loss(history, title)}
     slug = "gbn" if "gbn" in study.conditions else next(iter(study.conditions))
     with suppress(StudyError):  # without --study, the user's own model has only a name
         model, test = study.model(slug), study.data[1]
         heading = f"{title}, {study.labels[slug]}"
-        figures[f"misclassified_{slug}"] = plots.plot_misclassified(misclassified(model, test), test, heading)
+        figures[f"misclassified_{slug}"] = plots.plot_misclassified(analysis.misclassified(model, test), test, heading)
     figures |= _compare(study, title)
     for kind, figure in figures.items():
         path = Path(images or study.folder / "images").expanduser() / f"{name}_{kind}.png"
@@ -152,11 +139,8 @@ def _report(study: "Study", images: str | None = None) -> None:
         print(path)
 
 
-def _compare(study: "Study", title: str) -> dict[str, Any]:
+def _compare(study: Study, title: str) -> dict[str, Any]:
     """Print means and differences, and return their figures, if all conditions share at least two seeds."""
-    from s6lib import plots
-    from s6lib.statistics import condition_statistics, paired_comparisons
-
     try:
         outcomes = study.outcomes()
     except ValueError as error:  # some condition lacks a seed

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from s6lib.__main__ import SLUGS, main
+from s6lib.__main__ import main
 from s6lib.data import DataError
 from s6lib.recipes import ALL_CONDITIONS
 
@@ -94,8 +94,9 @@ def test_help_names_the_commands_and_the_conditions(capsys):
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code == 0
-    assert "python -m s6lib report results" in capsys.readouterr().out
-    assert SLUGS.split(", ") == list(ALL_CONDITIONS)
+    help = capsys.readouterr().out
+    assert "python -m s6lib report results" in help
+    assert all(slug in "".join(help.split()) for slug in ALL_CONDITIONS)
 
 
 OWN = """
