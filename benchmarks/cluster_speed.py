@@ -12,17 +12,13 @@ from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
-import torch
 from distributed import Client, LocalCluster
 from loky import ProcessPoolExecutor
 
-from s6lib.lab.files import serialise
 from s6lib.lab.launch import run_study
-from s6lib.lab.record import COLUMNS
-from s6lib.lab.run import RunResult
-from s6lib.lab.trial import pack
-from s6lib.recipes import CONTROL, PLAIN, Run, build_model
+from s6lib.lab.run import train_run
+from s6lib.lab.source import pack
+from s6lib.recipes import CONTROL, PLAIN, Run
 
 ROUNDS, RUNS = 3, 1_000
 RECIPE = replace(PLAIN, epochs=1, train_images=30_000)
@@ -55,22 +51,16 @@ def growth(workers_of: type | object) -> float:
     return seconds[0] / seconds[1]
 
 
-def finished_run() -> RunResult:
-    """What a run of 25 epochs sends back."""
-    weights = serialise(lambda file: torch.save(build_model(PLAIN, CONTROL).state_dict(), file))
-    history = [dict.fromkeys(COLUMNS, float(epoch)) for epoch in range(25)]
-    machines = [{"torch": str(torch.__version__)}]
-    return RunResult(None, history, weights, np.zeros(10_000, np.uint8), machines)
-
-
 def seconds_a_run() -> float:
     """The whole cost of sending 1,000 runs out and fetching them back, a run: in place of training, an unpickling."""
-    result, futures = pickle.dumps(finished_run()), []
+    run = Run(PLAIN, CONTROL, 1)
+    short = replace(run, recipe=replace(PLAIN, train_images=64))
+    result, futures = pickle.dumps(train_run(short)), []
     with dask_workers(2) as executor:
         list(executor.map(pickle.loads, [result] * 10))
         begun = time.perf_counter()
         for seed in range(RUNS):
-            pack((Run(PLAIN, CONTROL, seed),), [])  # which the real one sends
+            pack(replace(run, seed=seed), [])  # which the real one sends
             futures.append(executor.submit(pickle.loads, result))
         assert sum(1 for _ in as_completed(futures)) == RUNS
         return (time.perf_counter() - begun) / RUNS

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from loky import cpu_count, get_reusable_executor
@@ -65,10 +66,11 @@ def usual_recipe(loader_processes: int) -> float:
 def one_run(slug: str) -> tuple[float, float]:
     """Images a second of a run of the study, and the peak memory of its process in GB."""
     with TemporaryDirectory() as folder:
-        (row,) = train_run(Run(SHORT, ALL_CONDITIONS[slug], 1), Path(folder), DEVICE).history
+        train_run(Run(SHORT, ALL_CONDITIONS[slug], 1), Path(folder), DEVICE)
+        seconds = pd.read_csv(f"{folder}/history.csv")["seconds"].item()
     # Linux's own figure: the one of getrusage remembers the process that started this one.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return IMAGES / row["seconds"], int(peak[1]) / 1e6
+    return IMAGES / seconds, int(peak[1]) / 1e6
 
 
 def whole_study() -> tuple[float, float]:

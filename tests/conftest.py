@@ -1,4 +1,5 @@
 import gc
+import io
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from s6lib import recipes
 from s6lib.data import PROJECT, load_mnist
 from s6lib.lab.launch import run_study
+from s6lib.lab.run import RunResult
 from s6lib.recipes import CONDITIONS, PLAIN, Condition
 from s6lib.study import Study
 
@@ -99,6 +102,10 @@ def _alike():
 @pytest.fixture(scope="session")
 def mnist():
     return load_mnist()
+
+
+def history_of(result: RunResult) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(result.files["history.csv"]))
 
 
 @contextmanager

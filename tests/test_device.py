@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, ONCE, commit_all
+from conftest import GBN, ONCE, commit_all, history_of
 from test_run import assert_same_run
 from torch import nn
 
@@ -42,7 +42,8 @@ def settings() -> list:
 def test_a_callers_settings_and_modes_change_nothing_and_come_back():
     torch.manual_seed(1)
     before, undisturbed, mixed = settings(), train_run(RUN), train_run(MIXED)
-    assert mixed.history[1]["train_loss"] < 0.8 * mixed.history[0]["train_loss"]
+    losses = history_of(mixed)["train_loss"]
+    assert losses[1] < 0.8 * losses[0]
     with ExitStack() as disturbed:
         for change, value, usual in (
             (torch.set_default_dtype, torch.float64, torch.float32),
@@ -62,7 +63,7 @@ def test_a_callers_settings_and_modes_change_nothing_and_come_back():
                 assert_same_run(train_run(MIXED), mixed)
             assert settings() == theirs
     assert settings() == before
-    assert train_run(Run(ONCE, GBN, 2)).history != undisturbed.history
+    assert train_run(Run(ONCE, GBN, 2)).files["weights.pt"] != undisturbed.files["weights.pt"]
 
 
 NEWER = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such interface")

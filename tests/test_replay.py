@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import L1_BN, TINY, Operations
+from conftest import L1_BN, TINY, Operations, history_of
 from test_run import Stopped
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -106,7 +106,8 @@ def trained(run, **how):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recipe, "learning_rates", rounded)
         result = train_run(run, **how)
-    return [{**row, "seconds": 0} for row in result.history], result.weights, result.predictions.tolist()
+    history = history_of(result).drop(columns="seconds").to_dict("records")
+    return history, result.files["weights.pt"], result.files["predictions.npy"]
 
 
 def step_by_step(run, **how):

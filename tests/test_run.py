@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GBN, L1_BN, TINY, evaluation_on_few_digits
+from conftest import GBN, L1_BN, TINY, evaluation_on_few_digits, history_of
 from torch import nn
 from torchvision.transforms import v2
 
 import s6lib.lab.run
 from s6lib.data import ImageDataset
 from s6lib.errors import RunError, SettingError
-from s6lib.lab.device import CPU, reproducible
-from s6lib.lab.files import is_complete, read_about, read_checkpoint, write_checkpoint
-from s6lib.lab.run import _build_average, _on_device, save_run, set_up, train_run
+from s6lib.lab.device import CPU, machine, reproducible
+from s6lib.lab.files import is_complete, read_about, read_checkpoint, write_checkpoint, write_results
+from s6lib.lab.record import identity
+from s6lib.lab.run import _build_average, _on_device, set_up, train_run
 from s6lib.models import PlainNet
 from s6lib.recipes import CONTROL, Recipe, Run, load_images
 from s6lib.train import memory_format
@@ -34,10 +35,9 @@ class Stopped(BaseException):
 
 
 def assert_same_run(a, b):
-    for row, other in zip(a.history, b.history, strict=True):
-        assert {**row, "seconds": 0} == {**other, "seconds": 0}
-    assert a.weights == b.weights
-    assert np.array_equal(a.predictions, b.predictions)
+    assert history_of(a).drop(columns="seconds").equals(history_of(b).drop(columns="seconds"))
+    for name in ("weights.pt", "predictions.npy"):
+        assert a.files[name] == b.files[name]
 
 
 def train_watched(run, folder=None, stop=10**6, steps=None):
@@ -76,7 +76,7 @@ def test_conditions_of_a_seed_share_batches_but_not_results():
     for (images, labels), (same, same_labels) in zip(batches, others, strict=True):
         assert torch.equal(images, same)
         assert torch.equal(labels, same_labels)
-    assert penalised.history != ghosts.history
+    assert not history_of(penalised)["train_loss"].equals(history_of(ghosts)["train_loss"])
 
 
 # --- a stop ----------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_stopped_run_ends_as_if_never_stopped(run, tmp_path, undisturbed):
     """Stopped at the end of its first epoch, and, gone on, in the middle of its second."""
     first_steps = {"learning rates": "a digest", "steps": [{"loss": 2.3}]}  # as of a run with the user's code
     whole = undisturbed if run.recipe is TINY else train_run(run)
-    assert [row["lr"] for row in whole.history] == [run.recipe.learning_rates(epoch)[0] for epoch in (1, 2)]
+    assert list(history_of(whole)["lr"]) == pytest.approx([run.recipe.learning_rates(epoch)[0] for epoch in (1, 2)])
     for stop in (10, 5):
         with pytest.raises(Stopped):
             train_watched(run, tmp_path, stop, first_steps)
@@ -147,9 +147,10 @@ def test_a_stopped_run_ends_as_if_never_stopped(run, tmp_path, undisturbed):
 
 def test_held_out_images_are_judged(mnist):
     trained = train_run(Run(replace(CYCLE, epochs=1, train_images=64), GBN, 1))
-    right = (torch.from_numpy(trained.predictions) == mnist[0].labels[50_000:50_500]).float().mean()
-    assert trained.history[-1]["val_accuracy"] == pytest.approx(float(right))
-    assert trained.predictions.dtype == np.uint8
+    predictions = np.load(io.BytesIO(trained.files["predictions.npy"]))
+    right = (torch.from_numpy(predictions) == mnist[0].labels[50_000:50_500]).float().mean()
+    assert history_of(trained)["val_accuracy"].iloc[-1] == pytest.approx(float(right))
+    assert predictions.dtype == np.uint8
 
 
 def test_a_damaged_checkpoint_falls_back_and_one_of_another_run_is_refused(undisturbed, tmp_path, capfd):
@@ -169,16 +170,17 @@ def test_a_finished_folder_holds_four_files_and_the_machines_that_trained(undist
     run = Run(TINY, GBN, 1)
     train_run(run, tmp_path)
     assert not is_complete(tmp_path)
-    elsewhere = {**undisturbed.machines[0], "host": "elsewhere", "core": "another"}
+    elsewhere = {**machine(CPU), "host": "elsewhere", "core": "another"}
     monkeypatch.setattr(s6lib.lab.run, "machine", lambda device: elsewhere)
-    save_run(tmp_path, run, train_run(run, tmp_path))
+    trained = train_run(run, tmp_path)
+    write_results(tmp_path, identity(run) | trained.about, trained.files)
     assert is_complete(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "history.csv", "weights.pt", "predictions.npy"}
     about = read_about(tmp_path)
     assert (about["condition"]["slug"], about["seed"], about["torch"]) == ("gbn", 1, torch.__version__)
-    assert (about["host"], about["earlier"][0]["host"]) == ("elsewhere", undisturbed.machines[0]["host"])
+    assert (about["host"], about["earlier"][0]["host"]) == ("elsewhere", undisturbed.about["host"])
     assert re.search(r"L2 unified \d+K", about["earlier"][0]["core"]) or not Path("/sys/devices/system/cpu").exists()
-    assert (tmp_path / "weights.pt").read_bytes() == undisturbed.weights
+    assert (tmp_path / "weights.pt").read_bytes() == undisturbed.files["weights.pt"]
 
 
 def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(undisturbed, tmp_path, monkeypatch):
@@ -190,7 +192,7 @@ def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(undisturbed, tmp_path,
 
     original, run = s6lib.lab.run.train_epoch, Run(TINY, GBN, 1)
     done, folder = tmp_path / "done", tmp_path / "run"
-    save_run(done, run, undisturbed)
+    write_results(done, identity(run) | undisturbed.about, undisturbed.files)
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", completed_meanwhile)
     for _ in range(2):  # in its first epoch, and before it
         assert_same_run(train_run(run, folder), undisturbed)
@@ -260,7 +262,7 @@ def test_the_schedule_scales_each_groups_own_rate_and_that_of_the_first_is_recor
     setup = set_up_of(recipe)
     rates = [[group["lr"] for group in setup.optimizer.param_groups] for _ in setup.batches(2, torch.Generator())]
     assert rates == [pytest.approx([share * 0.4, share * 0.03]) for share in (0.5, 0.375, 0.25, 0.125)]
-    assert [row["lr"] for row in train_run(Run(recipe, CONTROL, 1)).history] == pytest.approx([0.4, 0.2])
+    assert list(history_of(train_run(Run(recipe, CONTROL, 1)))["lr"]) == pytest.approx([0.4, 0.2])
 
 
 def test_the_moving_average_is_what_is_judged_and_saved():
@@ -273,7 +275,7 @@ def test_the_moving_average_is_what_is_judged_and_saved():
             seen.append([weights.detach().clone() for weights in self.param_groups[0]["params"]])
 
     run = Run(replace(TINY, epochs=1, train_images=192, ema=0.5, optimizer=Noted), GBN, 1)
-    state = torch.load(io.BytesIO(train_run(run).weights))
+    state = torch.load(io.BytesIO(train_run(run).files["weights.pt"]))
     for name, first, second, third in zip(dict(PlainNet().named_parameters()), *seen, strict=True):
         assert torch.allclose(state[name], first / 4 + second / 4 + third / 2, atol=1e-6)
     assert {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")} == {3}
@@ -361,7 +363,7 @@ def test_all_layers_of_networks_of_every_kind_are_trained(kind):
     recipe = Recipe("r", KINDS[kind], epochs=1, train_images=640)
     before = set_up_of(recipe).model.state_dict()
     trained = train_run(Run(recipe, CONTROL, 1))
-    after = torch.load(io.BytesIO(trained.weights))
+    after = torch.load(io.BytesIO(trained.files["weights.pt"]))
     assert after.keys() == before.keys()
     assert not [name for name, value in after.items() if torch.equal(value, before[name])]
-    assert np.isfinite(trained.history[0]["train_loss"])
+    assert np.isfinite(history_of(trained)["train_loss"][0])

@@ -1,5 +1,6 @@
 """Where runs go: real Dask schedulers and workers, some of them killed, and what a driver then says."""
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import cloudpickle
+import pandas as pd
 import pytest
 import torch
 from conftest import DEADLY, GBN, L1_BN, ONCE, TINY, bounded
@@ -180,11 +182,11 @@ def test_what_is_ones_own_travels_by_value(tmp_path):
     task.write_bytes(pickle.dumps((_packed(task_of(runs, tmp_path)), 1)))
     script = (
         "import pickle, sys; from s6lib.lab.workers import train_packed\n"
-        "print(round(train_packed(*pickle.load(open(sys.argv[1], 'rb'))).history[0]['penalty'], 6))"
+        "print(train_packed(*pickle.load(open(sys.argv[1], 'rb'))).files['history.csv'].decode())"
     )
     arguments = [sys.executable, "-c", script, str(task)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd="/", check=True)
-    assert done.stdout == "0.5\n"
+    assert pd.read_csv(io.StringIO(done.stdout))["penalty"].tolist() == pytest.approx([0.5])
     assert cloudpickle.list_registry_pickle_by_value() == set()
     assert not (tmp_path / "plain").exists()
 

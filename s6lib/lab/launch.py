@@ -15,10 +15,10 @@ from filelock import FileLock, Timeout
 
 from s6lib.errors import RunsFailed, Stopped, StudyError
 from s6lib.lab.device import CPU, reproducible
-from s6lib.lab.files import is_complete, read_about, read_checkpoint, run_folders
+from s6lib.lab.files import is_complete, read_about, read_checkpoint, run_folders, write_results
 from s6lib.lab.progress import progress
 from s6lib.lab.record import differences, identity, read_condition, require_same
-from s6lib.lab.run import Data, save_run, set_up
+from s6lib.lab.run import Data, set_up
 from s6lib.lab.trial import error_prefix, first_steps
 from s6lib.lab.workers import Outcome, Task, resolve_device, train_here, train_with
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, PLAIN, RECIPES, Condition, Recipe, Run, load_images, short
@@ -113,7 +113,7 @@ def _save(folder: Path, run: Run, outcome: Outcome) -> str | None:
     if isinstance(outcome, str):
         return outcome
     try:
-        save_run(folder, run, outcome)
+        write_results(folder, identity(run) | outcome.about, outcome.files)
     except OSError as error:
         return f"{run}: {type(error).__name__}: {error}"
     return None

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from s6lib.data import ImageDataset, batches
 from s6lib.errors import RunError, SettingError
 from s6lib.lab.device import keep_freed_memory, machine, reproducible, seed_everything
-from s6lib.lab.files import is_complete, read_checkpoint, serialise, write_checkpoint, write_results, write_whole
+from s6lib.lab.files import is_complete, read_checkpoint, serialise, write_checkpoint, write_whole
 from s6lib.lab.record import COLUMNS, differences, identity, is_library
 from s6lib.lab.replay import records_steps, train_recorded
 from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images, pieces
@@ -78,20 +78,16 @@ class Setup(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """The result of training.
+    """The result of training, ready to be written to the run's folder; bytes travel much faster than tensors.
 
-    first_steps: the record of the first steps as JSON, for a run with the user's code (see trial.py).
-    history: one row per epoch, with the keys COLUMNS; accuracies from 0 to 1, seconds of training alone.
-    weights: the state_dict, on the CPU, as torch.save writes it; bytes travel much faster than tensors.
-    predictions: uint8 (N,), the class of each test image.
-    machines: the starts, in order: device, processor, library versions, host, process, commit and time.
+    about: the entries of run.json beside the settings, whose source is known where the run was asked for: first steps,
+        the last start (device, processor, library versions, host, process, commit, time), earlier ones, and seconds.
+    files: the content of the other files, by name: history.csv, with the columns COLUMNS; weights.pt, the state_dict,
+        on the CPU, as torch.save writes it; predictions.npy, uint8 (N,), the class of each test image.
     """
 
-    first_steps: dict[str, Any] | None
-    history: History
-    weights: bytes
-    predictions: np.ndarray
-    machines: list[dict[str, Any]]
+    about: dict[str, Any]
+    files: dict[str, bytes]
 
 
 def set_up(run: Run, data: Data, device: torch.device) -> Setup:
@@ -193,7 +189,15 @@ def train_run(
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         predictions = predict(setup.final_model, setup.test).to("cpu", torch.uint8).numpy()
-        return RunResult(steps, history, serialise_weights(setup.final_model), predictions, machines)
+    *earlier, last = machines
+    about = ({} if steps is None else {"first_steps": steps}) | last | ({"earlier": earlier} if earlier else {})
+    about["seconds"] = round(sum(row["seconds"] for row in history), 1)
+    files = {
+        "predictions.npy": serialise(lambda file: np.save(file, predictions)),
+        "weights.pt": serialise_weights(setup.final_model),
+        "history.csv": _history_csv(history),
+    }
+    return RunResult(about, files)
 
 
 def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
@@ -221,19 +225,6 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
         ) from None
     rate = setup.rate_of(setup.optimizer.param_groups[0], rates[0])
     return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True))
-
-
-def save_run(folder: Path, run: Run, result: RunResult) -> None:
-    """Write a finished run to its folder."""
-    *earlier, last = result.machines
-    about = {**identity(run, result.first_steps), **last, **({"earlier": earlier} if earlier else {})}
-    about["seconds"] = round(sum(row["seconds"] for row in result.history), 1)
-    results = {
-        "predictions.npy": serialise(lambda file: np.save(file, result.predictions)),
-        "weights.pt": result.weights,
-        "history.csv": _history_csv(result.history),
-    }
-    write_results(folder, about, results)
 
 
 def _resume(folder: Path, run: Run, steps: dict[str, Any] | None, setup: Setup) -> dict[str, Any]:
