@@ -220,12 +220,10 @@ def panels(width: float, height: float, count: int, title: str = "") -> list[Axe
     return list(grid[:count])
 
 
-def plot_digits(
-    images: Tensor, titles: Sequence[str], columns: int, title: str = "", rows: Sequence[str] = ()
-) -> Figure:
+def plot_digits(images: Tensor, titles: Sequence[str], columns: int, title: str = "") -> Figure:
     """Draw grey-level images (N, H, W) in a grid, ink on paper, each under its title.
 
-    `rows` names the rows. Raises ValueError if there are not as many titles as images.
+    Raises ValueError if there are not as many titles as images.
     """
     if len(titles) != len(images):
         raise ValueError(f"{len(images)} images need as many titles, not {len(titles)}")
@@ -238,8 +236,6 @@ def plot_digits(
     with rc_context(STYLE):
         bare: dict[str, Any] = {"frame_on": False, "xticks": [], "yticks": []}
         grid = figure.subplots(count, columns, squeeze=False, subplot_kw=bare).ravel()
-        for axes, name in zip(grid[::columns], rows, strict=False):
-            axes.text(-0.1, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=10)
         for axes, image, text in zip(grid, images, titles, strict=False):
             axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
             axes.set_title(text, fontsize=size)
