@@ -120,10 +120,6 @@ def predict(model: nn.Module, dataset: Any) -> Tensor:
 
 def evaluate(model: nn.Module, dataset: Any) -> Evaluation:
     """Compute the mean cross-entropy and the accuracy (0 to 1) of a model on all images of a data set."""
-    logits, labels = _answer(model, dataset)
-    return score(logits, torch.cat(list(labels)).to(logits.device))
-
-
-def score(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Compute the mean cross-entropy and the accuracy (0 to 1) of logits (N, C), given the labels (N,)."""
+    logits, parts = _answer(model, dataset)
+    labels = torch.cat(list(parts)).to(logits.device)
     return Evaluation(float(F.cross_entropy(logits, labels)), int((logits.argmax(1) == labels).sum()) / len(labels))

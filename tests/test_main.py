@@ -78,7 +78,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("broken", "error", "said"),
     [
-        ("s6lib.lab.run.predict_logits", ArithmeticError("no"), "complete:\nGBN (gbn), seed 1: ArithmeticError: no\n"),
+        ("s6lib.lab.run.evaluate", ArithmeticError("no"), "complete:\nGBN (gbn), seed 1: ArithmeticError: no\n"),
         ("s6lib.recipes.load_data", DataError("archive missing"), "python -m s6lib: archive missing\n"),
     ],
 )

@@ -21,7 +21,7 @@ from s6lib.lab.files import is_complete, read_checkpoint, serialise, write_check
 from s6lib.lab.record import COLUMNS, differences, identity, is_library
 from s6lib.lab.replay import records_steps, train_recorded
 from s6lib.recipes import Loss, Recipe, Run, as_python, build_model, load_images, pieces
-from s6lib.train import Training, memory_format, predict, predict_logits, score, train_epoch
+from s6lib.train import Training, evaluate, memory_format, predict, train_epoch
 
 History = list[dict[str, float]]
 Data = tuple[ImageDataset, ImageDataset]
@@ -216,7 +216,7 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
         recorded = run.is_built_in and records_steps(device)
         training = train_recorded(train, setup.parts, rates, device) if recorded else train()
         seconds = time.perf_counter() - start
-        test = score(predict_logits(setup.final_model, setup.test), setup.test.labels)
+        test = evaluate(setup.final_model, setup.test)
         if not np.isfinite(test.loss):  # the last step's update was too large
             raise FloatingPointError
     except FloatingPointError:

@@ -66,11 +66,11 @@ from s6lib.data import load_mnist
 train, test = load_mnist()
 test = test.part(slice(1000))
 s6lib.lab.run.load_images = lambda *data: (train, test)
-peaks, predict_logits = [], s6lib.lab.run.predict_logits
+peaks, evaluate = [], s6lib.lab.run.evaluate
 def spied(*arguments):
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return predict_logits(*arguments)
-s6lib.lab.run.predict_logits = spied
+    return evaluate(*arguments)
+s6lib.lab.run.evaluate = spied
 s6lib.lab.run.train_run(s6lib.lab.run.Run(replace(PLAIN, train_images=640), CONDITIONS[0], 1))
 print(peaks[5], peaks[-1])
 """
