@@ -124,7 +124,7 @@ SOURCE = "def penalty(model):\n    return 2 * model.sum()\n"
 @pytest.mark.parametrize(
     ("source", "edited", "differs"),
     [
-        (SOURCE, "    def penalty(model):\n\n        return (2 * model.sum())  # as before\n", False),
+        (SOURCE, "    def penalty(model):\n        'Twice.'\n        return (2 * model.sum())  # as before\n", False),
         (SOURCE, SOURCE.replace("2", "3"), True),
         (SOURCE, None, False),  # as typed at a prompt
         ("lambda x: x > 0.5", "lambda x: x > 0.6", True),

@@ -68,7 +68,7 @@ def scaled(factor):
     return lambda function: wraps(function)(lambda model: factor * function(model))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scaled:
     weight: float
 
@@ -82,7 +82,7 @@ def cached(size):
 
 
 Point = namedtuple("Point", ["limit", "other"])
-LIMIT, LIMITS, POINT, ALL = Limit(30.0), (30.0, np.float32(31.0)), Point(30.0, 1.0), [deeper, helper]
+LIMIT, LIMITS, POINT, ALL = Limit(30.0), (np.array([30.0]), np.float32(31.0)), Point(30.0, 1.0), [deeper, helper]
 PART, EPOCHS = partial(scaled, factor=0.1), {21, 20}
 NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
 
@@ -92,7 +92,7 @@ NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
     [
         (LIMIT.penalty, {"most": 30.0, "Limit.LATE": 0.3}),
         (lambda model: LIMIT.penalty(model), {"LIMIT.most": 30.0, "LIMIT.share.LATE": 0.3}),
-        (lambda model: LIMITS[0], {"LIMITS": [30.0, 31.0]}),
+        (lambda model: LIMITS[0], {"LIMITS": [[30.0], 31.0]}),
         (lambda model: POINT.limit, {"POINT.limit": 30.0}),
         (scaled(0.1)(deeper), {"factor": 0.1, "LATE": 0.3}),
         (lambda model: NESTED["loss"]["limit"].most, {"NESTED.loss.limit.most": 30.0}),

@@ -13,7 +13,7 @@ from typing import Any
 
 from s6lib import models
 from s6lib.errors import SettingError, StudyError
-from s6lib.lab.source import source_of, what_is_read
+from s6lib.lab.source import public_attributes, source_of, what_is_read
 from s6lib.recipes import Condition, Recipe, Run, name_of, pieces
 
 _CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
@@ -71,9 +71,8 @@ def setting_entry(value: Any) -> Any:
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        attributes = {**vars(value), **vars(value).get("_modules", {})}
-        settings = {name: setting_entry(one) for name, one in attributes.items() if name[0] != "_"}
-        return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": settings}
+        arguments = setting_entry(public_attributes(value))
+        return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": arguments}
     reads = what_is_read(value)
     return {"name": name_of(value), "source": source_of(value)} | ({"reads": reads} if reads else {})
 

@@ -73,20 +73,24 @@ def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
         mentioned |= words
     owner = thing.__self__ if inspect.ismethod(thing) else thing
     if owner is not kind:
-        attributes = {type(owner).__name__: type(owner), **_public_attributes(owner)}
+        attributes = {type(owner).__name__: type(owner), **public_attributes(owner)}
         names += [(name, value, mentioned) for name, value in attributes.items()]
     return names
 
 
-def _public_attributes(owner: Any) -> dict[str, Any]:
-    attributes = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
+def public_attributes(owner: Any) -> dict[str, Any]:
+    """The public attributes of an object, slots and a module's layers included."""
+    kinds = type(owner).__mro__
+    slots = [name for kind in kinds for name, one in vars(kind).items() if inspect.ismemberdescriptor(one)]
+    attributes = {name: getattr(owner, name, None) for name in slots}
+    attributes |= {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
     return {name: value for name, value in attributes.items() if name[0] != "_" and name != "training"}
 
 
 def _members(value: Any, words: Words) -> dict[Any, Any]:
     """What an object, such as one of settings, holds under these names, and under those that its methods mention."""
     if isinstance(value, nn.Module):
-        return _public_attributes(value)
+        return public_attributes(value)
     if type(value) in (list, tuple):
         return dict(enumerate(value[:100]))
     if isinstance(value, partial):
