@@ -108,10 +108,6 @@ def test_what_objects_sequences_and_decorators_hold_is_read(code, read):
     assert what_is_read(code).items() >= read.items()
 
 
-def test_what_a_dataclass_adds_to_a_class_hides_no_source():
-    assert source_of(Scaled(0.1)) == inspect.getsource(Scaled)
-
-
 CELL = """class Counting:
     count = 0
 
@@ -134,6 +130,13 @@ def test_what_a_comprehension_reads_counts_and_an_attribute_with_the_name_of_a_v
     assert what_is_read(typed["penalty"]) == {"late": 0.3}
 
 
+def test_functions_of_one_name_in_two_files_are_both_read():
+    for file in (files := [{"__name__": "a_prompt", "late": late} for late in (0.3, 0.4)]):
+        exec("def scale(model): return late\ndef penalty(model): return scale(model)", file)
+    read = what_is_read(lambda model: [file["penalty"](model) for file in files])
+    assert (read["scale.late"], read["scale'.late"]) == (0.3, 0.4)
+
+
 def test_a_function_that_many_call_is_read_once():
     """Each of 40 pairs calls both of the pair below, which makes 2^40 ways down."""
     pair = "def f{0}(x): return f{1}(x) + g{1}(x)\ndef g{0}(x): return f{1}(x) - g{1}(x)\n"
@@ -142,12 +145,13 @@ def test_a_function_that_many_call_is_read_once():
     assert len(what_is_read(typed["f40"])) == 78
 
 
-def test_a_lambda_is_known_by_its_own_source():
-    """Though its line is no Python, or holds another lambda: Python tells the two apart from 3.11 on."""
+def test_a_lambda_or_a_dataclass_is_known_by_its_own_source():
+    """Though a lambda's line is no Python, or holds another: Python tells the two apart from 3.11 on."""
     (alone,) = ((
         lambda model: helper(model)),)  # fmt: skip
     pair = (lambda model: 1), (lambda model: 2)
     assert source_of(alone) == "lambda model: helper(model)"
+    assert source_of(Scaled(0.1)) == inspect.getsource(Scaled)
     assert list(map(source_of, pair)) == ["lambda model: 1", "lambda model: 2"] or sys.version_info < (3, 11)
 
 

@@ -40,6 +40,8 @@ def what_is_read(thing: Any) -> dict[str, Any]:
             continue
         seen.add(key)
         if is_code:
+            while name in entries:  # as of another file
+                name += "'"
             entries[name] = source = source_of(value)
             todo += [(f"{name}.", *one) for one in _names_in(value)]
         if source is None:  # a class that has a source may also count there
