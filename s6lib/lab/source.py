@@ -27,7 +27,11 @@ _LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os
 
 
 def what_is_read(thing: Any) -> dict[str, Any]:
-    """What the user's code reads, by name: numbers, and the sources of the user's other code, as far as it goes."""
+    """What the user's code reads, by name: numbers, and the sources of the user's other code, as far as it goes.
+
+    The way goes from code to its variables, defaults, bases and public attributes, and from settings (objects, dicts,
+    modules) only to what the code that reads them mentions, so that an edit of another setting does not matter.
+    """
     entries, seen = dict[str, Any](), {(id(_kind_of(thing)), 0)}
     todo = [("", *one) for one in _names_in(thing)]
     for path, name, value, words in todo:  # which grows
