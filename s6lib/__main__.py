@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from s6lib import analysis, plots
 from s6lib.errors import RunsFailed, S6Error, StudyError
 from s6lib.lab.launch import run_study
 from s6lib.lab.workers import dask_executor
 from s6lib.recipes import ALL_CONDITIONS, CONDITIONS, RECIPES, Condition, Recipe, name_of
-from s6lib.statistics import condition_statistics, paired_comparisons
 from s6lib.study import Study, recipes_in
 
 DESCRIPTION = """\
@@ -122,6 +120,8 @@ def _report_all(arguments: argparse.Namespace) -> None:
 
 def _report(study: Study, images: str | None = None) -> None:
     """Print the tables of a study and draw its figures: curves, a model's errors and, with two seeds, comparisons."""
+    from s6lib import analysis, plots  # which take seconds: here, so that training begins sooner
+
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()
     print(f"{title} ({name})\n{analysis.result_table(study).to_string(index=False)}\n")
@@ -141,6 +141,8 @@ def _report(study: Study, images: str | None = None) -> None:
 
 def _compare(study: Study, title: str) -> dict[str, Any]:
     """Print means and differences, and return their figures, if all conditions share at least two seeds."""
+    from s6lib import plots, statistics
+
     try:
         outcomes = study.outcomes()
     except ValueError as error:  # some condition lacks a seed
@@ -149,12 +151,13 @@ def _compare(study: Study, title: str) -> dict[str, Any]:
     if len(outcomes) < 2:
         return {}
     part = "held-out" if study.recipe.held_out else "test"
-    means = condition_statistics(outcomes).round(3).to_string(index=False)
+    means = statistics.condition_statistics(outcomes).round(3).to_string(index=False)
     print(f"accuracy on the {part} images at the last epoch, %\n{means}\n")
     figures = {"replication": plots.plot_replication(outcomes, study.labels, title)}
     if outcomes.shape[1] > 1:
         columns = ["first", "second", "n", "difference", "low", "high", "p", "p_holm"]
-        print(f"paired differences, points\n{paired_comparisons(outcomes)[columns].round(3).to_string(index=False)}\n")
+        differences = statistics.paired_comparisons(outcomes)[columns].round(3).to_string(index=False)
+        print(f"paired differences, points\n{differences}\n")
         figures["differences"] = plots.plot_differences(outcomes, study.labels, title)
     return figures
 
