@@ -14,6 +14,7 @@ from test_run import SQUARES
 from test_study import assert_same_study
 from torch import nn
 
+import s6lib.lab.run
 from s6lib.__main__ import main
 from s6lib.data import load_mnist
 from s6lib.errors import RunsFailed, S6Error, StudyError
@@ -36,6 +37,24 @@ def test_runs_on_different_images_or_labels_are_not_compared(tmp_path, monkeypat
     own = Recipe("own", PlainNet, epochs=1, data=lambda: [part.part(slice(64)) for part in load_mnist()])
     with pytest.raises(StudyError, match="have different images or labels: `data` must give the same"):
         run_here(own, CONTROL, (1, 2), tmp_path)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_file_that_is_edited_while_it_trains_is_recorded_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "edited_in_training.py"
+    file.write_text("def penalty(model):\n    return 0 * model.layers[0].weight.sum()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from edited_in_training import penalty
+
+    def edit(*arguments):
+        file.write_text("def penalty(model):\n    return 1.0\n")
+        return original(*arguments)
+
+    original = s6lib.lab.run.train_epoch
+    monkeypatch.setattr(s6lib.lab.run, "train_epoch", edit)
+    run_here(ONCE, Condition("own", penalty=penalty), 1, tmp_path)
+    (folder,) = tmp_path.glob("*/own/seed-1")
+    assert "return 0 *" in read_about(folder)["condition"]["penalty"]["source"]
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------

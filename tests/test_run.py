@@ -55,7 +55,7 @@ def train_watched(run, folder=None, stop=10**6, steps=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s6lib.lab.run, "train_epoch", watched)
-        return train_run(run, folder, steps=steps), seen
+        return train_run(run, folder, entry=identity(run, steps)), seen
 
 
 def set_up_of(recipe, condition=CONTROL, seed=1):
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_falls_back_and_one_of_another_run_is_refused(undis
     others = Run(TINY, GBN, 2), Run(TINY, L1_BN, 1), Run(replace(TINY, epochs=3), GBN, 1)
     for run, steps in (*((other, None) for other in others), (Run(TINY, GBN, 1), {"learning rates": "a digest"})):
         with pytest.raises(RunError, match="is of another run; delete it"):
-            train_run(run, tmp_path, steps=steps)
+            train_run(run, tmp_path, entry=identity(run, steps))
     (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
     again, steps = train_watched(Run(TINY, GBN, 1), tmp_path)
     assert_same_run(again, undisturbed)
@@ -171,8 +171,7 @@ def test_a_finished_folder_holds_four_files_and_the_machines_that_trained(undist
     assert not is_complete(tmp_path)
     elsewhere = {**machine(CPU), "host": "elsewhere", "core": "another"}
     monkeypatch.setattr(s6lib.lab.run, "machine", lambda device: elsewhere)
-    trained = train_run(run, tmp_path)
-    write_results(tmp_path, identity(run) | trained.about, trained.files)
+    write_results(tmp_path, *train_run(run, tmp_path))
     assert is_complete(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "history.csv", "weights.pt", "predictions.npy"}
     about = read_about(tmp_path)
@@ -191,7 +190,7 @@ def test_a_run_that_comes_back_elsewhere_is_left_as_it_is(undisturbed, tmp_path,
 
     original, run = s6lib.lab.run.train_epoch, Run(TINY, GBN, 1)
     done, folder = tmp_path / "done", tmp_path / "run"
-    write_results(done, identity(run) | undisturbed.about, undisturbed.files)
+    write_results(done, *undisturbed)
     monkeypatch.setattr(s6lib.lab.run, "train_epoch", completed_meanwhile)
     for _ in range(2):  # in its first epoch, and before it
         assert_same_run(train_run(run, folder), undisturbed)

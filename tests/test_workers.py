@@ -23,6 +23,7 @@ from test_study import assert_same_study
 from s6lib.__main__ import main
 from s6lib.errors import RunsFailed, StudyError
 from s6lib.lab.launch import run_study
+from s6lib.lab.record import identity
 from s6lib.lab.workers import Task, _packed, dask_executor, resolve_device, train_here, train_packed
 from s6lib.recipes import Condition, Run
 from s6lib.study import Study
@@ -167,7 +168,8 @@ def test_an_executor_that_is_shut_down_is_a_failure_of_each_run(tmp_path):
 
 
 def task_of(runs, folder, device="cpu"):
-    return Task(runs, folder / "not there", device)
+    entries = {run.condition.slug: identity(run) for run in runs if isinstance(run, Run)}
+    return Task(runs, entries, folder / "not there", device)
 
 
 def half(model):

@@ -80,8 +80,8 @@ class Setup(NamedTuple):
 class RunResult(NamedTuple):
     """The result of training, ready to be written to the run's folder; bytes travel much faster than tensors.
 
-    about: the entries of run.json beside the settings, whose source is known where the run was asked for: first steps,
-        the last start (device, processor, library versions, host, process, commit, time), earlier ones, and seconds.
+    about: the entries of run.json: the run's identity, its last start (device, processor, library versions, host,
+        process, commit and time), earlier ones, and seconds.
     files: the content of the other files, by name: history.csv, with the columns COLUMNS; weights.pt, the state_dict,
         on the CPU, as torch.save writes it; predictions.npy, uint8 (N,), the class of each test image.
     """
@@ -166,31 +166,32 @@ def _build_average(model: nn.Module, optimizer: torch.optim.Optimizer, keep: flo
 
 
 def train_run(
-    run: Run, folder: Path | None = None, device: str | torch.device = "cpu", steps: dict[str, Any] | None = None
+    run: Run, folder: Path | None = None, device: str | torch.device = "cpu", entry: dict[str, Any] | None = None
 ) -> RunResult:
     """Train a run; with a `folder`, resume from its checkpoint, and write one after each epoch until it is complete.
 
-    `steps` is the record of its first steps, for a run with the user's code. All random numbers come from (seed, epoch)
-    alone, so that a resumed run gives the same bits as one without a stop. Raises RunError if the loss is not finite,
-    or the checkpoint belongs to another run.
+    `entry` is the run's identity as it was before the study began, since the user may edit a file while it is trained;
+    by default that of now. All random numbers come from (seed, epoch) alone, so that a resumed run gives the same bits
+    as one without a stop. Raises RunError if the loss is not finite, or the checkpoint belongs to another run.
     """
+    entry = identity(run) if entry is None else entry
     keep_freed_memory()
     device = torch.device(device)
     with reproducible(device):
         setup = set_up(run, load_images(run.recipe.data, run.recipe.held_out), device)
         # A run that seemed lost and was sent out again may still be in training when the second attempt has finished:
         # it then leaves the complete folder alone.
-        resumed = {} if folder is None or is_complete(folder) else _resume(folder, run, steps, setup)
+        resumed = {} if folder is None or is_complete(folder) else _resume(folder, entry, setup)
         history, machines = resumed.get("history", []), [*resumed.get("machines", []), machine(device)]
         for epoch in range(len(history) + 1, setup.settings.epochs + 1):
             history.append(_epoch(run, epoch, setup))
             if folder is not None and not is_complete(folder):
-                state = {**identity(run, steps), "history": history, "machines": machines}
+                state = {**entry, "history": history, "machines": machines}
                 write_checkpoint(folder, {**state, **{name: part.state_dict() for name, part in setup.parts.items()}})
                 write_whole(folder / "history.csv", _history_csv(history))
         predictions = predict(setup.final_model, setup.test).to("cpu", torch.uint8).numpy()
     *earlier, last = machines
-    about = ({} if steps is None else {"first_steps": steps}) | last | ({"earlier": earlier} if earlier else {})
+    about = {**entry, **last, **({"earlier": earlier} if earlier else {})}
     about["seconds"] = round(sum(row["seconds"] for row in history), 1)
     files = {
         "predictions.npy": serialise(lambda file: np.save(file, predictions)),
@@ -227,13 +228,13 @@ def _epoch(run: Run, epoch: int, setup: Setup) -> dict[str, float]:
     return dict(zip(COLUMNS, (epoch, rate, *training, *test, seconds), strict=True))
 
 
-def _resume(folder: Path, run: Run, steps: dict[str, Any] | None, setup: Setup) -> dict[str, Any]:
+def _resume(folder: Path, entry: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """Restore the setup from the checkpoint in `folder`, and return the checkpoint; {} if there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = read_checkpoint(folder, resume=True)
     if checkpoint is None:
         return {}
-    if differences(checkpoint, identity(run, steps)):
+    if differences(checkpoint, entry):
         raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
     for name, part in setup.parts.items():
         part.load_state_dict(checkpoint[name])

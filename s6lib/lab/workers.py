@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from loky import ProcessPoolExecutor, cpu_count
@@ -39,11 +39,13 @@ _LACKS_MODULE = (
 class Task(NamedTuple):
     """What a worker is sent: the runs of a study, one of which it trains.
 
+    entries: the identity of the first run of each condition.
     token: a file in the study's folder. A worker that sees it shares the disk, and writes checkpoints to the folder.
     device: the name of the device to train on.
     """
 
     runs: list[Run]
+    entries: dict[str, dict[str, Any]]
     token: Path
     device: str
 
@@ -173,11 +175,11 @@ def _train(run: Run, task: Task) -> Outcome:
     """
     try:
         folder = run.folder(task.token.parent) if task.token.exists() else None
-        steps = None
+        entry = {**task.entries[run.condition.slug], "seed": run.seed}
         if has_user_code(run):
             with reproducible(CPU):  # a function that gives the data may draw
-                steps = first_steps(run, load_images(run.recipe.data, run.recipe.held_out))
-        return train_run(run, folder, resolve_device(task.device), steps)
+                entry["first_steps"] = first_steps(run, load_images(run.recipe.data, run.recipe.held_out))
+        return train_run(run, folder, resolve_device(task.device), entry)
     except Exception as error:
         message = str(error) if isinstance(error, S6Error) else f"{type(error).__name__}: {error}"
     return message if message.startswith(str(run)) else f"{run}: {message}"
