@@ -129,6 +129,8 @@ SOURCE = "def penalty(model):\n    return 2 * model.sum()\n"
         (SOURCE, None, False),  # as typed at a prompt
         ("lambda x: x > 0.5", "lambda x: x > 0.6", True),
         ("lambda x: x > 0.5", "lambda x: x > 0.6)", False),  # no Python
+        ("lambda x:\n    x > 0.5", "lambda x:\n    x > 0.6", True),  # Python in brackets alone
+        ("    def f(x):\n# a\n        return 1", "    def f(x):\n# a\n        return 2", True),
     ],
 )
 def test_the_syntax_tree_of_code_counts_where_it_can_be_had(source, edited, differs):

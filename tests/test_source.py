@@ -7,11 +7,13 @@ import sys
 import types
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import lru_cache, partial, wraps
+from enum import Enum
+from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import s6lib
@@ -63,6 +65,14 @@ class Limit:
     def share(self):
         return LATE
 
+    late = cached_property(share.fget)
+
+
+def importing(model):
+    from test_source import LATE
+
+    return LATE
+
 
 def scaled(factor):
     return lambda function: wraps(function)(lambda model: factor * function(model))
@@ -70,10 +80,10 @@ def scaled(factor):
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    weight: float
+    _weight: float
 
     def __call__(self, model):
-        return self.weight * cached(1)
+        return self._weight * cached(1)
 
 
 @lru_cache
@@ -82,8 +92,8 @@ def cached(size):
 
 
 Point = namedtuple("Point", ["limit", "other"])
-LIMIT, LIMITS, POINT, ALL = Limit(30.0), (np.array([30.0]), np.float32(31.0)), Point(30.0, 1.0), [deeper, helper]
-PART, EPOCHS = partial(scaled, factor=0.1), {21, 20}
+LIMIT, LIMITS, POINT, ALL = Limit(30.0), (np.array([30.0]), torch.tensor(31.0)), Point(30.0, 1.0), [deeper, helper]
+PART, EPOCHS, NOTHING, MODE = partial(scaled, factor=0.1), {21, 20}, None, Enum("Mode", ["SOFT", "HARD"]).SOFT
 NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
 
 
@@ -100,8 +110,14 @@ NESTED = {"loss": {"limit": LIMIT, "class": type("Later", (Settings,), {})}}
         (lambda model: [one(model) for one in ALL], {"ALL.0.LATE": 0.3}),
         (lambda model: PART(model), {"PART.factor": 0.1, "PART.func": inspect.getsource(scaled)}),
         (lambda model: 20 in EPOCHS, {"EPOCHS": [20, 21]}),
+        (lambda model: NOTHING or MODE, {"NOTHING": None, "MODE": ["Mode.SOFT", "1"]}),
+        (lambda model: [SHARES[one] for one in ("l1", "l2")], {"SHARES.l2": 0.5}),
+        (lambda model: sum(SHARES.values()), {"SHARES.l2": 0.5}),
+        (lambda model: LIMIT.late, {"LIMIT.late.LATE": 0.3}),
+        (importing, {"test_source.LATE": 0.3}),
+        (torch.ones(1), {"value": [1.0]}),
         (lambda model, kind="l2": SHARES[kind], {"SHARES.l2": 0.5}),
-        (Scaled(0.1), {"weight": 0.1, "cached": inspect.getsource(cached), "cached.LATE": 0.3}),
+        (Scaled(0.1), {"_weight": 0.1, "cached": inspect.getsource(cached), "cached.LATE": 0.3}),
     ],
 )
 def test_what_objects_sequences_and_decorators_hold_is_read(code, read):
@@ -134,7 +150,7 @@ def test_functions_of_one_name_in_two_files_are_both_read():
     for file in (files := [{"__name__": "a_prompt", "late": late} for late in (0.3, 0.4)]):
         exec("def scale(model): return late\ndef penalty(model): return scale(model)", file)
     read = what_is_read(lambda model: [file["penalty"](model) for file in files])
-    assert (read["scale.late"], read["scale'.late"]) == (0.3, 0.4)
+    assert (read["scale.late"], read["scale.late'"]) == (0.3, 0.4)
 
 
 def test_a_function_that_many_call_is_read_once():

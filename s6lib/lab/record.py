@@ -13,7 +13,7 @@ from typing import Any
 
 from s6lib import models
 from s6lib.errors import SettingError, StudyError
-from s6lib.lab.source import public_attributes, source_of, what_is_read
+from s6lib.lab.source import attributes_of, source_of, what_is_read
 from s6lib.recipes import Condition, Recipe, Run, name_of, pieces
 
 _CODE = {"network", "norm", "penalty", "transform", "batch_transform", "loss", "optimizer", "schedule", "data"}
@@ -71,7 +71,7 @@ def setting_entry(value: Any) -> Any:
         in_models = value.__module__ == "s6lib.models"  # run.json names s6lib's networks without their module
         return value.__name__ if in_models else f"{value.__module__}.{value.__qualname__}"
     if callable(value) and _is_in_library(type(value)):
-        arguments = setting_entry(public_attributes(value))
+        arguments = {name: setting_entry(one) for name, one in attributes_of(value).items() if name[0] != "_"}
         return {"name": name_of(value), "instance": setting_entry(type(value)), "arguments": arguments}
     reads = what_is_read(value)
     return {"name": name_of(value), "source": source_of(value)} | ({"reads": reads} if reads else {})
@@ -232,12 +232,14 @@ def _is_close(name: str, old: float, new: float, tolerance: float) -> bool:
 
 def _syntax_tree(source: str | None) -> str | None:
     """The syntax tree of a source without docstrings, as text; None if there is no source, or it is not whole."""
-    with suppress(SyntaxError):
-        tree = ast.parse(textwrap.dedent(source or "?"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        return ast.dump(tree)
+    source = source or "?"
+    for text in (textwrap.dedent(source), f"({source}\n)", f"if True:\n{source}"):
+        with suppress(SyntaxError):  # of a lambda over two lines, or a comment at the left of a method
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+            return ast.dump(tree)
     return None
 
 

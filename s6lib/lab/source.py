@@ -4,23 +4,27 @@ import ast
 import copyreg
 import dis
 import inspect
+import math
 import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
-from functools import lru_cache, partial
+from enum import Enum
+from functools import cached_property, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from s6lib.recipes import as_python, pieces
 
 _CACHED: Any = type(lru_cache(abs))
+_ABSENT, _OF_MODULES = object(), {*vars(nn.Module()), "training"}
 Words = dict[Any, None]  # in the order in which they stand
 
 _LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os.sep}", sysconfig.get_path("stdlib"))
@@ -32,11 +36,14 @@ def what_is_read(thing: Any) -> dict[str, Any]:
     The way goes from code to its variables, defaults, bases and public attributes, and from settings (objects, dicts,
     modules) only to what the code that reads them mentions, so that an edit of another setting does not matter.
     """
+    if (numbers := _numbers_in(thing)) is not None:  # such as class weights
+        return {"value": numbers}
     entries, seen = dict[str, Any](), {(id(_kind_of(thing)), 0)}
     todo = [("", *one) for one in _names_in(thing)]
     for path, name, value, words in todo:  # which grows
-        if (numbers := _numbers_in(value)) is not None:
-            entries[path + name] = numbers
+        numbers = _numbers_in(value)
+        if numbers is not None or value is None:
+            _add(entries, path + name, numbers)
             continue
         source, is_code = None, _is_users_code(value)
         key = (id(value), 0 if is_code else id(words))
@@ -44,9 +51,8 @@ def what_is_read(thing: Any) -> dict[str, Any]:
             continue
         seen.add(key)
         if is_code:
-            while name in entries:  # as of another file
-                name += "'"
-            entries[name] = source = source_of(value)
+            source = source_of(value)
+            name = _add(entries, name, source)
             todo += [(f"{name}.", *one) for one in _names_in(value)]
         if source is None:  # a class that has a source may also count there
             with suppress(Exception):  # an object may raise anything when it is asked
@@ -54,10 +60,21 @@ def what_is_read(thing: Any) -> dict[str, Any]:
     return entries
 
 
+def _add(entries: dict[str, Any], name: str, entry: Any) -> str:
+    """Add an entry, and return its name: with a mark if another thing has this one, as in another file."""
+    while repr(entries.get(name, entry)) != repr(entry):
+        name += "'"
+    entries[name] = entry
+    return name
+
+
 def _numbers_in(value: Any) -> Any:
-    """A number, or a few in a list, a tuple, a set, a range or an array; None for anything else."""
-    if isinstance(value, np.ndarray) and value.size <= 100:
-        value = value.tolist()
+    """A number, or a few in a list, a tuple, a set, a range, an array or a tensor, or an Enum; None for all else."""
+    if isinstance(value, Enum):
+        return [str(value), repr(value.value)]
+    if isinstance(value, np.ndarray | Tensor):
+        with suppress(Exception):  # such as one on the device "meta"
+            value = value.tolist() if math.prod(value.shape) <= 100 else value
     if isinstance(value, set | frozenset | range) and len(value) <= 100:
         value = sorted(value, key=repr)
     if type(value) in (list, tuple) and 0 < len(value) <= 100:
@@ -78,55 +95,64 @@ def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
         names += [(name, value, words) for name, value in variables.items()]
         mentioned |= words
     owner = thing.__self__ if inspect.ismethod(thing) else thing
-    if owner is not kind:
-        attributes = {type(owner).__name__: type(owner), **public_attributes(owner)}
+    if not isinstance(thing, type):
+        attributes = {type(owner).__name__: type(owner), **attributes_of(owner)}
         names += [(name, value, mentioned) for name, value in attributes.items()]
     return names
 
 
-def public_attributes(owner: Any) -> dict[str, Any]:
-    """The public attributes of an object, slots and a module's layers included."""
+def attributes_of(owner: Any) -> dict[str, Any]:
+    """The attributes of an object, slots and a module's layers and buffers included, but for what torch keeps there."""
     kinds = type(owner).__mro__
     slots = [name for kind in kinds for name, one in vars(kind).items() if inspect.ismemberdescriptor(one)]
     attributes = {name: getattr(owner, name, None) for name in slots}
-    attributes |= {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
-    return {name: value for name, value in attributes.items() if name[0] != "_" and name != "training"}
+    attributes |= getattr(owner, "__dict__", {})
+    attributes |= {**getattr(owner, "_modules", {}), **getattr(owner, "_buffers", {})}
+    return {name: value for name, value in attributes.items() if name[:2] != "__" and name not in _OF_MODULES}
 
 
 def _members(value: Any, words: Words) -> dict[Any, Any]:
     """What an object, such as one of settings, holds under these names, and under those that its methods mention."""
     if isinstance(value, nn.Module):
-        return public_attributes(value)
+        return attributes_of(value)
     if type(value) in (list, tuple):
         return dict(enumerate(value[:100]))
     if isinstance(value, partial):
         return {"func": value.func, **dict(enumerate(value.args)), **value.keywords}
     if isinstance(value, Mapping):
-        return {word: value[word] for word in words if word in value}
+        mentioned = {word: value[word] for word in words if word in value}
+        return mentioned or dict(islice(value.items(), 100))  # as in a loop over all of it
     if not _is_users(value if inspect.ismodule(value) or isinstance(value, type) else type(value)):
         return {word: vars(value)[word] for word in words if word in getattr(value, "__dict__", {})}
     members, todo = {}, list(map(str, words))
     for word in todo:  # which grows
-        member = _unwrap(inspect.getattr_static(value, word, None))
+        member = _unwrap(inspect.getattr_static(value, word, _ABSENT))
+        if member is _ABSENT:
+            continue
         if inspect.isfunction(member):
             todo += [more for more in map(str, _words_in(member)) if more not in todo]
         is_stored = inspect.ismemberdescriptor(member) or isinstance(value, tuple)  # of slots, or a named tuple
         members[word] = getattr(value, word, None) if is_stored else member
+    words.update(dict.fromkeys(todo))  # a method may read what another object holds
     return members
 
 
 def _words_in(function: FunctionType) -> Words:
     """The names and constants in a function, any of which may be that of an attribute or a key."""
-    words = (word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts))
+    words = [word for code in _with_inner(function.__code__) for word in (*code.co_names, *code.co_consts)]
+    for word in words:  # which grows
+        words += word if isinstance(word, tuple | frozenset) else ()
     return dict.fromkeys(word for word in words if isinstance(word, str | int))
 
 
 def _variables_of(function: Any) -> dict[str, Any]:
-    """The variables of its module and closure that a function reads, but for those that are not set yet."""
+    """The variables of its module and closure that a function reads, if they are set, and the modules it imports."""
     module, code = function.__globals__, function.__code__
     steps = [step for inner in _with_inner(code) for step in dis.get_instructions(inner)]
     names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     variables = {name: module[name] for name in sorted(names & module.keys())}
+    imported = {step.argval for step in steps if step.opname == "IMPORT_NAME"}
+    variables |= {name: sys.modules[name] for name in sorted(imported & sys.modules.keys())}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # it is empty
             variables[name] = cell.cell_contents
@@ -166,6 +192,8 @@ def _functions_of(kind: Any) -> list[FunctionType]:
 
 def _unwrap(member: Any) -> Any:
     """The function inside a property or a method; anything else as it is."""
+    if isinstance(member, cached_property):
+        return member.func
     return member.fget if isinstance(member, property) else getattr(member, "__func__", member)
 
 
