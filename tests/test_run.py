@@ -122,7 +122,10 @@ CYCLE = replace(
 )
 
 
-@pytest.mark.parametrize("run", [Run(TINY, GBN, 1), Run(CYCLE, GBN, 1), Run(OWN, CONTROL, 1)], ids=str)
+TENSOR = replace(TINY, optimizer=lambda parameters, lr: torch.optim.Adam([*parameters], lr=torch.tensor(lr)))
+
+
+@pytest.mark.parametrize("run", [*[Run(one, GBN, 1) for one in (TINY, CYCLE, TENSOR)], Run(OWN, CONTROL, 1)], ids=str)
 def test_a_stopped_run_ends_as_if_never_stopped(run, tmp_path, undisturbed):
     """Stopped at the end of its first epoch, and, gone on, in the middle of its second."""
     first_steps = {"learning rates": "a digest", "steps": [{"loss": 2.3}]}  # as of a run with the user's code

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import random
 import re
 import sys
 import threading
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,6 +190,10 @@ class Unfinished(torch.optim.Optimizer):
         self.param_groups = [{"params": list(parameters), "lr": lr}]
 
 
+def warmed_up(parameters, lr):
+    return torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(parameters, lr)).optimizer
+
+
 SHARED = Net()
 BACKBONE = nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.Flatten()).requires_grad_(False).eval()  # as another run left it
 ITS_PARAMETERS = "optimizer must train the parameters that it is called with"
@@ -208,6 +214,7 @@ REFUSED = [
     (with_parts(loss=nn.MSELoss()), r"`loss` fails on logits \(64, 10\) and targets \(64,\)"),
     (with_parts(optimizer=lambda parameters, lr: None), "must make a torch.optim.Optimizer that calls super"),
     (with_parts(optimizer=Unfinished, ema=0.9), "must make .* that calls super.*, not Unfinished"),
+    (with_parts(optimizer=warmed_up), "optimizer must not hold a scheduler"),
     (with_parts(optimizer=torch.optim.LBFGS), "LBFGS.step.. missing 1 required positional argument"),
     (with_parts(optimizer=lambda p, lr: torch.optim.SGD(SHARED.parameters(), lr)), ITS_PARAMETERS),
     (with_parts(optimizer=lambda p, lr: torch.optim.SGD(list(p)[:2], lr)), ITS_PARAMETERS),
@@ -314,6 +321,15 @@ def counting_in_a_tensor(net, images):
     return Flat.forward(net, images)
 
 
+def keeping(make, move):
+    def forward(net, images):
+        net.kept = getattr(net, "kept", None) or make()
+        move(net.kept)
+        return Flat.forward(net, images)
+
+    return with_flat(forward=forward)
+
+
 LOCK = threading.Lock()
 CARRIED = {
     "an optimizer's own momentum": with_parts(optimizer=OwnMomentum),
@@ -325,6 +341,12 @@ CARRIED = {
     "what cannot be pickled": with_parts(loss=LockedLoss()),
     "an object of a network": with_parts(network=Warming),
     "an optimizer": with_parts(optimizer=CountingOptimizer),
+    "a count": keeping(count, next),
+    "a list beside a layer": keeping(lambda: [nn.ReLU()], lambda kept: kept.append(0)),
+    "a hook": keeping(lambda: counting([]), lambda kept: kept(torch.zeros(1))),
+    "random": keeping(lambda: random.Random(1), lambda kept: kept.random()),
+    "a generator of numpy": keeping(lambda: np.random.default_rng(1), lambda kept: kept.random()),
+    "a generator of torch": keeping(torch.Generator, lambda kept: torch.rand(1, generator=kept)),
 }
 
 

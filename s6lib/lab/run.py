@@ -138,9 +138,11 @@ def _build_optimizer(run: Run, settings: Recipe, model: nn.Module, loss: Loss) -
             "optimizer must train the parameters that it is called with, all of those that need a gradient and no "
             "others: freeze some with requires_grad_(False) in the network instead"
         )
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise SettingError("optimizer must not hold a scheduler, which would have no effect: use `schedule` instead")
     for group in optimizer.param_groups:
         group.update({name: as_python(value) for name, value in group.items() if name != "params"})
-        group.setdefault("initial_lr", float(group["lr"]))
+        group["initial_lr"] = float(group["lr"])
     return optimizer
 
 
@@ -236,10 +238,12 @@ def _resume(folder: Path, entry: dict[str, Any], setup: Setup) -> dict[str, Any]
         return {}
     if differences(checkpoint, entry):
         raise RunError(f"the checkpoint in {folder} is of another run; delete it to start the run again")
+    rates = [group["lr"] for group in setup.optimizer.param_groups]
     for name, part in setup.parts.items():
         part.load_state_dict(checkpoint[name])
-    for group in setup.optimizer.param_groups:
-        group["lr"] = float(group["lr"])  # a recorded step has kept it as a tensor
+    for group, rate in zip(setup.optimizer.param_groups, rates, strict=True):
+        if not isinstance(rate, Tensor):  # a recorded step has kept it as one
+            group["lr"] = float(group["lr"])
     write_whole(folder / "history.csv", _history_csv(checkpoint["history"]))
     return checkpoint
 

@@ -1,9 +1,13 @@
 """The trial of a run with the user's code: its first steps, which also identify it, and a check for hidden state."""
 
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import math
+import pickle
+import random
 import sys
 import traceback
 import zlib
@@ -215,10 +219,18 @@ def _attributes(setup: Setup) -> dict[str, Any]:
 def _attributes_of(value: Any) -> Any:
     """The number in an array, or the attributes of an object, such as a counter; not those of modules and tensors."""
     if isinstance(value, nn.Module) or getattr(value, "grad_fn", None):  # a graph is that of one step
-        raise TypeError
+        return None
     if isinstance(value, Tensor | np.ndarray | np.generic):
-        return value.item()  # raises ValueError or RuntimeError for more than one
-    return list(value) if isinstance(value, deque) else vars(value)
+        return value.item() if math.prod(value.shape) == 1 else None
+    if isinstance(value, random.Random | np.random.Generator | np.random.RandomState):
+        return pickle.dumps(value).hex()
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if inspect.isfunction(value):  # such as a hook
+        return [cell.cell_contents for cell in value.__closure__ or ()]
+    if isinstance(value, itertools.count):
+        return repr(value)
+    return list(value) if isinstance(value, deque | set | frozenset) else vars(value)
 
 
 def _what_learns_nothing(setup: Setup, graphs: list[Any]) -> list[str]:
