@@ -210,6 +210,8 @@ def _call_dataset(data: Callable[[], Any]) -> tuple[ImageDataset, ImageDataset]:
 
 def _read_dataset(dataset: Any) -> ImageDataset:
     if isinstance(dataset, ImageDataset):  # or a subclass, whose own __init__ may take something else
+        if type(dataset).__getitem__ is not ImageDataset.__getitem__:
+            raise DataError("a subclass of ImageDataset must keep its __getitem__: change the images or labels instead")
         return ImageDataset(dataset.images, dataset.labels, dataset.class_names)
     item = dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else dataset
     if not isinstance(item, tuple | list) or len(item) != 2:

@@ -169,11 +169,12 @@ def _plot_curves(history: History, column: str, title: str) -> Figure:
     table = _read_history(history, ("epoch", "lr", column))
     if not len(table):
         raise ValueError("this history has no epoch to draw: train one first")
-    epochs, seeds = int(table["epoch"].max()), table["seed"].nunique()
+    epochs = int(table["epoch"].max())
     first, colors = epochs // 2 + 1, colors_of(list(table["condition"].unique()))
     second_half = f"epochs {first} to {epochs}, enlarged" if first < epochs else f"epoch {epochs}"
     last = table.sort_values("epoch", kind="stable").groupby(["condition", "seed"], sort=False).last()
     ends = last.groupby("condition", sort=False)
+    fewest, most = ends.size().min(), ends.size().max()
     means, labels, sd = ends[column].mean(), ends["label"].first(), ends[column].var().mean() ** 0.5
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -193,7 +194,8 @@ def _plot_curves(history: History, column: str, title: str) -> Figure:
             close.set_title(f"{second_half}\ngrey bar: \N{PLUS-MINUS SIGN}1 SD of runs of one condition")
         number = "{:.2%}  {}" if column == "test_accuracy" else "{:.4f}  {}"
         label_ends(close, [(mean, number.format(mean, labels[slug]), colors[slug]) for slug, mean in means.items()])
-        figure.suptitle(f"{title} (mean of {seeds} seeds)" if seeds > 1 else f"{title} (1 seed)")
+        seeds = f"{fewest} to {most}" if fewest < most else most
+        figure.suptitle(f"{title} (mean of {seeds} seeds)" if most > 1 else f"{title} (1 seed)")
     return figure
 
 

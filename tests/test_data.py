@@ -150,6 +150,14 @@ def test_a_part_keeps_what_belongs_to_the_data_set():
 
 
 random = np.random.default_rng(0)
+
+
+class Halved(ImageDataset):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, label // 2
+
+
 X, Y = random.integers(0, 256, (40, 12, 12), dtype=np.uint8), random.integers(0, 10, 40)
 NAMES = [f"class {number}" for number in range(10)]
 SERIES = pd.Series(Y)
@@ -221,6 +229,7 @@ def failing():
         (lambda: (X, Y, X, Y), "data must give two data sets .*, not 4"),
         (lambda: (X, Y), r"must hold pairs \(image, label\), not ndarray"),
         (lambda: ([], []), r"must hold pairs \(image, label\), and is empty"),
+        (lambda: (Halved(X, Y), Halved(X, Y)), "a subclass of ImageDataset must keep its __getitem__"),
         (lambda: (1, 2), r"must hold pairs \(image, label\), not int"),
         (lambda: [TensorDataset(*PAIRS.tensors, PAIRS.tensors[1])] * 2, r"must hold pairs \(image, label\)"),
         (lambda: [fake(9, None)] * 2, r"images must be uint8 .* use transforms.Grayscale\(\)"),

@@ -67,6 +67,9 @@ def test_conditions_have_a_colour_each_and_strengths_that_of_their_kind():
 def test_curves_show_the_mean_of_every_condition_and_name_it(plot, column, said):
     history = history_of([0.1] * 10)
     figure = plot(history[::-1], "PlainNet")  # in whatever order
+    assert figure.get_suptitle().endswith("(mean of 2 seeds)")
+    fewer = history.query("condition == 'gbn' or seed == 1")
+    assert plot(fewer).get_suptitle().endswith("(mean of 1 to 2 seeds)")
     for slug, label in LABELS.items():
         assert f"{said}  {label}" in texts_of(figure)
         means = history[history["condition"] == slug].groupby("epoch")[column].mean()
