@@ -39,7 +39,7 @@ _LACKS_MODULE = (
 class Task(NamedTuple):
     """What a worker is sent: the runs of a study, one of which it trains.
 
-    entries: the identity of the first run of each condition.
+    entries: the identity of one run of each condition, by slug.
     token: a file in the study's folder. A worker that sees it shares the disk, and writes checkpoints to the folder.
     device: the name of the device to train on.
     """
