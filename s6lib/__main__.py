@@ -120,7 +120,7 @@ def _report_all(arguments: argparse.Namespace) -> None:
 
 def _report(study: Study, images: str | None = None) -> None:
     """Print the tables of a study and draw its figures: curves, a model's errors and, with two seeds, comparisons."""
-    from s6lib import analysis, plots  # which take seconds: here, so that training begins sooner
+    from s6lib import analysis, plots  # imported here, since they take a second, and training comes first
 
     study.check()
     name, title, history = study.recipe.name, name_of(study.recipe.network), study.history()

@@ -80,7 +80,9 @@ def run_study(
             waiting = [run for run in runs if not is_complete(run.folder(out))]
             if not waiting and show_progress:
                 print(f"all {len(runs)} runs are there" if len(runs) > 1 else "the run is there", file=sys.stderr)
-            entries = {slug: identity(run) for slug, run in {run.condition.slug: run for run in waiting}.items()}
+            # Before training, since the user may edit a file meanwhile; once a condition, since seeds share all else.
+            one_each = {run.condition.slug: run for run in waiting}
+            entries = {slug: identity(run) for slug, run in one_each.items()}
             task = Task(waiting, entries, token, str(device))
             with progress(waiting, out) if waiting and show_progress else nullcontext():
                 outcomes = train_here(task, jobs) if executor is None else train_with(executor, task, jobs)

@@ -172,9 +172,9 @@ def train_run(
 ) -> RunResult:
     """Train a run; with a `folder`, resume from its checkpoint, and write one after each epoch until it is complete.
 
-    `entry` is the run's identity as it was before the study began, since the user may edit a file while it is trained;
-    by default that of now. All random numbers come from (seed, epoch) alone, so that a resumed run gives the same bits
-    as one without a stop. Raises RunError if the loss is not finite, or the checkpoint belongs to another run.
+    `entry` is the run's identity from before the study began, since the user may edit a file during training; the
+    default is its identity now. All random numbers come from (seed, epoch) alone, so that a resumed run gives the same
+    bits as one without a stop. Raises RunError if the loss is not finite, or the checkpoint belongs to another run.
     """
     entry = identity(run) if entry is None else entry
     keep_freed_memory()
@@ -242,7 +242,7 @@ def _resume(folder: Path, entry: dict[str, Any], setup: Setup) -> dict[str, Any]
     for name, part in setup.parts.items():
         part.load_state_dict(checkpoint[name])
     for group, rate in zip(setup.optimizer.param_groups, rates, strict=True):
-        if not isinstance(rate, Tensor):  # a recorded step has kept it as one
+        if not isinstance(rate, Tensor):  # a recorded step had made it one
             group["lr"] = float(group["lr"])
     write_whole(folder / "history.csv", _history_csv(checkpoint["history"]))
     return checkpoint

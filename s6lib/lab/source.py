@@ -33,8 +33,8 @@ _LIBRARIES = ("site-packages", "dist-packages", f"{Path(__file__).parents[1]}{os
 def what_is_read(thing: Any) -> dict[str, Any]:
     """What the user's code reads, by name: numbers, and the sources of the user's other code, as far as it goes.
 
-    The way goes from code to its variables, defaults, bases and public attributes, and from settings (objects, dicts,
-    modules) only to what the code that reads them mentions, so that an edit of another setting does not matter.
+    Code leads to its variables, defaults, bases and attributes. Settings (objects, dicts, modules) lead only to what
+    the code that reads them mentions, so that an edit of another setting does not matter.
     """
     if (numbers := _numbers_in(thing)) is not None:  # such as class weights
         return {"value": numbers}
@@ -61,7 +61,7 @@ def what_is_read(thing: Any) -> dict[str, Any]:
 
 
 def _add(entries: dict[str, Any], name: str, entry: Any) -> str:
-    """Add an entry, and return its name: with a mark if another thing has this one, as in another file."""
+    """Add an entry, and return its name, which gets a mark if something else has it, such as in another file."""
     while repr(entries.get(name, entry)) != repr(entry):
         name += "'"
     entries[name] = entry
@@ -102,7 +102,7 @@ def _names_in(thing: Any) -> list[tuple[str, Any, Words]]:
 
 
 def attributes_of(owner: Any) -> dict[str, Any]:
-    """The attributes of an object, slots and a module's layers and buffers included, but for what torch keeps there."""
+    """The attributes of an object, with its slots and a module's layers and buffers, but without torch's own."""
     kinds = type(owner).__mro__
     slots = [name for kind in kinds for name, one in vars(kind).items() if inspect.ismemberdescriptor(one)]
     attributes = {name: getattr(owner, name, None) for name in slots}
